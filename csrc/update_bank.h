@@ -1,0 +1,66 @@
+// The bank update, f <- normalise(m * f + (1 - m) * f_new / |f_new|)  (eq. 15 of the NTDNE paper),
+// for B features of D values each that go into rows of an (N, D) bank.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace ntdne_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Sums and products of a float64 bank are float64, of every other bank float32.
+template <typename row_t>
+using accumulator_t = std::conditional_t<std::is_same_v<row_t, double>, double, float>;
+
+// A row whose blend with the new feature is shorter than this becomes the new feature.
+constexpr double kVanishing = 1e-12;
+
+// Index of a feature that belongs to no bank row: the update leaves it out.
+constexpr int64_t kNotInBank = -1;
+
+template <typename Function>
+void dispatch_float_type(const Tensor& tensor, const char* name, Function&& function) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return function(double{});
+    case ScalarType::Float:
+      return function(float{});
+    case ScalarType::Half:
+      return function(torch::headeronly::Half{});
+    case ScalarType::BFloat16:
+      return function(torch::headeronly::BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, "update_bank_: ", name, " must be float64, float32, float16 or bfloat16");
+  }
+}
+
+// What keeps the kernels inside their buffers; everything a user can get wrong is explained in Python.
+inline void check_arguments(const Tensor& bank, const Tensor& features, const Tensor& index) {
+  STD_TORCH_CHECK(bank.dim() == 2 && bank.is_contiguous(), "update_bank_: bank must be a contiguous (N, D) tensor");
+  STD_TORCH_CHECK(features.dim() == 2 && features.size(1) == bank.size(1), "update_bank_: features must be (B, D)");
+  STD_TORCH_CHECK(
+      index.dim() == 1 && index.size(0) == features.size(0) && index.scalar_type() == ScalarType::Long,
+      "update_bank_: index must be (B,) and int64");
+  STD_TORCH_CHECK(
+      features.get_device_index() == bank.get_device_index() && index.get_device_index() == bank.get_device_index() &&
+          features.is_cuda() == bank.is_cuda() && index.is_cuda() == bank.is_cuda(),
+      "update_bank_: bank, features and index must be on one device");
+}
+
+// Tells autograd that the bank changes, as every in-place op of PyTorch does: a backward that saved the old rows then
+// raises instead of using the new ones. The stable ABI has no call for it; copying a tensor onto itself does that and
+// moves no data. (The same from a kernel in Python made a call 9 us longer.)
+inline void bump_version(Tensor& bank) {
+  torch::stable::copy_(bank, bank);
+}
+
+}  // namespace ntdne_kernels
