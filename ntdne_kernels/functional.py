@@ -1,0 +1,289 @@
+"""The losses and the bank update for people who keep their own bank: checks arguments and chooses a backend.
+
+Features and bank rows are expected to be unit vectors within 1 %; nothing here normalises them but `update_bank_`.
+What can be checked without asking a GPU for values always is: types, shapes, devices and numbers. Values inside tensors
+(an index outside the bank, a label below −1) are checked on a CPU. On a GPU, an index outside the bank excludes nothing
+and a label below −1 is unlabelled.
+
+Shapes: B queries, N bank rows, D features.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ntdne_kernels.label_index import UNLABELLED, LabelIndex, check_labels
+from ntdne_kernels.ops import losses, reference
+from ntdne_kernels.ops.bank_update import accumulator_dtype
+from ntdne_kernels.ops.leave_one_out import Backend, LeaveOneOutLogScores, Neighbours
+from ntdne_kernels.ops.streaming import STREAMING
+
+BACKENDS: dict[str, Backend | None] = {"reference": None, "streaming": STREAMING}
+BANK_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NOT_IN_BANK = -1
+# Equals no label, also none that a user's bank_labels could hold by mistake.
+_MATCHES_NOTHING = torch.iinfo(torch.int64).min
+
+
+def ntdne_loss(
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    bank_labels: Tensor | LabelIndex,
+    index: Tensor | None = None,
+    *,
+    sigma: float = 0.1,
+    q: float = 0.7,
+    k: float | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """NTDNE loss (eq. 9; eq. 13 with k): (1 − p^q)/q of the leave-one-out score p, constant where p ≤ k.
+
+    A query without a neighbour of its class has p = 0: the largest loss, 1/q, and no gradient.
+
+    Args:
+        features: (B, D) unit rows of any float dtype.
+        bank: (N, D) unit rows; its dtype decides the arithmetic (float64 or float32 sums).
+        labels: (B,) integer class of each query; −1 is unlabelled.
+        bank_labels: (N,) integer class of each bank row, or their `LabelIndex`, which is faster.
+        index: (B,) bank row of each query, which is left out of its neighbours; −1 or None: it is in no row.
+        sigma: temperature σ > 0 of the neighbour probabilities (eq. 3).
+        q: exponent in (0, 1]; q → 0 gives SNCA, 1 the mean absolute error.
+        k: pruning threshold in (0, 1), or None to prune nothing.
+        reduction: "mean" over the B queries, "sum" or "none".
+        backend: "streaming", "reference" (b×N PyTorch), or None to choose.
+
+    Returns:
+        The loss, float32 (float64 for a float64 bank): a scalar, or (B,) for "none". Differentiable in features, bank.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device, label or number is not as described.
+        IndexError: an index lies outside the bank.
+    """
+    check_number("q", q, 0, 1, upper_included=True)
+    if k is not None:
+        check_number("k", k, 0, 1)
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, sigma=sigma, backend=backend)
+    return losses.reduce(losses.ntdne(log_p, q, k), reduction)
+
+
+def snca_loss(
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    bank_labels: Tensor | LabelIndex,
+    index: Tensor | None = None,
+    *,
+    sigma: float = 0.1,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """SNCA loss (eq. 5): −log p of the leave-one-out score p. Arguments, result and errors as `ntdne_loss`.
+
+    Queries without a neighbour of their class are ignored: 0 under "none", and "mean" divides by the others.
+    """
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, sigma=sigma, backend=backend)
+    return losses.reduce_snca(log_p, reduction)
+
+
+def leave_one_out_log_scores(
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    bank_labels: Tensor | LabelIndex,
+    index: Tensor | None = None,
+    *,
+    sigma: float = 0.1,
+    backend: str | None = None,
+) -> Tensor:
+    """log p (B,), the share of each query's neighbours in the bank that carry its label (eq. 2-4).
+
+    At most 0; −inf, with zero gradient, where no other bank row has the query's label. Arguments and errors as
+    `ntdne_loss`. The streaming backend can be differentiated once; the reference backend any number of times.
+    """
+    check_number("sigma", sigma, 0, math.inf)
+    N = _check_bank(bank)
+    if isinstance(bank_labels, LabelIndex):
+        if bank_labels.size != N:
+            raise ValueError(f"bank_labels: expected an index of the bank's {N} rows, got one of {bank_labels.size}")
+        labels_device = bank_labels.offsets.device
+    else:
+        bank_labels = check_labels(bank_labels, "bank_labels")
+        if len(bank_labels) != N:
+            raise ValueError(f"bank_labels: expected one label for each of the bank's {N} rows, got {len(bank_labels)}")
+        labels_device = bank_labels.device
+    B = _check_features(features, bank)
+    labels = _check_per_query("labels", labels, B, bank)
+    _check_device("bank_labels", labels_device, bank)
+    if index is None:
+        excluded = labels.new_full((B,), NOT_IN_BANK)
+    else:
+        excluded = _check_per_query("index", index, B, bank)
+        check_range("index", excluded, N)
+    if _can_look_inside(labels) and bool((labels < UNLABELLED).any()):
+        row = int((labels < UNLABELLED).nonzero()[0])
+        raise ValueError(f"labels: expected -1 (unlabelled) or a class from 0, got {int(labels[row])} at row {row}")
+
+    if isinstance(bank_labels, LabelIndex):
+        if bank_labels.position is not None:
+            excluded = torch.where(excluded >= 0, bank_labels.position[excluded.clamp(min=0)], excluded)
+        neighbours = Neighbours(bank_labels.ranges(labels), None, bank_labels.order, excluded)
+    else:
+        comparable = torch.where(labels >= 0, labels, _MATCHES_NOTHING)
+        neighbours = Neighbours(comparable, bank_labels, None, excluded)
+
+    chosen = _backend(backend)
+    if chosen is None:
+        return reference.log_scores(features, bank, neighbours, sigma)
+    need_direction = torch.is_grad_enabled() and features.requires_grad
+    log_p: Tensor = LeaveOneOutLogScores.apply(features, bank, *neighbours, float(sigma), chosen, need_direction)
+    return log_p
+
+
+def update_bank_(
+    bank: Tensor, features: Tensor, index: Tensor, momentum: float = 0.5, *, validate: bool = False
+) -> Tensor:
+    """Row index[i] of the bank becomes normalise(momentum·row + (1 − momentum)·features[i]/|features[i]|) (eq. 15).
+
+    In place and outside autograd; features are normalised here. Where an index stands twice, its updates follow one
+    another in batch order, on every device. A row whose blend nearly vanishes (norm < 1e-12) becomes the new feature.
+    A bfloat16 bank stalls at a momentum near 1: at 0.999 the step is below its rounding.
+
+    On a CPU, bad values raise and nothing is written. On a GPU the kernel leaves such a feature out and counts it
+    (`MemoryBank.skipped_rows`); `validate=True` looks first, which synchronises, raises, and writes nothing.
+
+    Args:
+        bank: (N, D) contiguous, float64, float32, float16 or bfloat16.
+        features: (B, D) any float dtype.
+        index: (B,) bank row of each feature; a feature with −1 is not in the bank and left out.
+        momentum: m in [0, 1], the weight of the old row: 1 − λ of the paper.
+        validate: also check values on a GPU.
+
+    Returns:
+        The bank.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device or number is not as described, the bank is not contiguous, or a feature is zero or
+            not finite (the message names its row).
+        IndexError: an index lies outside the bank.
+    """
+    check_number("momentum", momentum, 0, 1, lower_included=True, upper_included=True)
+    N = _check_bank(bank)
+    if not bank.is_contiguous():
+        raise ValueError(
+            f"bank: expected a contiguous tensor, got strides {bank.stride()} for shape {tuple(bank.shape)}"
+        )
+    features = features.detach() if isinstance(features, Tensor) else features
+    index = _check_per_query("index", index, _check_features(features, bank), bank)
+    if validate:
+        check_range("index", index, N, look=True)
+        _check_directions(features, index, bank)
+    with torch.no_grad():
+        try:
+            torch.ops.ntdne_kernels.update_bank_(bank, features, index, momentum)
+        except RuntimeError:
+            # The CPU kernel found a bad value, before it wrote anything: say which.
+            if _can_look_inside(index):
+                check_range("index", index, N)
+                _check_directions(features, index, bank)
+            raise
+    return bank
+
+
+def check_number(
+    name: str, value: float, low: float, high: float, *, lower_included: bool = False, upper_included: bool = False
+) -> None:
+    """ValueError or TypeError that names the number unless it lies between low and high."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    above = value >= low if lower_included else value > low
+    below = value <= high if upper_included else value < high
+    if not (above and below):
+        interval = f"{'[' if lower_included else '('}{low}, {high}{']' if upper_included else ')'}"
+        raise ValueError(f"{name}: expected a number in {interval}, got {value}")
+
+
+def check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
+    """ValueError that names the argument unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_range(name: str, index: Tensor, N: int, *, look: bool = False) -> None:
+    """IndexError unless every index is −1 or a row of a bank of N rows; looks at GPU values only if told to."""
+    if not (look or _can_look_inside(index)):
+        return
+    wrong = (index < NOT_IN_BANK) | (index >= N)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise IndexError(f"{name}: expected -1 or a bank row from 0 to {N - 1}, got {int(index[row])} at row {row}")
+
+
+def _backend(name: str | None) -> Backend | None:
+    if name is None:
+        return STREAMING
+    check_choice("backend", name, tuple(BACKENDS))
+    return BACKENDS[name]
+
+
+def _can_look_inside(tensor: Tensor) -> bool:
+    """Whether values cost nothing to read: on a CPU, outside of a compiler's trace."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_bank(bank: Tensor) -> int:
+    _check_matrix("bank", bank, "(N, D)")
+    if bank.dtype not in BANK_DTYPES:
+        raise TypeError(f"bank: expected float64, float32, float16 or bfloat16, got {bank.dtype}")
+    if bank.numel() == 0:
+        raise ValueError(f"bank: expected at least one row and one column, got shape {tuple(bank.shape)}")
+    return len(bank)
+
+
+def _check_features(features: Tensor, bank: Tensor) -> int:
+    _check_matrix("features", features, "(B, D)")
+    if features.dtype not in BANK_DTYPES:
+        raise TypeError(f"features: expected float64, float32, float16 or bfloat16, got {features.dtype}")
+    if features.size(1) != bank.size(1):
+        raise ValueError(f"features: expected {bank.size(1)} columns as in the bank, got shape {tuple(features.shape)}")
+    _check_device("features", features.device, bank)
+    return len(features)
+
+
+def _check_matrix(name: str, matrix: Tensor, shape: str) -> None:
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"{name}: expected a float tensor, got {type(matrix).__name__}")
+    if not matrix.is_floating_point():
+        raise TypeError(f"{name}: expected a float tensor, got {matrix.dtype}")
+    if matrix.dim() != 2:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(matrix.shape)}")
+
+
+def _check_per_query(name: str, values: Tensor, B: int, bank: Tensor) -> Tensor:
+    values = check_labels(values, name)
+    if len(values) != B:
+        raise ValueError(f"{name}: expected one value for each of the {B} features, got {len(values)}")
+    _check_device(name, values.device, bank)
+    return values
+
+
+def _check_device(name: str, device: torch.device, bank: Tensor) -> None:
+    if device != bank.device:
+        raise ValueError(f"{name}: expected the bank's device, {bank.device}, got {device}")
+
+
+def _check_directions(features: Tensor, index: Tensor, bank: Tensor) -> None:
+    norm = torch.linalg.vector_norm(features.to(accumulator_dtype(bank.dtype)), dim=1)
+    wrong = ~((norm > 0) & norm.isfinite()) & (index != NOT_IN_BANK)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"features: expected rows of positive, finite norm, got norm {float(norm[row])} in row {row}; "
+            "nothing was written"
+        )

@@ -1,0 +1,331 @@
+"""NTDNELoss and SNCALoss: the modules a training loop uses. Each owns the memory bank of its archive.
+
+Shapes: B images of a batch, N images of the archive, D features.
+"""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntdne_kernels import functional
+from ntdne_kernels.bank import MemoryBank, fill_bank
+from ntdne_kernels.functional import NOT_IN_BANK, check_choice, check_number, check_range
+from ntdne_kernels.label_index import UNLABELLED, check_labels
+from ntdne_kernels.ops import losses
+from ntdne_kernels.ops.bank_update import accumulator_dtype
+
+REFRESH_CHUNK = 1024  # bank rows scored at a time
+
+
+class _NeighbourhoodLoss(nn.Module):
+    """What NTDNELoss and SNCALoss share: the bank, and the scores of a batch against it."""
+
+    def __init__(
+        self,
+        labels: Tensor,
+        dim: int,
+        *,
+        sigma: float,
+        momentum: float,
+        reduction: str,
+        fused: bool,
+        validate: bool,
+        generator: torch.Generator | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        check_number("sigma", sigma, 0, float("inf"))
+        check_number("momentum", momentum, 0, 1, lower_included=True, upper_included=True)
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        self.sigma = sigma
+        self.momentum = momentum
+        self.reduction = reduction
+        self.fused = fused
+        self.validate = validate
+        self.memory = MemoryBank(labels, dim, generator=generator, device=device, dtype=dtype)
+        self.epoch = 0
+        self._epoch_was_set = False
+        self._images_seen = 0
+
+    def forward(
+        self,
+        features: Tensor,
+        index: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        return_scores: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Loss of a batch against the whole archive.
+
+        Args:
+            features: (B, D) of any float dtype; normalised here.
+            index: (B,) image of each feature, not its own neighbour; −1 or None: it is not in the archive.
+            labels: (B,) classes of the features whose index is −1. The others have the archive's label.
+            return_scores: also return the scores p (B,), eq. 4, detached.
+
+        Returns:
+            The loss, or (loss, scores); float32, or float64 for a float64 bank.
+
+        Raises:
+            TypeError, ValueError, IndexError: an argument is not as described. Values are looked at on a CPU, and on a
+                GPU only with validate=True, which synchronises.
+        """
+        log_p, index = self._log_scores(features, index, labels)
+        loss = self._loss(log_p, index)
+        if self.training:
+            self._note_training(len(features))
+            self.memory.scores[index] = log_p.detach().to(self.memory.scores.dtype)
+        return (loss, log_p.detach().exp()) if return_scores else loss
+
+    def update_bank(self, features: Tensor, index: Tensor) -> None:
+        """Blend the batch into the bank (eq. 15), in place; detaches by itself. See `functional.update_bank_`."""
+        self.memory.update_(features, index, self.momentum, validate=self.validate)
+
+    def fill_bank(self, encoder: nn.Module, loader: Iterable[Any], *, progress: bool = True) -> int:
+        """Replace the bank by the encoder's features of the archive; see `ntdne_kernels.fill_bank`."""
+        return fill_bank(self.memory, encoder, loader, progress=progress)
+
+    @torch.no_grad()
+    def refresh_indicator(self) -> None:
+        """Score every image anew from its bank row: N²·D work. The results are `memory.last_log_p`."""
+        memory = self.memory
+        places = torch.arange(len(memory), device=memory.storage.device)
+        ordered_labels = memory.labels[memory.order]
+        for chunk in places.split(REFRESH_CHUNK):
+            log_p = functional.leave_one_out_log_scores(
+                memory.storage[chunk],
+                memory.storage,
+                ordered_labels[chunk],
+                memory.index,
+                chunk,
+                sigma=self.sigma,
+                backend=self._backend,
+            )
+            memory.scores[memory.order[chunk]] = log_p.to(memory.scores.dtype)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the loss which epoch begins, from 0, as with DistributedSampler.set_epoch."""
+        if isinstance(epoch, bool) or not isinstance(epoch, int):
+            raise TypeError(f"epoch: expected an integer, got {type(epoch).__name__}")
+        if epoch < 0:
+            raise ValueError(f"epoch: expected 0 or more, got {epoch}")
+        self.epoch = epoch
+        self._epoch_was_set = True
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "epoch_was_set": self._epoch_was_set}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.set_epoch(state["epoch"])
+        self._epoch_was_set = state["epoch_was_set"]
+
+    @property
+    def _backend(self) -> str | None:
+        return None if self.fused else "reference"
+
+    def _loss(self, log_p: Tensor, index: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _log_scores(self, features: Tensor, index: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """log p (B,) and the image of each feature (B,), −1 for none."""
+        memory = self.memory
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            found = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(f"features: expected a float tensor, got {found}")
+        if features.dim() != 2 or features.size(1) != memory.storage.size(1):
+            raise ValueError(
+                f"features: expected shape (B, {memory.storage.size(1)}) as in the bank, got {tuple(features.shape)}"
+            )
+        index, labels = self._images_and_labels(len(features), index, labels)
+        with torch.autocast(features.device.type, enabled=False):
+            wide = features.to(accumulator_dtype(memory.storage.dtype))
+            unit = nn.functional.normalize(wide, dim=1)
+        log_p = functional.leave_one_out_log_scores(
+            unit, memory.storage, labels, memory.index, memory.places(index), sigma=self.sigma, backend=self._backend
+        )
+        return log_p, index
+
+    def _images_and_labels(self, B: int, index: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        memory = self.memory
+        if index is None and labels is None:
+            raise ValueError("index: expected the images of the batch, or labels for features without one; got neither")
+        for name, given in (("index", index), ("labels", labels)):
+            if given is None:
+                continue
+            if len(check_labels(given, name)) != B:
+                raise ValueError(f"{name}: expected one value for each of the {B} features, got {len(given)}")
+            if given.device != memory.labels.device:
+                raise ValueError(f"{name}: expected the bank's device, {memory.labels.device}, got {given.device}")
+        if index is None:
+            index = memory.labels.new_full((B,), NOT_IN_BANK)
+        else:
+            index = check_labels(index, "index")
+            check_range("index", index, len(memory), look=self.validate)
+        if labels is None:
+            looking = self.validate or (index.device.type == "cpu" and not torch.compiler.is_compiling())
+            if looking and bool((index == NOT_IN_BANK).any()):
+                row = int((index == NOT_IN_BANK).nonzero()[0])
+                raise ValueError(f"labels: expected labels, because index is -1 in row {row}; got None")
+            labels = torch.full_like(index, UNLABELLED)
+        stored = memory.labels[index.clamp(min=0)]
+        return index, torch.where(index >= 0, stored, labels.to(torch.int64))
+
+    def _note_training(self, B: int) -> None:
+        """Warn, once each, of two ways to train that cannot be meant."""
+        if torch.compiler.is_compiling():
+            return
+        first = self._images_seen == 0
+        self._images_seen += B
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if first and distributed and torch.distributed.get_world_size() > 1:
+            warnings.warn(
+                f"each of the {torch.distributed.get_world_size()} ranks keeps a bank of its own, which sees only that "
+                "rank's images: the banks drift apart",
+                stacklevel=3,
+            )
+
+
+class NTDNELoss(_NeighbourhoodLoss):
+    """Noise-tolerant deep neighbourhood embedding: (1 − p^q)/q of the leave-one-out score p, pruned where p ≤ k.
+
+    The score p (eq. 4) is the share of an image's neighbours in feature space, over the whole archive, that carry its
+    label. The loss (eq. 9) grows less steeply than −log p where p is small, and from `warmup_epochs` on it is constant
+    there (eq. 13), so images whose neighbours disagree with their label no longer train the encoder.
+
+    Call `set_epoch` before each epoch and `update_bank` after each step.
+
+    Args:
+        labels: (N,) integer class of each archive image; −1 is unlabelled.
+        dim: D, features per image.
+        sigma: temperature σ > 0 (eq. 3).
+        q: exponent in (0, 1].
+        k: pruning threshold in (0, 1), or None to prune nothing.
+        warmup_epochs: first epoch that prunes: T of the paper.
+        momentum: weight m in [0, 1] of the old bank row (eq. 15; 1 − λ).
+        indicator: which score decides on pruning: "current", that of this forward (eq. 14), or "stored", the image's
+            last one before it (images never scored are kept; `refresh_indicator` scores all).
+        reduction: "mean", "sum" or "none".
+        fused: stream the bank (the fastest backend for the device) instead of b×N PyTorch; the numbers are the same.
+        validate: look for bad values on a GPU too, which synchronises.
+        generator: source of the bank's random start.
+        device, dtype: of the bank. The dtype decides the arithmetic, whatever autocast says.
+
+    Attributes:
+        sigma, q, k, momentum: may be changed between steps, by a schedule say.
+        memory: the `MemoryBank`.
+        pruning: whether this epoch prunes.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        dim: int = 128,
+        *,
+        sigma: float = 0.1,
+        q: float = 0.7,
+        k: float | None = 0.3,
+        warmup_epochs: int = 20,
+        momentum: float = 0.5,
+        indicator: str = "current",
+        reduction: str = "mean",
+        fused: bool = True,
+        validate: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        check_number("q", q, 0, 1, upper_included=True)
+        if k is not None:
+            check_number("k", k, 0, 1)
+        check_number("warmup_epochs", warmup_epochs, 0, float("inf"), lower_included=True)
+        check_choice("indicator", indicator, ("current", "stored"))
+        super().__init__(
+            labels,
+            dim,
+            sigma=sigma,
+            momentum=momentum,
+            reduction=reduction,
+            fused=fused,
+            validate=validate,
+            generator=generator,
+            device=device,
+            dtype=dtype,
+        )
+        self.q = q
+        self.k = k
+        self.warmup_epochs = warmup_epochs
+        self.indicator = indicator
+        # Read by forward in place of the epoch, which would make a compiled forward compile anew every epoch.
+        self.pruning = warmup_epochs == 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the loss which epoch begins, from 0; from epoch `warmup_epochs` on it prunes."""
+        super().set_epoch(epoch)
+        self.pruning = epoch >= self.warmup_epochs
+
+    def extra_repr(self) -> str:
+        return f"sigma={self.sigma}, q={self.q}, k={self.k}, warmup_epochs={self.warmup_epochs}, fused={self.fused}"
+
+    def _loss(self, log_p: Tensor, index: Tensor) -> Tensor:
+        decisive = None
+        if self.indicator == "stored":
+            decisive = torch.where(index >= 0, self.memory.scores[index].to(log_p.dtype), log_p.detach())
+        loss = losses.ntdne(log_p, self.q, self.k if self.pruning else None, decisive)
+        return losses.reduce(loss, self.reduction)
+
+    def _note_training(self, B: int) -> None:
+        super()._note_training(B)
+        never_set = not self._epoch_was_set and self.k is not None and self.warmup_epochs > 0
+        if never_set and not torch.compiler.is_compiling() and 0 < self._images_seen - len(self.memory) <= B:
+            warnings.warn(
+                f"the whole archive was seen and set_epoch was never called, so pruning never starts (warmup_epochs="
+                f"{self.warmup_epochs}); call criterion.set_epoch(epoch) before each epoch",
+                stacklevel=3,
+            )
+
+
+class SNCALoss(_NeighbourhoodLoss):
+    """Scalable neighbourhood component analysis: −log p of the leave-one-out score p (eq. 5), for comparison.
+
+    Images without a neighbour of their class are ignored. Arguments, attributes and methods as `NTDNELoss`.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        dim: int = 128,
+        *,
+        sigma: float = 0.1,
+        momentum: float = 0.5,
+        reduction: str = "mean",
+        fused: bool = True,
+        validate: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            labels,
+            dim,
+            sigma=sigma,
+            momentum=momentum,
+            reduction=reduction,
+            fused=fused,
+            validate=validate,
+            generator=generator,
+            device=device,
+            dtype=dtype,
+        )
+
+    def extra_repr(self) -> str:
+        return f"sigma={self.sigma}, fused={self.fused}"
+
+    def _loss(self, log_p: Tensor, index: Tensor) -> Tensor:
+        return losses.reduce_snca(log_p, self.reduction)

@@ -1,0 +1,37 @@
+"""log p as the formula reads, through PyTorch autograd and b×N matrices: the definition that tests the other backends.
+
+Shapes: B queries, N bank rows, D features.
+"""
+
+import torch
+from torch import Tensor
+
+from ntdne_kernels.ops.bank_update import accumulator_dtype
+from ntdne_kernels.ops.leave_one_out import Neighbours
+
+
+def log_scores(features: Tensor, bank: Tensor, neighbours: Neighbours, sigma: float) -> Tensor:
+    """log p (B,) = log Σ_{j of i's class} exp(f_i·f_j/σ) − log Σ_j exp(f_i·f_j/σ), j ≠ r_i (eq. 2-4)."""
+    with torch.autocast(bank.device.type, enabled=False):
+        if neighbours.order is not None:
+            bank = bank[neighbours.order]
+        j = torch.arange(len(bank), device=bank.device)
+        if neighbours.bank_labels is not None:
+            same = neighbours.same.unsqueeze(1) == neighbours.bank_labels
+        else:
+            same = (neighbours.same[:, :1] <= j) & (j < neighbours.same[:, 1:])
+        neighbour = j != neighbours.excluded.unsqueeze(1)
+        same &= neighbour
+
+        logits = _values_of(features, bank.dtype) @ _values_of(bank, bank.dtype).t() / sigma
+        # A query without positives (or without neighbours) gets its −inf at the end: inside, −inf has no gradient.
+        has_positive = same.any(dim=1)
+        log_same = torch.logsumexp(logits.masked_fill(~same & has_positive.unsqueeze(1), -torch.inf), dim=1)
+        log_all = torch.logsumexp(logits.masked_fill(~neighbour & has_positive.unsqueeze(1), -torch.inf), dim=1)
+        return torch.where(has_positive, (log_same - log_all).clamp(max=0), -torch.inf)
+
+
+def _values_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x rounded to `dtype`, held in the dtype sums are made in; the gradient passes the rounding unrounded."""
+    wide = x.to(accumulator_dtype(dtype))
+    return wide + (wide.detach().to(dtype).to(wide.dtype) - wide.detach())
