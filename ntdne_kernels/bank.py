@@ -155,21 +155,18 @@ class MemoryBank(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load all or nothing. Under strict=False a checkpoint's other labels replace those of this bank."""
+        """Load all of the bank or nothing of it."""
         found = [state_dict.get(prefix + name) for name in ("storage", "labels", "order", "scores")]
         if all(isinstance(tensor, Tensor) for tensor in found):
-            problem = self._disagreement(*found, strict=strict)  # type: ignore[arg-type]
+            problem = self._disagreement(*found)  # type: ignore[arg-type]
             if problem is not None:
                 error_msgs.append(f"{prefix.rstrip('.') or 'MemoryBank'}: {problem}; nothing was loaded into the bank.")
                 return
-            self._index_labels(state_dict[prefix + "labels"].to(self.labels.device))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _disagreement(
-        self, storage: Tensor, labels: Tensor, order: Tensor, scores: Tensor, *, strict: bool
-    ) -> str | None:
+    def _disagreement(self, storage: Tensor, labels: Tensor, order: Tensor, scores: Tensor) -> str | None:
         """Why a checkpoint does not fit this bank, or None."""
         N, D = self.storage.shape
         if storage.shape != self.storage.shape:
@@ -179,12 +176,12 @@ class MemoryBank(nn.Module):
         if not torch.equal(torch.sort(labels, stable=True).indices, order):
             return "the checkpoint's row order is not the class order of its labels"
         differs = labels.to(self.labels.device) != self.labels
-        if strict and bool(differs.any()):
+        if bool(differs.any()):
             image = int(differs.nonzero()[0])
             return (
                 f"labels differ at {int(differs.sum())} of {N} images, first at image {image}: {int(labels[image])} in "
-                f"the checkpoint, {int(self.labels[image])} here. If the archive is the same, load with strict=False "
-                "to take the checkpoint's labels"
+                f"the checkpoint, {int(self.labels[image])} here. If the archive is the same, give the bank the "
+                "checkpoint's labels first: memory.relabel(labels)"
             )
         return None
 

@@ -34,4 +34,6 @@ def log_scores(features: Tensor, bank: Tensor, neighbours: Neighbours, sigma: fl
 def _values_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x rounded to `dtype`, held in the dtype sums are made in; the gradient passes the rounding unrounded."""
     wide = x.to(accumulator_dtype(dtype))
+    if x.dtype == dtype or wide.dtype == dtype:
+        return wide
     return wide + (wide.detach().to(dtype).to(wide.dtype) - wide.detach())

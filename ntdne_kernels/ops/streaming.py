@@ -124,6 +124,8 @@ def bank_gradient(
     """`Backend.bank_gradient` (eq. 12 without its loss factor) in tiles."""
     with torch.autocast(bank.device.type, enabled=False):
         queries = features.to(bank.dtype).to(accumulator_dtype(bank.dtype)) / sigma
+        # Queries without positives get no weight; their own sums may be empty, and −inf − (−inf) is NaN.
+        log_sum_all = torch.where(log_p == -torch.inf, torch.inf, log_sum_all)
         log_sum_same = torch.where(log_p == -torch.inf, torch.inf, log_sum_all + log_p)
         gradient = torch.empty_like(bank, memory_format=torch.contiguous_format)
         partial: Tensor | None = None

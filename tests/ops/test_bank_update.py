@@ -1,0 +1,275 @@
+"""The bank update op, compiled and in PyTorch: values, order, what it refuses, and what PyTorch asks of it."""
+
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+from ntdne_kernels.functional import update_bank_
+from ntdne_kernels.ops import bank_update
+from tests import formulas
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def compiled(bank: Tensor, features: Tensor, index: Tensor, momentum: float) -> None:
+    if not bank_update.LIBRARY_LOADED:
+        pytest.skip("the package was built without a compiler")
+    torch.ops.ntdne_kernels.update_bank_(bank, features, index, momentum)
+
+
+@pytest.fixture(params=[compiled, bank_update.update_bank_in_pytorch], ids=["compiled", "pytorch"])
+def update(request: pytest.FixtureRequest):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _no_fallback_warning(monkeypatch):
+    monkeypatch.setattr(bank_update, "_warned", {"cpu", "cuda"})
+
+
+def made(B: int, N: int, D: int, bank_dtype: torch.dtype, feature_dtype: torch.dtype, device: torch.device):
+    source = torch.Generator().manual_seed(B * N + D)
+    bank = nn.functional.normalize(torch.randn(N, D, generator=source, dtype=torch.float64), dim=1)
+    features = 3 * torch.randn(B, D, generator=source, dtype=torch.float64)
+    index = torch.randint(0, N, (B,), generator=source)
+    return bank.to(device, bank_dtype), features.to(device, feature_dtype), index.to(device)
+
+
+@pytest.mark.parametrize("bank_dtype", FLOATS)
+@pytest.mark.parametrize("feature_dtype", FLOATS)
+def test_rows_are_those_of_the_formula_in_every_dtype(update, bank_dtype, feature_dtype, device):
+    for B, N, D in [(1, 1, 1), (5, 9, 3), (40, 30, 16), (33, 200, 131)]:
+        bank, features, index = made(B, N, D, bank_dtype, feature_dtype, device)
+        expected = torch.tensor(formulas.update_bank(bank.cpu(), features.cpu(), index.cpu(), 0.7)).double()
+        update(bank, features, index, 0.7)
+        # One rounding to the bank's dtype per update of a row, on top of the rounding of the accumulator.
+        accuracy = max(torch.finfo(bank_dtype).eps, torch.finfo(torch.float32).eps if bank_dtype != FLOATS[0] else 0)
+        repeats = int(index.bincount().max())
+        tolerance = (2 * repeats + 2) * accuracy if bank_dtype != torch.float64 else 1e-7
+        torch.testing.assert_close(bank.double().cpu(), expected, rtol=0, atol=tolerance)
+
+
+def test_a_float64_bank_is_computed_in_float64(update, device):
+    bank, features, index = made(20, 50, 12, torch.float64, torch.float64, device)
+    expected = formulas.update_bank(bank.cpu(), features.cpu(), index.cpu(), 0.3)
+    update(bank, features, index, 0.3)
+    torch.testing.assert_close(bank.cpu(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_an_index_given_several_times_is_applied_in_batch_order(update, dtype, device):
+    """Bit for bit the same as updates of one feature each."""
+    bank, features, _ = made(100, 6, 33, dtype, torch.float32, device)
+    index = torch.randint(0, 6, (100,), generator=torch.Generator().manual_seed(0)).to(device)
+    one_by_one = bank.clone()
+    for i in range(100):
+        update(one_by_one, features[i : i + 1], index[i : i + 1], 0.9)
+    update(bank, features, index, 0.9)
+    assert torch.equal(bank, one_by_one)
+
+
+def test_the_number_of_threads_changes_nothing(update):
+    bank, features, index = made(3000, 500, 64, torch.float32, torch.float32, torch.device("cpu"))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(bank.clone())
+            update(results[-1], features, index, 0.5)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_other_rows_are_not_touched(update, device):
+    bank, features, index = made(4, 50, 8, torch.float32, torch.float32, device)
+    before = bank.clone()
+    update(bank, features, index, 0.5)
+    others = torch.ones(50, dtype=torch.bool, device=device).index_fill_(0, index, False)
+    assert torch.equal(bank[others], before[others])
+    assert not torch.equal(bank[~others], before[~others])
+
+
+def test_a_vanishing_blend_becomes_the_new_feature(update, device):
+    bank = torch.tensor([[1.0, 0.0], [0.0, 1.0]], device=device)
+    update(bank, torch.tensor([[-2.0, 0.0]], device=device), torch.tensor([0], device=device), 0.5)
+    assert bank.tolist() == [[-1, 0], [0, 1]]
+
+
+def test_momentum_zero_and_one(update, device):
+    bank, features, index = made(5, 40, 16, torch.float64, torch.float64, device)
+    before = bank.clone()
+    update(bank, features, index, 1.0)
+    torch.testing.assert_close(bank, before)
+    update(bank, features, index, 0.0)
+    last = {int(row): i for i, row in enumerate(index)}
+    for row, i in last.items():
+        torch.testing.assert_close(bank[row], nn.functional.normalize(features[i], dim=0))
+
+
+def test_index_minus_one_is_left_out_whatever_its_feature_is(update, device):
+    bank, features, index = made(4, 10, 8, torch.float32, torch.float32, device)
+    without = bank.clone()
+    update(without, features[1:], index[1:], 0.5)
+    features[0], index[0] = torch.nan, -1
+    update(bank, features, index, 0.5)
+    assert torch.equal(bank, without)
+
+
+def test_strided_features_and_indices(update, device):
+    bank, features, index = made(6, 10, 8, torch.float32, torch.float32, device)
+    other = bank.clone()
+    update(bank, features, index, 0.5)
+    update(other, features.t().contiguous().t(), torch.stack([index, index], 1)[:, 1], 0.5)
+    assert torch.equal(bank, other)
+
+
+def test_empty_batch_changes_nothing(update, device):
+    bank, features, index = made(3, 10, 8, torch.float32, torch.float32, device)
+    before = bank.clone()
+    update(bank, features[:0], index[:0], 0.5)
+    assert torch.equal(bank, before)
+
+
+@pytest.mark.parametrize("bad", [0.0, torch.nan, torch.inf])
+def test_a_cpu_refuses_a_feature_without_direction_and_writes_nothing(update, bad):
+    bank, features, index = made(6, 10, 8, torch.float32, torch.float32, torch.device("cpu"))
+    before = bank.clone()
+    features[4] = bad
+    with pytest.raises(RuntimeError, match="norm 0 or is not finite"):
+        update(bank, features, index, 0.5)
+    assert torch.equal(bank, before)
+
+
+@pytest.mark.parametrize("bad", [10, -2, 2**62])
+def test_a_cpu_refuses_an_index_outside_the_bank_and_writes_nothing(update, bad):
+    bank, features, index = made(6, 10, 8, torch.float32, torch.float32, torch.device("cpu"))
+    before = bank.clone()
+    index[5] = bad
+    with pytest.raises(RuntimeError, match="out of range"):
+        update(bank, features, index, 0.5)
+    assert torch.equal(bank, before)
+
+
+@pytest.mark.gpu
+def test_a_gpu_leaves_bad_features_out_and_counts_them(update):
+    device = torch.device("cuda")
+    bank, features, index = made(6, 10, 8, torch.float32, torch.float32, device)
+    expected = bank.clone()
+    update(expected, features[3:], index[3:], 0.5)
+    features[0], features[1], index[2] = 0, torch.nan, 10
+
+    def count() -> int:
+        if update is compiled:
+            return torch.ops.ntdne_kernels.skipped_rows(bank)
+        return bank_update.skipped_rows_in_pytorch(bank)
+
+    before = count()
+    update(bank, features, index, 0.5)
+    assert torch.equal(bank, expected)
+    assert count() == before + 3
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_what_a_cpu_gives():
+    bank, features, index = made(300, 100, 48, torch.float32, torch.float32, torch.device("cpu"))
+    on_gpu = bank.cuda()
+    compiled(bank, features, index, 0.5)
+    compiled(on_gpu, features.cuda(), index.cuda(), 0.5)
+    torch.testing.assert_close(on_gpu.cpu(), bank, rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_gpu_update_runs_on_the_current_stream():
+    bank, features, index = made(8, 10, 8, torch.float32, torch.float32, torch.device("cuda"))
+    expected = bank.clone()
+    compiled(expected, features * 2, index, 0.5)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        features.mul_(2)
+        features[0] += 0
+        compiled(bank, features, index, 0.5)
+    stream.synchronize()
+    assert torch.equal(bank, expected)
+
+
+@pytest.mark.gpu
+def test_a_gpu_update_is_one_launch():
+    bank, features, index = made(256, 1000, 128, torch.float32, torch.float32, torch.device("cuda"))
+    compiled(bank, features, index, 0.5)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        compiled(bank, features, index, 0.5)
+    assert sum(event.count for event in profile.key_averages()) == 1
+
+
+@pytest.mark.parametrize("bump", [compiled, bank_update.update_bank_in_pytorch])
+def test_the_bank_version_counter_rises_so_that_a_stale_backward_raises(bump, device):
+    bank, features, index = made(4, 10, 8, torch.float32, torch.float32, device)
+    weight = torch.ones(8, device=device, requires_grad=True)
+    product = (bank * weight).sum()
+    version = bank._version
+    bump(bank, features, index, 0.5)
+    assert bank._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_schema_returns_nothing_and_mutates_the_bank_alone():
+    schema = torch.ops.ntdne_kernels.update_bank_.default._schema
+    assert str(schema) == (
+        "ntdne_kernels::update_bank_(Tensor(a!) bank, Tensor features, Tensor index, float momentum) -> ()"
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_opcheck(dtype, device):
+    given = made(4, 10, 8, dtype, torch.float32, device)
+    torch.library.opcheck(torch.ops.ntdne_kernels.update_bank_.default, (*given, 0.5))
+
+
+def test_compiles_into_one_graph_that_does_not_copy_the_bank(device):
+    bank, features, index = made(4, 1000, 8, torch.float32, torch.float32, device)
+    expected = bank.clone()
+    update_bank_(expected, features * 2, index, 0.5)
+
+    def step(bank: Tensor, features: Tensor, index: Tensor) -> None:
+        update_bank_(bank, features * 2, index, 0.5)
+
+    _, code = run_and_get_code(torch.compile(step, fullgraph=True), bank, features, index)
+    assert torch.equal(bank, expected)
+    # The op is given the graph's input itself, and the graph allocates nothing of its size.
+    assert re.search(r"update_bank_\.default\(arg\d+_1,", code[0])
+    assert not re.search(r"empty_strided\w*\(\(1000, 8\)", code[0])
+
+
+def test_autocast_changes_nothing(device):
+    bank, features, index = made(4, 10, 8, torch.float32, torch.float32, device)
+    other = bank.clone()
+    update_bank_(bank, features, index, 0.5)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        update_bank_(other, features, index, 0.5)
+    assert torch.equal(bank, other)
+
+
+def test_a_missing_compiled_kernel_is_said_once(monkeypatch):
+    monkeypatch.setattr(bank_update, "_warned", set())
+    monkeypatch.setattr(bank_update, "LIBRARY_LOADED", False)
+    bank, features, index = made(4, 10, 8, torch.float32, torch.float32, torch.device("cpu"))
+    with pytest.warns(RuntimeWarning, match="without a C\\+\\+ compiler") as warned:
+        bank_update.update_bank_in_pytorch(bank, features, index, 0.5)
+        bank_update.update_bank_in_pytorch(bank, features, index, 0.5)
+    assert len(warned) == 1
+
+
+def test_large_features_do_not_lose_their_direction(update, device):
+    bank = torch.eye(2, device=device)
+    update(bank, torch.tensor([[3e18, 4e18]], device=device), torch.tensor([0], device=device), 0.0)
+    torch.testing.assert_close(bank[0].cpu(), torch.tensor([0.6, 0.8]))
+    assert math.isclose(float(bank[1, 1]), 1)

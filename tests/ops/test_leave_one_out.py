@@ -1,0 +1,441 @@
+"""The primitive, in every backend: values, both gradients, edge cases, and what PyTorch asks of an operation."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ntdne_kernels import LabelIndex
+from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, ntdne_loss
+from ntdne_kernels.ops import streaming
+from tests import formulas
+from tests.conftest import Archive
+
+FUSED = [name for name, backend in BACKENDS.items() if backend is not None]
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["labels", "index", "sorted index"])
+def by(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def arguments(archive: Archive, by: str) -> tuple[Tensor, Tensor, Tensor, Tensor | LabelIndex, Tensor]:
+    """The archive as plain labels, as an index of rows in any order, or as an index of rows in class order."""
+    features, bank, labels, bank_labels, index = archive.arguments()
+    if by == "labels":
+        return features, bank, labels, bank_labels, index
+    classes = LabelIndex.from_labels(bank_labels)
+    if by == "index" or classes.order is None:
+        return features, bank, labels, classes, index
+    place = torch.where(index >= 0, classes.position[index.clamp(min=0)], -1)
+    ordered = LabelIndex.from_labels(bank_labels[classes.order])
+    assert ordered.order is None
+    return features, bank[classes.order], labels, ordered, place
+
+
+def labels_of(archive: Archive, by: str) -> Tensor:
+    """(N,) labels of the bank that `arguments` returns."""
+    return archive.bank_labels.sort(stable=True).values if by == "sorted index" else archive.bank_labels
+
+
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several ragged tiles and query blocks also in a small archive."""
+    monkeypatch.setattr(streaming, "TILE_ELEMENTS", {"cpu": 28, "cuda": 28})
+    monkeypatch.setattr(streaming, "QUERIES_PER_TILE", 4)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.1, 0.03, 0.01])
+def test_log_p_and_both_gradients_are_those_of_the_formulas(backend, by, sigma, device, monkeypatch):
+    small_tiles(monkeypatch)
+    archive = Archive(device=device)
+    features, bank, labels, bank_labels, index = arguments(archive, by)
+    features, bank = features.requires_grad_(), bank.clone().requires_grad_()
+    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, sigma=sigma, backend=backend)
+    upstream = torch.linspace(-1, 2, len(log_p), dtype=torch.float64, device=device)
+    finite = log_p > -torch.inf
+    (log_p[finite] * upstream[finite]).sum().backward()
+
+    expected, p, p_same = formulas.leave_one_out(features, bank, labels, labels_of(archive, by), index, sigma)
+    to_features, to_bank = formulas.log_p_gradients(features, bank, p, p_same, upstream.tolist(), sigma)
+    assert any(math.isinf(x) for x in expected)
+    assert any(not math.isinf(x) for x in expected)
+    scale = 1e-13 / sigma
+    torch.testing.assert_close(log_p.cpu(), torch.tensor(expected, dtype=torch.float64), rtol=scale, atol=scale)
+    torch.testing.assert_close(
+        features.grad.cpu(), torch.tensor(to_features, dtype=torch.float64), rtol=10 * scale, atol=10 * scale
+    )
+    torch.testing.assert_close(
+        bank.grad.cpu(), torch.tensor(to_bank, dtype=torch.float64), rtol=10 * scale, atol=10 * scale
+    )
+
+
+@given(
+    B=st.integers(0, 9),
+    N=st.integers(1, 30),
+    D=st.sampled_from([1, 2, 7, 16]),
+    C=st.sampled_from([1, 2, 30]),
+    seed=st.integers(0, 99),
+    sigma=st.sampled_from([0.1, 0.02]),
+    unlabelled=st.booleans(),
+    tile=st.sampled_from([1, 13, 1 << 16]),
+)
+def test_every_shape_agrees_with_the_reference(B, N, D, C, seed, sigma, unlabelled, tile):
+    archive = Archive(B, N, D, C, seed=seed, unlabelled=unlabelled)
+    for by in ("labels", "index", "sorted index"):
+        results = {}
+        for backend in BACKENDS:
+            features, bank, labels, bank_labels, index = arguments(archive, by)
+            features, bank = features.clone().requires_grad_(), bank.clone().requires_grad_()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(streaming, "TILE_ELEMENTS", {"cpu": tile})
+                loss = ntdne_loss(features, bank, labels, bank_labels, index, sigma=sigma, backend=backend)
+                loss.backward()
+            results[backend] = (loss.detach(), features.grad, bank.grad)
+        for name in FUSED:
+            torch.testing.assert_close(results[name], results["reference"], rtol=1e-9, atol=1e-10)
+
+
+def plain_pytorch(archive: Archive, sigma: float) -> tuple[Tensor, Tensor]:
+    """log p and its gradient as one writes them in PyTorch: products in the bank's dtype, float32 softmax."""
+    features = archive.features.clone().requires_grad_()
+    logits = (features.to(archive.bank.dtype) @ archive.bank.t()).float() / sigma
+    own = torch.arange(len(archive.bank), device=logits.device) == archive.index.unsqueeze(1)
+    log_share = torch.log_softmax(logits.masked_fill(own, -torch.inf), dim=1)
+    same = (archive.labels.unsqueeze(1) == archive.bank_labels) & ~own
+    log_p = torch.logsumexp(log_share.masked_fill(~same, -torch.inf), dim=1)
+    log_p.sum().backward()
+    return log_p.detach(), features.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sigma", [0.1, 0.05, 0.03, 0.02])
+def test_error_is_at_most_twice_that_of_plain_pytorch_in_the_same_dtype(backend, by, dtype, sigma, device):
+    archive = Archive(B=64, N=5000, D=48, C=10, dtype=dtype, device=device, unlabelled=False)
+    archive.labels.clamp_(min=0)
+    exact = archive.features.double().requires_grad_()
+    truth = leave_one_out_log_scores(
+        exact, archive.bank.double(), *archive.arguments()[2:], sigma=sigma, backend="reference"
+    )
+    truth.sum().backward()
+    features, bank, labels, bank_labels, index = arguments(archive, by)
+    features = features.clone().requires_grad_()
+    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, sigma=sigma, backend=backend)
+    log_p.sum().backward()
+    plain_log_p, plain_gradient = plain_pytorch(archive, sigma)
+    assert log_p.dtype == torch.float32
+
+    epsilon = torch.finfo(torch.float32).eps / sigma  # rounding of s/σ itself
+    assert (log_p - truth).abs().max() <= 2 * (plain_log_p - truth).abs().max() + epsilon
+    error = (features.grad - exact.grad).norm(dim=1).max()
+    assert error <= 2 * (plain_gradient - exact.grad).norm(dim=1).max() + epsilon * exact.grad.norm(dim=1).max()
+
+
+def test_far_positives_at_a_low_temperature_have_a_finite_score(backend, by, device):
+    """The truth is near −115; sums with a common offset underflow to −inf."""
+    bank = nn.functional.normalize(torch.tensor([[1.0, 0.02], [1.0, 0.0], [-0.15, 1.0]], device=device), dim=1)
+    archive = Archive(1, 3, 2, 2, device=device, dtype=torch.float32)
+    archive.features = bank[1:2].clone()
+    archive.bank, archive.bank_labels = bank, torch.tensor([0, 1, 1], device=device)
+    archive.labels, archive.index = torch.tensor([1], device=device), torch.tensor([1], device=device)
+    features, bank, labels, bank_labels, index = arguments(archive, by)
+    features.requires_grad_()
+    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, sigma=0.01, backend=backend)
+    log_p.sum().backward()
+    expected, p, p_same = formulas.leave_one_out(features, bank, labels, labels_of(archive, by), index, 0.01)
+    to_features, _ = formulas.log_p_gradients(features, bank, p, p_same, [1.0], 0.01)
+    assert -120 < expected[0] < -110
+    assert log_p.item() == pytest.approx(expected[0], rel=1e-6)
+    torch.testing.assert_close(features.grad.cpu(), torch.tensor(to_features), rtol=1e-5, atol=1e-4)
+
+
+def test_score_is_never_above_one(backend, by, device):
+    """With one class p = 1; the difference of two rounded logarithms may come out above 0."""
+    for sigma in (0.1, 0.01):
+        archive = Archive(B=50, N=400, D=8, C=1, dtype=torch.float32, device=device, unlabelled=False)
+        archive.labels.zero_()
+        log_p = leave_one_out_log_scores(*arguments(archive, by), sigma=sigma, backend=backend)
+        assert log_p.max() <= 0
+        assert log_p.min() > -1e-5
+
+
+def test_query_without_positives_has_minus_infinity_and_zero_gradient(backend, by, device):
+    archive = Archive(B=3, N=6, device=device)
+    archive.bank_labels = torch.tensor([0, 1, 1, 2, -1, -1], device=device)
+    archive.index = torch.tensor([0, 4, -1], device=device)  # alone in its class; unlabelled; of a class not there
+    archive.labels = torch.tensor([0, -1, 3], device=device)
+    features, bank, labels, bank_labels, index = arguments(archive, by)
+    features, bank = features.requires_grad_(), bank.clone().requires_grad_()
+    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, backend=backend)
+    assert (log_p == -torch.inf).all()
+    torch.where(log_p.isinf(), log_p * 0.5, log_p).sum().backward()
+    assert torch.equal(features.grad, torch.zeros_like(features))
+    assert torch.equal(bank.grad, torch.zeros_like(bank))
+
+
+def test_bank_of_only_the_query_itself_is_defined(backend, device):
+    row = torch.ones(1, 1, device=device)
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    for sigma in (0.1, 0.01):
+        features = row.clone().requires_grad_()
+        log_p = leave_one_out_log_scores(features, row, zero, zero, zero, sigma=sigma, backend=backend)
+        log_p.sum().backward()
+        assert log_p.item() == -math.inf
+        assert features.grad.item() == 0
+
+
+def test_unlabelled_rows_count_as_neighbours_but_never_as_the_same_class(backend, by, device):
+    archive = Archive(B=4, N=30, C=2, device=device)
+    archive.labels.clamp_(min=0)
+    before = leave_one_out_log_scores(*arguments(archive, by), backend=backend)
+    victims = archive.bank_labels == 1
+    archive.bank_labels = torch.where(victims, -1, archive.bank_labels)
+    after = leave_one_out_log_scores(*arguments(archive, by), backend=backend)
+    zeros = archive.labels == 0
+    torch.testing.assert_close(after[zeros], before[zeros])
+    assert (after[~zeros] == -torch.inf).all()
+
+
+def test_index_minus_one_or_none_excludes_nothing(backend, by, device):
+    archive = Archive(device=device)
+    archive.index.fill_(-1)
+    features, bank, labels, bank_labels, index = arguments(archive, by)
+    given_minus_one = leave_one_out_log_scores(features, bank, labels, bank_labels, index, backend=backend)
+    given_none = leave_one_out_log_scores(features, bank, labels, bank_labels, None, backend=backend)
+    assert torch.equal(given_minus_one, given_none)
+    expected, _, _ = formulas.leave_one_out(features, bank, labels, labels_of(archive, by), None, 0.1)
+    torch.testing.assert_close(given_none.cpu(), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_bank_may_be_the_batch_itself_and_both_gradients_add(backend, device):
+    archive = Archive(B=12, N=12, C=3, device=device, unlabelled=False)
+    own = torch.arange(12, device=device)
+    rows = archive.bank.clone().requires_grad_()
+    labels = archive.bank_labels
+    leave_one_out_log_scores(rows, rows, labels, labels, own, backend=backend).clamp(min=-50).sum().backward()
+    queries, bank = archive.bank.clone().requires_grad_(), archive.bank.clone().requires_grad_()
+    leave_one_out_log_scores(queries, bank, labels, labels, own, backend=backend).clamp(min=-50).sum().backward()
+    torch.testing.assert_close(rows.grad, queries.grad + bank.grad)
+    assert queries.grad.norm() > 0.1
+    assert bank.grad.norm() > 0.1
+
+
+def test_rows_in_another_order_give_the_same_scores(backend, by, device):
+    archive = Archive(B=6, N=50, device=device)
+    before = leave_one_out_log_scores(*arguments(archive, by), backend=backend)
+    shuffle = torch.randperm(50, generator=torch.Generator().manual_seed(1)).to(device)
+    archive.bank, archive.bank_labels = archive.bank[shuffle], archive.bank_labels[shuffle]
+    place = torch.argsort(shuffle)
+    archive.index = torch.where(archive.index >= 0, place[archive.index.clamp(min=0)], -1)
+    after = leave_one_out_log_scores(*arguments(archive, by), backend=backend)
+    torch.testing.assert_close(after, before)
+
+
+def test_integer_dtypes_and_strides_of_every_kind_are_accepted(backend, device):
+    archive = Archive(B=6, N=20, D=4, device=device)
+    features, bank, labels, bank_labels, index = archive.arguments()
+    expected = leave_one_out_log_scores(features, bank, labels, bank_labels, index, backend=backend)
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        given = [x.to(dtype) for x in (labels, bank_labels, index)]
+        assert torch.equal(leave_one_out_log_scores(features, bank, *given, backend=backend), expected)
+    transposed = features.t().contiguous().t()
+    spread = torch.empty(20, 8, dtype=bank.dtype, device=device)[:, ::2].copy_(bank)
+    every_second = torch.stack([labels, labels], dim=1)[:, 0]
+    result = leave_one_out_log_scores(transposed, spread, every_second, bank_labels, index, backend=backend)
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_of_scores_and_gradients(backend, dtype, device):
+    for feature_dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        archive = Archive(dtype=dtype, device=device)
+        features = archive.features.to(feature_dtype).requires_grad_()
+        bank = archive.bank.clone().requires_grad_()
+        log_p = leave_one_out_log_scores(features, bank, *archive.arguments()[2:], backend=backend)
+        log_p[log_p > -torch.inf].sum().backward()
+        assert log_p.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert features.grad.dtype == feature_dtype
+        assert bank.grad.dtype == dtype
+        assert features.grad.isfinite().all()
+
+
+def test_autocast_changes_nothing(backend, device):
+    archive = Archive(B=8, N=100, dtype=torch.float32, device=device)
+    results = []
+    for enabled in (False, True):
+        features = archive.features.clone().requires_grad_()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+            log_p = leave_one_out_log_scores(features, *archive.arguments()[1:], backend=backend)
+        log_p[log_p > -torch.inf].sum().backward()
+        results.append((log_p.detach(), features.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradcheck(backend, by, device):
+    archive = Archive(B=5, N=12, D=3, C=2, device=device, unlabelled=False)
+    archive.labels.clamp_(min=0)
+    features, bank, labels, bank_labels, index = arguments(archive, by)
+
+    def log_scores(features: Tensor, bank: Tensor) -> Tensor:
+        log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, sigma=0.5, backend=backend)
+        return log_p[log_p > -torch.inf]
+
+    assert torch.autograd.gradcheck(log_scores, (features.requires_grad_(), bank.clone().requires_grad_()))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_double_backward_raises(backend, device):
+    archive = Archive(device=device)
+    features = archive.features.clone().requires_grad_()
+    log_p = leave_one_out_log_scores(features, *archive.arguments()[1:], backend=backend)
+    (gradient,) = torch.autograd.grad(log_p[log_p > -torch.inf].exp().sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_retain_graph_gives_the_same_gradient_twice(backend, device):
+    archive = Archive(device=device)
+    features, bank = archive.features.clone().requires_grad_(), archive.bank.clone().requires_grad_()
+    loss = ntdne_loss(features, bank, *archive.arguments()[2:], backend=backend)
+    loss.backward(retain_graph=True)
+    first = features.grad.clone(), bank.grad.clone()
+    features.grad = bank.grad = None
+    loss.backward()
+    assert torch.equal(features.grad, first[0])
+    assert torch.equal(bank.grad, first[1])
+
+
+def test_upstream_gradients_of_any_stride(backend, device):
+    """`.sum()` sends a stride-0 gradient, a slice of a larger one a strided one."""
+    archive = Archive(device=device)
+    gradients = []
+    for upstream in (torch.ones(1, device=device).expand(9), torch.ones(18, device=device)[::2], None):
+        features = archive.features.clone().requires_grad_()
+        loss = ntdne_loss(features, *archive.arguments()[1:], reduction="none", backend=backend)
+        loss.sum().backward() if upstream is None else loss.backward(upstream.to(loss.dtype))
+        gradients.append(features.grad)
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+
+
+def test_empty_batch(backend, by, device):
+    archive = Archive(B=0, device=device)
+    features, bank, labels, bank_labels, index = arguments(archive, by)
+    features, bank = features.requires_grad_(), bank.clone().requires_grad_()
+    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, backend=backend)
+    assert log_p.shape == (0,)
+    log_p.sum().backward()
+    assert features.grad.shape == (0, 5)
+    assert torch.equal(bank.grad, torch.zeros_like(bank))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_fused_backends_keep_nothing_of_the_bank(backend, device):
+    """forward, update, forward, update, backward: the gradient is that of the rows each forward saw."""
+    archive = Archive(device=device)
+    expected = torch.zeros_like(archive.features)
+    for bank in (archive.bank, -archive.bank):
+        features = archive.features.clone().requires_grad_()
+        ntdne_loss(features, bank, *archive.arguments()[2:], backend="reference").backward()
+        expected += features.grad
+    features, bank = archive.features.clone().requires_grad_(), archive.bank.clone()
+    first = ntdne_loss(features, bank, *archive.arguments()[2:], backend=backend)
+    bank.neg_()
+    second = ntdne_loss(features, bank, *archive.arguments()[2:], backend=backend)
+    bank.zero_()
+    (first + second).backward()
+    torch.testing.assert_close(features.grad, expected)
+
+
+def test_changing_a_bank_that_backward_needs_raises(backend, device):
+    archive = Archive(device=device)
+    features = archive.features.clone().requires_grad_()
+    bank = archive.bank.clone().requires_grad_()
+    rows = bank * 1
+    loss = ntdne_loss(features, rows, *archive.arguments()[2:], backend=backend)
+    with torch.no_grad():
+        rows.neg_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradient_direction_is_not_made_without_need(monkeypatch):
+    archive = Archive()
+    wanted = []
+    original = torch.Tensor.addmm_
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *a, **k: wanted.append(1) or original(*a, **k))
+    with torch.no_grad():
+        leave_one_out_log_scores(archive.features.requires_grad_(), *archive.arguments()[1:], backend="streaming")
+    leave_one_out_log_scores(archive.features.detach(), *archive.arguments()[1:], backend="streaming")
+    assert not wanted
+    leave_one_out_log_scores(archive.features.requires_grad_(), *archive.arguments()[1:], backend="streaming")
+    assert wanted
+
+
+def op_arguments(archive: Archive, by: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    features, bank, labels, bank_labels, index = arguments(archive, by)
+    if isinstance(bank_labels, LabelIndex):
+        if bank_labels.position is not None:
+            index = torch.where(index >= 0, bank_labels.position[index.clamp(min=0)], -1)
+        return features, bank, bank_labels.ranges(labels), None, bank_labels.order, index
+    return features, bank, labels, bank_labels, None, index
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("need_direction", [True, False])
+def test_opcheck_of_the_forward(backend, by, dtype, need_direction, device):
+    ops = BACKENDS[backend]
+    torch.library.opcheck(ops.log_scores, (*op_arguments(Archive(dtype=dtype, device=device), by), 0.1, need_direction))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_opcheck_of_the_bank_gradient(backend, by, device):
+    ops = BACKENDS[backend]
+    given = op_arguments(Archive(device=device), by)
+    log_p, _, log_sum_all = ops.log_scores(*given, 0.1, False)
+    torch.library.opcheck(ops.bank_gradient, (*given, 0.1, log_p, log_sum_all, torch.ones_like(log_p)))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_eager_and_compiled_outputs_of_the_op_are_bitwise_equal(backend, by, device):
+    given = (*op_arguments(Archive(B=33, N=700, D=20, dtype=torch.float32, device=device), by), 0.1, True)
+    op = BACKENDS[backend].log_scores
+    compiled = torch.compile(lambda *inputs: op(*inputs), fullgraph=True)
+    for eager, traced in zip(op(*given), compiled(*given), strict=True):
+        assert torch.equal(eager, traced)
+
+
+def test_compiled_loss_and_gradients_agree_with_eager(backend, by, device):
+    given = arguments(Archive(B=16, N=90, dtype=torch.float32, device=device), by)
+    labels, bank_labels, index = given[2:]
+
+    def loss_of(features: Tensor, bank: Tensor) -> Tensor:
+        return ntdne_loss(features, bank, labels, bank_labels, index, k=0.3, backend=backend)
+
+    results = []
+    for function in (loss_of, torch.compile(loss_of, fullgraph=True)):
+        features, bank = (x.clone().requires_grad_() for x in given[:2])
+        loss = function(features, bank)
+        loss.backward()
+        results.append((loss.detach(), features.grad, bank.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_repeated_runs_are_bitwise_equal(backend, by, device):
+    archive = Archive(B=40, N=3000, D=32, dtype=torch.float32, device=device)
+    runs = []
+    for _ in range(5):
+        features = archive.features.clone().requires_grad_()
+        given = arguments(archive, by)
+        loss = ntdne_loss(features, *given[1:], backend=backend)
+        loss.backward()
+        runs.append((loss.detach(), features.grad))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
