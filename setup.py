@@ -52,7 +52,7 @@ def extension() -> dict:
     flags = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     settings = {
         "name": "ntdne_kernels._C",
-        "sources": ["csrc/update_bank_cpu.cpp"],
+        "sources": ["csrc/update_bank_cpu.cpp", "csrc/bf16_mm_cpu.cpp"],
         "depends": ["csrc/update_bank.h"],
         "extra_compile_args": {"cxx": flags},
         "py_limited_api": True,
@@ -72,4 +72,5 @@ def extension() -> dict:
     return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
-setup(options={"bdist_wheel": {"py_limited_api": "cp311"}}, **extension())
+if __name__ == "__main__":
+    setup(options={"bdist_wheel": {"py_limited_api": "cp311"}}, **extension())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.leave_one_out import Backend, bank_gradient_fake, log_scores_fake
+from ntdne_kernels.ops.products import add_weighted_rows_, scaled_scores_
 
 SMALLEST_PLAIN_SIGMA = 0.03  # exp(1.02/0.03) · 10^9 rows = 6·10^23, float32 ends at 3·10^38
 QUERIES_PER_TILE = 512
@@ -26,9 +27,10 @@ class _Sums:
     """Σ and v of B queries over the rows seen so far; relative to exp(maximum) where that is tracked."""
 
     def __init__(self, queries: Tensor, weighted: bool) -> None:
-        self.maximum = queries.new_full((len(queries),), -torch.inf)
-        self.total = queries.new_zeros(len(queries))
-        self.vector = torch.zeros_like(queries) if weighted else None
+        wide = accumulator_dtype(queries.dtype)
+        self.maximum = queries.new_full((len(queries),), -torch.inf, dtype=wide)
+        self.total = queries.new_zeros(len(queries), dtype=wide)
+        self.vector = torch.zeros_like(queries, dtype=wide) if weighted else None
 
     def add(self, weights: Tensor, tile: Tensor, rows: slice, tracked: bool) -> None:
         """Bank rows `tile` (n, D) with their weights (b, n) for the queries `rows`; tracked: with their logits."""
@@ -36,7 +38,7 @@ class _Sums:
             weights = torch.exp(weights - self._raise_maximum(weights, rows).unsqueeze(1))
         self.total[rows] += weights.sum(dim=1)
         if self.vector is not None:
-            self.vector[rows].addmm_(weights, tile)
+            add_weighted_rows_(self.vector[rows], weights, tile)
 
     def _raise_maximum(self, logits: Tensor, rows: slice) -> Tensor:
         """The maximum (b,) with these logits, to which the sums so far are rescaled; 0 where all are masked."""
@@ -63,7 +65,7 @@ def log_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Backend.log_scores` in tiles."""
     with torch.autocast(bank.device.type, enabled=False):
-        queries = features.to(bank.dtype).to(accumulator_dtype(bank.dtype)) / sigma
+        queries = features.to(bank.dtype)
         by_class = bank_labels is None and bank.device.type == "cpu"
         if by_class:
             # Queries of one class stand together, so a class's rows in a tile are one block of the logits.
@@ -74,7 +76,7 @@ def log_scores(
         tracked = sigma < SMALLEST_PLAIN_SIGMA
         masked = -torch.inf if tracked else 0  # what a row of another class holds
 
-        for start, tile, rows, weights in _tiles(queries, bank, order, excluded):
+        for start, tile, rows, weights in _tiles(queries, bank, order, excluded, sigma):
             if not tracked:
                 weights.exp_()
             all_rows.add(weights, tile, rows, tracked)
@@ -99,7 +101,7 @@ def log_scores(
             direction = same_rows.vector / same_rows.total.unsqueeze(1) - all_rows.vector / all_rows.total.unsqueeze(1)
             direction = torch.where((log_p == -torch.inf).unsqueeze(1), 0, direction / sigma)
         else:
-            direction = queries.new_empty((0, queries.size(1)))
+            direction = log_p.new_empty((0, queries.size(1)))
         if by_class:
             place = torch.empty_like(arrangement)
             place[arrangement] = torch.arange(len(place))
@@ -123,18 +125,18 @@ def bank_gradient(
 ) -> Tensor:
     """`Backend.bank_gradient` (eq. 12 without its loss factor) in tiles."""
     with torch.autocast(bank.device.type, enabled=False):
-        queries = features.to(bank.dtype).to(accumulator_dtype(bank.dtype)) / sigma
+        queries = features.to(bank.dtype)
         # Queries without positives get no weight; their own sums may be empty, and −inf − (−inf) is NaN.
         log_sum_all = torch.where(log_p == -torch.inf, torch.inf, log_sum_all)
         log_sum_same = torch.where(log_p == -torch.inf, torch.inf, log_sum_all + log_p)
         gradient = torch.empty_like(bank, memory_format=torch.contiguous_format)
         partial: Tensor | None = None
-        for start, tile, rows, logits in _tiles(queries, bank, order, excluded):
+        for start, tile, rows, logits in _tiles(queries, bank, order, excluded, sigma):
             others = _other_class(same[rows], bank_labels, order, start, len(tile))
             p_same = torch.exp(logits - log_sum_same[rows].unsqueeze(1)).masked_fill_(others, 0)
             p_all = logits.sub_(log_sum_all[rows].unsqueeze(1)).exp_()
-            weights = (p_same - p_all).mul_(grad_log_p[rows].unsqueeze(1))
-            contribution = weights.t() @ queries[rows]  # queries hold f/σ
+            weights = (p_same - p_all).mul_(grad_log_p[rows].unsqueeze(1) / sigma)
+            contribution = weights.t() @ queries[rows].to(weights.dtype)
             partial = contribution if rows.start == 0 or partial is None else partial + contribution
             if rows.stop == len(queries):
                 visited = slice(start, start + len(tile)) if order is None else order[start : start + len(tile)]
@@ -143,7 +145,7 @@ def bank_gradient(
 
 
 def _tiles(
-    queries: Tensor, bank: Tensor, order: Tensor | None, excluded: Tensor
+    queries: Tensor, bank: Tensor, order: Tensor | None, excluded: Tensor, sigma: float
 ) -> Iterator[tuple[int, Tensor, slice, Tensor]]:
     """Yield (first row, bank rows (n, D), slice of queries, logits (b, n)); the excluded row's logit is −inf."""
     B, N = len(queries), len(bank)
@@ -151,15 +153,14 @@ def _tiles(
     if B == 0:
         return
     length = max(TILE_ELEMENTS.get(bank.device.type, TILE_ELEMENTS["cpu"]) // block, 1)
-    buffer = queries.new_empty(block * min(length, N))
+    buffer = queries.new_empty(block * min(length, N), dtype=accumulator_dtype(bank.dtype))
     for start in range(0, N, length):
         stop = min(start + length, N)
         tile = bank[start:stop] if order is None else bank.index_select(0, order[start:stop])
-        tile = tile.to(queries.dtype)
         for first in range(0, B, block):
             rows = slice(first, min(first + block, B))
             logits = buffer[: (rows.stop - first) * len(tile)].view(-1, len(tile))
-            torch.mm(queries[rows], tile.t(), out=logits)
+            scaled_scores_(logits, queries[rows], tile, 1 / sigma)
             column = excluded[rows].unsqueeze(1) - start
             inside = (column >= 0) & (column < len(tile))
             column = torch.where(inside, column, 0)
