@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntdne_kernels.functional import BANK_DTYPES, NOT_IN_BANK, check_range, update_bank_
+from ntdne_kernels.functional import BANK_DTYPES, check_range, update_bank_
 from ntdne_kernels.label_index import LabelIndex, check_labels
+from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK
 
 INIT_CHUNK = 65536  # rows drawn at a time, so that the start needs no second bank
 

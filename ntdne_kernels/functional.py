@@ -13,17 +13,14 @@ import math
 import torch
 from torch import Tensor
 
-from ntdne_kernels.label_index import UNLABELLED, LabelIndex, check_labels
+from ntdne_kernels.label_index import LabelIndex, check_labels
 from ntdne_kernels.ops import losses, reference
 from ntdne_kernels.ops.bank_update import accumulator_dtype
-from ntdne_kernels.ops.leave_one_out import Backend, LeaveOneOutLogScores, Neighbours
+from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED, Backend, LeaveOneOutLogScores
 from ntdne_kernels.ops.streaming import STREAMING
 
 BACKENDS: dict[str, Backend | None] = {"reference": None, "streaming": STREAMING}
 BANK_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-NOT_IN_BANK = -1
-# Equals no label, also none that a user's bank_labels could hold by mistake.
-_MATCHES_NOTHING = torch.iinfo(torch.int64).min
 
 
 def ntdne_loss(
@@ -121,27 +118,22 @@ def leave_one_out_log_scores(
     labels = _check_per_query("labels", labels, B, bank)
     _check_device("bank_labels", labels_device, bank)
     if index is None:
-        excluded = labels.new_full((B,), NOT_IN_BANK)
+        index = labels.new_full((B,), NOT_IN_BANK)
     else:
-        excluded = _check_per_query("index", index, B, bank)
-        check_range("index", excluded, N)
+        index = _check_per_query("index", index, B, bank)
+        check_range("index", index, N)
     if _can_look_inside(labels) and bool((labels < UNLABELLED).any()):
         row = int((labels < UNLABELLED).nonzero()[0])
         raise ValueError(f"labels: expected -1 (unlabelled) or a class from 0, got {int(labels[row])} at row {row}")
 
-    if isinstance(bank_labels, LabelIndex):
-        if bank_labels.position is not None:
-            excluded = torch.where(excluded >= 0, bank_labels.position[excluded.clamp(min=0)], excluded)
-        neighbours = Neighbours(bank_labels.ranges(labels), None, bank_labels.order, excluded)
-    else:
-        comparable = torch.where(labels >= 0, labels, _MATCHES_NOTHING)
-        neighbours = Neighbours(comparable, bank_labels, None, excluded)
-
+    classes = bank_labels.tensors() if isinstance(bank_labels, LabelIndex) else [bank_labels]
     chosen = _backend(backend)
     if chosen is None:
-        return reference.log_scores(features, bank, neighbours, sigma)
+        return reference.log_scores(features, bank, labels, index, classes, sigma)
     need_direction = torch.is_grad_enabled() and features.requires_grad
-    log_p: Tensor = LeaveOneOutLogScores.apply(features, bank, *neighbours, float(sigma), chosen, need_direction)
+    log_p: Tensor = LeaveOneOutLogScores.apply(
+        features, bank, labels, index, classes, float(sigma), chosen, need_direction
+    )
     return log_p
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-UNLABELLED = -1
+from ntdne_kernels.ops.leave_one_out import UNLABELLED
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +55,11 @@ class LabelIndex:
             return LabelIndex(classes, offsets, None, None, len(labels))
         return LabelIndex(classes, offsets, order, invert(order), len(labels))
 
-    def ranges(self, labels: Tensor) -> Tensor:
-        """(B, 2) begin and end, in class order, of the rows with each of the (B,) labels; (0, 0) where none has."""
-        if len(self.classes) == 0:
-            return labels.new_zeros((len(labels), 2))
-        c = torch.searchsorted(self.classes, labels).clamp_(max=len(self.classes) - 1)
-        ranges = torch.stack([self.offsets[c], self.offsets[c + 1]], dim=1)
-        return torch.where((self.classes[c] == labels).unsqueeze(1), ranges, 0)
+    def tensors(self) -> list[Tensor]:
+        """classes and offsets, with order and position where the rows do not stand in class order."""
+        if self.order is None or self.position is None:
+            return [self.classes, self.offsets]
+        return [self.classes, self.offsets, self.order, self.position]
 
     def to(self, device: torch.device | str) -> "LabelIndex":
         """The same index on another device."""

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ntdne_kernels import functional
 from ntdne_kernels.bank import MemoryBank, fill_bank
-from ntdne_kernels.functional import NOT_IN_BANK, check_choice, check_number, check_range
-from ntdne_kernels.label_index import UNLABELLED, check_labels
+from ntdne_kernels.functional import check_choice, check_number, check_range
+from ntdne_kernels.label_index import check_labels
 from ntdne_kernels.ops import losses
 from ntdne_kernels.ops.bank_update import accumulator_dtype
+from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED
 
 REFRESH_CHUNK = 1024  # bank rows scored at a time
 

@@ -11,6 +11,7 @@ Shapes: B queries, N bank rows, D features.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ntdne_kernels.ops.bank_update import accumulator_dtype
+
+NOT_IN_BANK = -1
+UNLABELLED = -1
+# Equals no label, also none that a user's bank_labels could hold by mistake.
+_MATCHES_NOTHING = torch.iinfo(torch.int64).min
 
 
 class Neighbours(NamedTuple):
@@ -35,13 +41,42 @@ class Neighbours(NamedTuple):
     """(B,): the query itself, which is not its own neighbour; −1 where it is not in the bank."""
 
 
-class Backend(NamedTuple):
-    """The two passes over the bank, as custom ops."""
+def neighbours_of(labels: Tensor, index: Tensor, classes: list[Tensor]) -> Neighbours:
+    """Neighbours of queries with `labels` (B,) in the bank rows `index` (B,), −1 for none.
+
+    `classes` says which bank rows belong to which class: [labels of the rows (N,)], or the tensors of a `LabelIndex`,
+    [classes (C,), offsets (C + 1,)] for rows in class order, with [..., order (N,), position (N,)] for others.
+    """
+    if len(classes) == 1:
+        return Neighbours(torch.where(labels >= 0, labels, _MATCHES_NOTHING), classes[0], None, index)
+    ranges = class_ranges(labels, classes[0], classes[1])
+    if len(classes) == 2:
+        return Neighbours(ranges, None, None, index)
+    order, position = classes[2:]
+    place = torch.where(index >= 0, position[index.clamp(0, len(position) - 1)], index)
+    return Neighbours(ranges, None, order, place)
+
+
+def class_ranges(labels: Tensor, classes: Tensor, offsets: Tensor) -> Tensor:
+    """(B, 2) begin and end, in class order, of the rows with each of the (B,) labels; (0, 0) where none has."""
+    if len(classes) == 0:
+        return labels.new_zeros((len(labels), 2))
+    c = torch.searchsorted(classes, labels).clamp_(max=len(classes) - 1)
+    ranges = torch.stack([offsets[c], offsets[c + 1]], dim=1)
+    return torch.where((classes[c] == labels).unsqueeze(1), ranges, 0)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The two passes over the bank, as custom ops; labels, index and classes as in `neighbours_of`."""
 
     log_scores: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """(features, bank, *neighbours, sigma, need_direction) → log p (B,), ∂log p/∂f (B, D) or (0, D), log Σ_all (B,)."""
+    """(features, bank, labels, index, classes, sigma, need_direction) →
+
+    log p (B,), ∂log p/∂f (B, D) or (0, D), log Σ_all (B,).
+    """
     bank_gradient: Callable[..., Tensor]
-    """(features, bank, *neighbours, sigma, log_p, log_sum_all, grad_log_p) → gradient of the bank (N, D)."""
+    """(features, bank, labels, index, classes, sigma, log_p, log_sum_all, grad_log_p) → gradient of the bank (N, D)."""
 
 
 class LeaveOneOutLogScores(torch.autograd.Function):
@@ -52,20 +87,20 @@ class LeaveOneOutLogScores(torch.autograd.Function):
         ctx: Any,
         features: Tensor,
         bank: Tensor,
-        same: Tensor,
-        bank_labels: Tensor | None,
-        order: Tensor | None,
-        excluded: Tensor,
+        labels: Tensor,
+        index: Tensor,
+        classes: list[Tensor],
         sigma: float,
         backend: Backend,
         need_direction: bool,
     ) -> Tensor:
-        neighbours = Neighbours(same, bank_labels, order, excluded)
-        log_p, direction, log_sum_all = backend.log_scores(features, bank, *neighbours, sigma, need_direction)
+        log_p, direction, log_sum_all = backend.log_scores(
+            features, bank, labels, index, classes, sigma, need_direction
+        )
         ctx.sigma, ctx.backend = sigma, backend
         ctx.features_dtype = features.dtype
         if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(log_p, direction, log_sum_all, features, bank, *neighbours)
+            ctx.save_for_backward(log_p, direction, log_sum_all, features, bank, labels, index, *classes)
         else:
             ctx.save_for_backward(log_p, direction)
         return log_p
@@ -80,20 +115,19 @@ class LeaveOneOutLogScores(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_features = (grad_log_p.unsqueeze(1) * direction).to(ctx.features_dtype)
         if ctx.needs_input_grad[1]:
-            log_sum_all, features, bank, *neighbours = for_bank
+            log_sum_all, features, bank, labels, index, *classes = for_bank
             grad_bank = ctx.backend.bank_gradient(
-                features, bank, *neighbours, ctx.sigma, log_p, log_sum_all, grad_log_p
+                features, bank, labels, index, classes, ctx.sigma, log_p, log_sum_all, grad_log_p
             )
-        return grad_features, grad_bank, None, None, None, None, None, None, None
+        return grad_features, grad_bank, None, None, None, None, None, None
 
 
 def log_scores_fake(
     features: Tensor,
     bank: Tensor,
-    same: Tensor,
-    bank_labels: Tensor | None,
-    order: Tensor | None,
-    excluded: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: list[Tensor],
     sigma: float,
     need_direction: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from ntdne_kernels.ops.bank_update import accumulator_dtype
-from ntdne_kernels.ops.leave_one_out import Neighbours
+from ntdne_kernels.ops.leave_one_out import neighbours_of
 
 
-def log_scores(features: Tensor, bank: Tensor, neighbours: Neighbours, sigma: float) -> Tensor:
+def log_scores(
+    features: Tensor, bank: Tensor, labels: Tensor, index: Tensor, classes: list[Tensor], sigma: float
+) -> Tensor:
     """log p (B,) = log Σ_{j of i's class} exp(f_i·f_j/σ) − log Σ_j exp(f_i·f_j/σ), j ≠ r_i (eq. 2-4)."""
+    neighbours = neighbours_of(labels, index, classes)
     with torch.autocast(bank.device.type, enabled=False):
         if neighbours.order is not None:
             bank = bank[neighbours.order]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ntdne_kernels.ops.bank_update import accumulator_dtype
-from ntdne_kernels.ops.leave_one_out import Backend, bank_gradient_fake, log_scores_fake
+from ntdne_kernels.ops.leave_one_out import Backend, bank_gradient_fake, log_scores_fake, neighbours_of
 from ntdne_kernels.ops.products import add_weighted_rows_, scaled_scores_
 
 SMALLEST_PLAIN_SIGMA = 0.03  # exp(1.02/0.03) · 10^9 rows = 6·10^23, float32 ends at 3·10^38
@@ -56,16 +56,16 @@ class _Sums:
 def log_scores(
     features: Tensor,
     bank: Tensor,
-    same: Tensor,
-    bank_labels: Tensor | None,
-    order: Tensor | None,
-    excluded: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: list[Tensor],
     sigma: float,
     need_direction: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Backend.log_scores` in tiles."""
     with torch.autocast(bank.device.type, enabled=False):
         queries = features.to(bank.dtype)
+        same, bank_labels, order, excluded = neighbours_of(labels, index, classes)
         by_class = bank_labels is None and bank.device.type == "cpu"
         if by_class:
             # Queries of one class stand together, so a class's rows in a tile are one block of the logits.
@@ -114,10 +114,9 @@ def log_scores(
 def bank_gradient(
     features: Tensor,
     bank: Tensor,
-    same: Tensor,
-    bank_labels: Tensor | None,
-    order: Tensor | None,
-    excluded: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: list[Tensor],
     sigma: float,
     log_p: Tensor,
     log_sum_all: Tensor,
@@ -126,6 +125,7 @@ def bank_gradient(
     """`Backend.bank_gradient` (eq. 12 without its loss factor) in tiles."""
     with torch.autocast(bank.device.type, enabled=False):
         queries = features.to(bank.dtype)
+        same, bank_labels, order, excluded = neighbours_of(labels, index, classes)
         # Queries without positives get no weight; their own sums may be empty, and −inf − (−inf) is NaN.
         log_sum_all = torch.where(log_p == -torch.inf, torch.inf, log_sum_all)
         log_sum_same = torch.where(log_p == -torch.inf, torch.inf, log_sum_all + log_p)

@@ -379,13 +379,10 @@ def test_gradient_direction_is_not_made_without_need(monkeypatch):
     assert wanted
 
 
-def op_arguments(archive: Archive, by: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+def op_arguments(archive: Archive, by: str) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     features, bank, labels, bank_labels, index = arguments(archive, by)
-    if isinstance(bank_labels, LabelIndex):
-        if bank_labels.position is not None:
-            index = torch.where(index >= 0, bank_labels.position[index.clamp(min=0)], -1)
-        return features, bank, bank_labels.ranges(labels), None, bank_labels.order, index
-    return features, bank, labels, bank_labels, None, index
+    classes = bank_labels.tensors() if isinstance(bank_labels, LabelIndex) else [bank_labels]
+    return features, bank, labels, index, classes
 
 
 @pytest.mark.parametrize("backend", FUSED)
