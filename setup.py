@@ -1,7 +1,7 @@
-"""Builds the bank update op of csrc/ into ntdne_kernels/_C.abi3.so.
+"""Builds csrc/ into ntdne_kernels/_C_cpu.abi3.so and _C_cuda.abi3.so.
 
-The op uses PyTorch's stable ABI: one build serves torch 2.10 and newer and every Python from 3.11. What can be built
-is built: nothing without a C++ compiler or torch, the CPU kernel with them, the CUDA kernel too where nvcc is found
+The ops use PyTorch's stable ABI: one build serves torch 2.10 and newer and every Python from 3.11. What can be built
+is built: nothing without a C++ compiler or torch, the CPU kernels with them, the CUDA kernel too where nvcc is found
 (no GPU has to be visible). The package works in each case; the update then runs through PyTorch.
 """
 
@@ -34,7 +34,18 @@ def supported_architectures(toolkit: Path) -> str:
     """ARCHITECTURES that this nvcc knows, as TORCH_CUDA_ARCH_LIST writes them."""
     listed = subprocess.run([toolkit / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
     known = [arch for arch in ARCHITECTURES if f"compute_{arch.replace('.', '')}\n" in listed]
-    return ";".join(known) + "+PTX"
+    return ";".join(known or ARCHITECTURES) + "+PTX"
+
+
+def cuda_mismatch(toolkit: Path, torch_cuda: str | None) -> str | None:
+    """Why this nvcc cannot build for this torch, or None."""
+    if torch_cuda is None:
+        return "torch has no CUDA"
+    text = subprocess.run([toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)", text)
+    if release is None or release[1] != torch_cuda.split(".")[0]:
+        return f"nvcc is of CUDA {release[1] if release else '?'}, torch of CUDA {torch_cuda}"
+    return None
 
 
 def extension() -> dict:
@@ -50,26 +61,34 @@ def extension() -> dict:
         return {}
 
     flags = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    settings = {
-        "name": "ntdne_kernels._C",
-        "sources": ["csrc/update_bank_cpu.cpp", "csrc/bf16_mm_cpu.cpp"],
-        "depends": ["csrc/update_bank.h"],
-        "extra_compile_args": {"cxx": flags},
-        "py_limited_api": True,
-    }
+    modules = [
+        cpp_extension.CppExtension(
+            name="ntdne_kernels._C_cpu",
+            sources=["csrc/update_bank_cpu.cpp", "csrc/bf16_mm_cpu.cpp"],
+            depends=["csrc/update_bank.h"],
+            extra_compile_args={"cxx": flags},
+            py_limited_api=True,
+        )
+    ]
     toolkit = cuda_toolkit()
-    if toolkit is not None and torch.version.cuda is not None:
+    problem = "no nvcc" if toolkit is None else cuda_mismatch(toolkit, torch.version.cuda)
+    if toolkit is None or problem is not None:
+        print(f"ntdne_kernels: {problem}; building the update op for CPUs only", file=sys.stderr)
+    else:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", supported_architectures(toolkit))
         cpp_extension.CUDA_HOME = str(toolkit)
-        settings["sources"].append("csrc/update_bank_cuda.cu")
-        settings["extra_compile_args"] = {"cxx": [*flags, "-DUSE_CUDA"], "nvcc": [*flags, "-DUSE_CUDA"]}
-        module = cpp_extension.CUDAExtension(**settings)
-        # The CUDA runtime inside: the build loads whatever CUDA version the user's torch brings.
+        # A library of its own, so that the other one loads where torch has no CUDA.
+        module = cpp_extension.CUDAExtension(
+            name="ntdne_kernels._C_cuda",
+            sources=["csrc/update_bank_cuda.cu"],
+            depends=["csrc/update_bank.h"],
+            extra_compile_args={"cxx": [*flags, "-DUSE_CUDA"], "nvcc": [*flags, "-DUSE_CUDA"]},
+            py_limited_api=True,
+        )
+        # The CUDA runtime inside: the library then loads whatever CUDA version the user's torch brings.
         module.libraries = ["cudart_static" if name == "cudart" else name for name in module.libraries]
-    else:
-        print("ntdne_kernels: no nvcc, or torch without CUDA; building the update op for CPUs only", file=sys.stderr)
-        module = cpp_extension.CppExtension(**settings)
-    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+        modules.append(module)
+    return {"ext_modules": modules, "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 template <typename row_t>
 using accumulator_t = std::conditional_t<std::is_same_v<row_t, double>, double, float>;
 
-// A row whose blend with the new feature is shorter than this becomes the new feature.
+// A row whose blend with the new feature is shorter than this, or not finite, becomes the new feature.
 constexpr double kVanishing = 1e-12;
 
 // Index of a feature that belongs to no bank row: the update leaves it out.
@@ -45,7 +45,7 @@ void dispatch_float_type(const Tensor& tensor, const char* name, Function&& func
 
 // What keeps the kernels inside their buffers; everything a user can get wrong is explained in Python.
 inline void check_arguments(const Tensor& bank, const Tensor& features, const Tensor& index) {
-  STD_TORCH_CHECK(bank.dim() == 2 && bank.is_contiguous(), "update_bank_: bank must be a contiguous (N, D) tensor");
+  STD_TORCH_CHECK(bank.dim() == 2 && bank.size(1) > 0 && bank.is_contiguous(), "update_bank_: bank must be contiguous, (N, D)");
   STD_TORCH_CHECK(features.dim() == 2 && features.size(1) == bank.size(1), "update_bank_: features must be (B, D)");
   STD_TORCH_CHECK(
       index.dim() == 1 && index.size(0) == features.size(0) && index.scalar_type() == ScalarType::Long,

@@ -66,14 +66,14 @@ FOR_EACH_VECTOR_WIDTH void update_row(
     blend[d] = m * static_cast<acc_t>(row[d]) + (1 - m) * (static_cast<acc_t>(feature[d]) * scale);
   }
   const acc_t length = norm<acc_t>(blend, D);
-  if (length < static_cast<acc_t>(kVanishing)) {
-    for (int64_t d = 0; d < D; ++d) {
-      row[d] = static_cast<row_t>(static_cast<acc_t>(feature[d]) * scale);
-    }
-  } else {
+  if (length >= static_cast<acc_t>(kVanishing) && std::isfinite(length)) {
     const acc_t rescale = 1 / length;
     for (int64_t d = 0; d < D; ++d) {
       row[d] = static_cast<row_t>(blend[d] * rescale);
+    }
+  } else {
+    for (int64_t d = 0; d < D; ++d) {
+      row[d] = static_cast<row_t>(static_cast<acc_t>(feature[d]) * scale);
     }
   }
 }

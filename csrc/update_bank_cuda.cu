@@ -51,10 +51,10 @@ __device__ void update_row(row_t* row, const feature_t* feature, int64_t D, accu
     squares += x * x;
   }
   const acc_t norm = sqrt(warp_sum(squares));
-  const bool vanishes = norm < static_cast<acc_t>(kVanishing);
+  const bool has_direction = norm >= static_cast<acc_t>(kVanishing) && isfinite(norm);
   const acc_t rescale = 1 / norm;
   for (int64_t d = lane; d < D; d += kWarp) {
-    row[d] = static_cast<row_t>(vanishes ? static_cast<acc_t>(feature[d]) * scale : blend(d) * rescale);
+    row[d] = static_cast<row_t>(has_direction ? blend(d) * rescale : static_cast<acc_t>(feature[d]) * scale);
   }
 }
 

@@ -77,7 +77,7 @@ class MemoryBank(nn.Module):
             noise = torch.randn(rows.shape, generator=generator, device=source)
             rows.copy_(nn.functional.normalize(noise, dim=1))
         self.register_buffer("storage", storage)
-        # One place more than there are images: index −1, a query that is not in the bank, writes there.
+        # One place more than there are images, where queries that are not in the bank write theirs.
         self.register_buffer("scores", torch.full((len(labels) + 1,), torch.nan, device=labels.device))
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class MemoryBank(nn.Module):
         Raises:
             IndexError: an index is not an image of the bank (checked by PyTorch on a GPU).
         """
-        index = check_labels(index, "index")
+        index = self._check_index(index)
         if index.device.type == "cpu" and bool((index == NOT_IN_BANK).any()):
             raise IndexError(f"index: expected images from 0 to {len(self) - 1}, got -1")
         check_range("index", index, len(self))
@@ -114,7 +114,7 @@ class MemoryBank(nn.Module):
         self, features: Tensor, index: Tensor, momentum: float = 0.5, *, validate: bool = False
     ) -> "MemoryBank":
         """Blend (B, D) features into the rows of the images `index` (B,), in place; see `functional.update_bank_`."""
-        index = check_labels(index, "index")
+        index = self._check_index(index)
         check_range("index", index, len(self), look=validate)
         update_bank_(self.storage, features, self.places(index), momentum, validate=validate)
         return self
@@ -135,9 +135,20 @@ class MemoryBank(nn.Module):
         self.last_log_p.masked_fill_(labels != self.labels, torch.nan)
         self.labels.copy_(labels)
 
+    def record_(self, log_p: Tensor, index: Tensor) -> None:
+        """Remember the scores log p (B,) of the images `index` (B,); of an image given twice the higher one."""
+        place = torch.where((index >= 0) & (index < len(self)), index, len(self))
+        self.scores.scatter_reduce_(0, place, log_p.to(self.scores.dtype), "amax", include_self=False)
+
     def skipped_rows(self) -> int:
         """Features that updates on this bank's GPU have left out so far, for any bank; 0 on a CPU. Synchronises."""
         return int(torch.ops.ntdne_kernels.skipped_rows(self.storage))
+
+    def _check_index(self, index: Tensor) -> Tensor:
+        index = check_labels(index, "index")
+        if index.device != self.labels.device:
+            raise ValueError(f"index: expected the bank's device, {self.labels.device}, got {index.device}")
+        return index
 
     def _index_labels(self, labels: Tensor) -> None:
         index = LabelIndex.from_labels(labels)
@@ -157,18 +168,21 @@ class MemoryBank(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load all of the bank or nothing of it."""
-        found = [state_dict.get(prefix + name) for name in ("storage", "labels", "order", "scores")]
-        if all(isinstance(tensor, Tensor) for tensor in found):
-            problem = self._disagreement(*found)  # type: ignore[arg-type]
-            if problem is not None:
-                error_msgs.append(f"{prefix.rstrip('.') or 'MemoryBank'}: {problem}; nothing was loaded into the bank.")
-                return
+        problem = self.disagreement(state_dict, prefix)
+        if problem is not None:
+            error_msgs.append(f"{prefix.rstrip('.') or 'MemoryBank'}: {problem}; nothing was loaded into the bank.")
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _disagreement(self, storage: Tensor, labels: Tensor, order: Tensor, scores: Tensor) -> str | None:
-        """Why a checkpoint does not fit this bank, or None."""
+    def disagreement(self, state_dict: dict[str, Any], prefix: str = "") -> str | None:
+        """Why a checkpoint's entries under `prefix` do not fit this bank, or None."""
+        names = ("storage", "labels", "order", "scores")
+        missing = [prefix + name for name in names if prefix + name not in state_dict]
+        if missing:
+            return f"the checkpoint lacks {', '.join(missing)}"
+        storage, labels, order, scores = (state_dict[prefix + name] for name in names)
         N, D = self.storage.shape
         if storage.shape != self.storage.shape:
             return f"expected {N} images of {D} values, the checkpoint holds shape {tuple(storage.shape)}"
@@ -176,7 +190,7 @@ class MemoryBank(nn.Module):
             return f"the checkpoint's labels, order and scores do not belong to its {N} rows"
         if not torch.equal(torch.sort(labels, stable=True).indices, order):
             return "the checkpoint's row order is not the class order of its labels"
-        differs = labels.to(self.labels.device) != self.labels
+        differs: Tensor = labels.to(self.labels.device) != self.labels
         if bool(differs.any()):
             image = int(differs.nonzero()[0])
             return (

@@ -1,14 +1,16 @@
 """The losses and the bank update for people who keep their own bank: checks arguments and chooses a backend.
 
 Features and bank rows are expected to be unit vectors within 1 %; nothing here normalises them but `update_bank_`.
-What can be checked without asking a GPU for values always is: types, shapes, devices and numbers. Values inside tensors
-(an index outside the bank, a label below −1) are checked on a CPU. On a GPU, an index outside the bank excludes nothing
-and a label below −1 is unlabelled.
+What can be checked without asking a GPU for values always is: types, shapes, devices and numbers. Values inside the
+tensors of a batch (an index outside the bank, a query's label below −1) are checked on a CPU, outside torch.compile.
+Where they are not, an index outside the bank excludes nothing and a label below −1 is unlabelled. A tensor of bank
+labels is never searched for values below −1, which are unlabelled too; building a `LabelIndex` searches it once.
 
 Shapes: B queries, N bank rows, D features.
 """
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -143,7 +145,8 @@ def update_bank_(
     """Row index[i] of the bank becomes normalise(momentum·row + (1 − momentum)·features[i]/|features[i]|) (eq. 15).
 
     In place and outside autograd; features are normalised here. Where an index stands twice, its updates follow one
-    another in batch order, on every device. A row whose blend nearly vanishes (norm < 1e-12) becomes the new feature.
+    another in batch order, on every device. A row whose blend nearly vanishes (norm < 1e-12) or is not finite becomes
+    the new feature.
     A bfloat16 bank stalls at a momentum near 1: at 0.999 the step is below its rounding.
 
     On a CPU, bad values raise and nothing is written. On a GPU the kernel leaves such a feature out and counts it
@@ -176,9 +179,11 @@ def update_bank_(
     if validate:
         check_range("index", index, N, look=True)
         _check_directions(features, index, bank)
+    if not torch.compiler.is_compiling() and features.untyped_storage().data_ptr() == bank.untyped_storage().data_ptr():
+        features = features.clone()  # rows of the bank itself: an update must not read what another one wrote
     with torch.no_grad():
         try:
-            torch.ops.ntdne_kernels.update_bank_(bank, features, index, momentum)
+            torch.ops.ntdne_kernels.update_bank_(bank, features, index, float(momentum))
         except RuntimeError:
             # The CPU kernel found a bad value, before it wrote anything: say which.
             if _can_look_inside(index):
@@ -192,7 +197,7 @@ def check_number(
     name: str, value: float, low: float, high: float, *, lower_included: bool = False, upper_included: bool = False
 ) -> None:
     """ValueError or TypeError that names the number unless it lies between low and high."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     above = value >= low if lower_included else value > low
     below = value <= high if upper_included else value < high

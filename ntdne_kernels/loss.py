@@ -79,7 +79,7 @@ class _NeighbourhoodLoss(nn.Module):
         loss = self._loss(log_p, index)
         if self.training:
             self._note_training(len(features))
-            self.memory.scores[index] = log_p.detach().to(self.memory.scores.dtype)
+            self.memory.record_(log_p.detach(), index)
         return (loss, log_p.detach().exp()) if return_scores else loss
 
     def update_bank(self, features: Tensor, index: Tensor) -> None:
@@ -116,6 +116,11 @@ class _NeighbourhoodLoss(nn.Module):
             raise ValueError(f"epoch: expected 0 or more, got {epoch}")
         self.epoch = epoch
         self._epoch_was_set = True
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Leave the epoch too where the bank will refuse the checkpoint."""
+        if self.memory.disagreement(state_dict, f"{prefix}memory.") is None:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "epoch_was_set": self._epoch_was_set}
@@ -172,7 +177,7 @@ class _NeighbourhoodLoss(nn.Module):
                 row = int((index == NOT_IN_BANK).nonzero()[0])
                 raise ValueError(f"labels: expected labels, because index is -1 in row {row}; got None")
             labels = torch.full_like(index, UNLABELLED)
-        stored = memory.labels[index.clamp(min=0)]
+        stored = memory.labels[index.clamp(0, len(memory) - 1)]
         return index, torch.where(index >= 0, stored, labels.to(torch.int64))
 
     def _note_training(self, B: int) -> None:
@@ -208,7 +213,8 @@ class NTDNELoss(_NeighbourhoodLoss):
         warmup_epochs: first epoch that prunes: T of the paper.
         momentum: weight m in [0, 1] of the old bank row (eq. 15; 1 − λ).
         indicator: which score decides on pruning: "current", that of this forward (eq. 14), or "stored", the image's
-            last one before it (images never scored are kept; `refresh_indicator` scores all).
+            last one before it (images never scored are kept; `refresh_indicator` scores all). Not for a criterion under
+            activation checkpointing, whose second forward would see the scores of the first.
         reduction: "mean", "sum" or "none".
         fused: stream the bank (the fastest backend for the device) instead of b×N PyTorch; the numbers are the same.
         validate: look for bad values on a GPU too, which synchronises.
@@ -216,7 +222,8 @@ class NTDNELoss(_NeighbourhoodLoss):
         device, dtype: of the bank. The dtype decides the arithmetic, whatever autocast says.
 
     Attributes:
-        sigma, q, k, momentum: may be changed between steps, by a schedule say.
+        sigma, q, k, momentum: may be changed between steps, by a schedule say. A compiled criterion is compiled anew
+            for each new value; torch._dynamo.config.recompile_limit says how often.
         memory: the `MemoryBank`.
         pruning: whether this epoch prunes.
 
@@ -275,9 +282,13 @@ class NTDNELoss(_NeighbourhoodLoss):
         return f"sigma={self.sigma}, q={self.q}, k={self.k}, warmup_epochs={self.warmup_epochs}, fused={self.fused}"
 
     def _loss(self, log_p: Tensor, index: Tensor) -> Tensor:
+        check_number("q", self.q, 0, 1, upper_included=True)
+        if self.k is not None:
+            check_number("k", self.k, 0, 1)
         decisive = None
         if self.indicator == "stored":
-            decisive = torch.where(index >= 0, self.memory.scores[index].to(log_p.dtype), log_p.detach())
+            stored = self.memory.scores[index.clamp(0, len(self.memory) - 1)].to(log_p.dtype)
+            decisive = torch.where(index >= 0, stored, log_p.detach())
         loss = losses.ntdne(log_p, self.q, self.k if self.pruning else None, decisive)
         return losses.reduce(loss, self.reduction)
 

@@ -108,8 +108,11 @@ def test_a_checkpoint_with_a_damaged_order_is_refused():
 def test_a_checkpoint_without_rows_names_what_is_missing():
     state = bank_of().state_dict()
     del state["storage"]
-    with pytest.raises(RuntimeError, match='Missing key.*"storage"'):
-        bank_of().load_state_dict(state)
+    state["labels"] = state["labels"].flip(0)
+    bank = bank_of()
+    with pytest.raises(RuntimeError, match="the checkpoint lacks storage; nothing was loaded"):
+        bank.load_state_dict(state)
+    assert torch.equal(bank.labels, LABELS)
 
 
 def test_a_checkpoint_of_a_relabelled_archive_loads_after_relabel():
@@ -208,6 +211,26 @@ def test_skipped_rows_counts_what_a_gpu_left_out():
     assert bank.skipped_rows() == before + 1
 
 
-def test_skipped_rows_is_zero_on_a_cpu():
-    assert bank_update.skipped_rows_in_pytorch(bank_of().storage) == 0
-    assert bank_of().skipped_rows() == 0
+def test_a_cpu_skips_no_row_and_counts_none():
+    bank = bank_of()
+    for update in (torch.ops.ntdne_kernels.update_bank_, bank_update.update_bank_in_pytorch):
+        with pytest.raises(RuntimeError, match="norm 0"):
+            update(bank.storage, torch.zeros(1, 6), torch.tensor([0]), 0.5)
+    assert bank.skipped_rows() == 0
+
+
+def test_of_an_image_given_twice_the_higher_score_is_recorded():
+    bank = bank_of()
+    bank.last_log_p.fill_(-0.1)
+    bank.record_(torch.tensor([-3.0, -1.0, -2.0, -9.0, -0.5]), torch.tensor([4, 4, 4, 0, -1]))
+    assert bank.last_log_p[4] == -1
+    assert bank.last_log_p[0] == -9
+    assert (bank.last_log_p[[1, 2, 3, 5, 6, 7, 8, 9]] == -0.1).all()
+
+
+@pytest.mark.parametrize("method", ["rows", "update_"])
+def test_an_index_on_another_device_is_named(method):
+    index = torch.zeros(1, dtype=torch.int64, device="meta")
+    arguments = (index,) if method == "rows" else (torch.ones(1, 6), index)
+    with pytest.raises(ValueError, match="index: expected the bank's device, cpu, got meta"):
+        getattr(bank_of(), method)(*arguments)

@@ -345,6 +345,74 @@ def test_a_killed_and_resumed_run_continues_bit_for_bit(indicator, tmp_path):
         )
 
 
+def test_a_refused_checkpoint_leaves_the_epoch_too():
+    other = NTDNELoss(labels_of(seed=3), D, dtype=torch.float64)
+    other.set_epoch(30)
+    criterion = filled()
+    with pytest.raises(RuntimeError, match="memory: labels differ at"):
+        criterion.load_state_dict(other.state_dict())
+    assert criterion.epoch == 0
+    assert not criterion.pruning
+
+
+@pytest.mark.parametrize("loss", [NTDNELoss, SNCALoss])
+@pytest.mark.parametrize("fused", [True, False])
+def test_features_that_are_not_finite_show_in_the_loss(loss, fused):
+    """A diverged encoder must not train on in silence."""
+    features, index = batch()
+    for bad in (torch.nan, torch.inf):
+        given = features.clone()
+        given[3, 0] = bad
+        given.requires_grad_()
+        value = filled(loss, fused=fused)(given, index)
+        value.backward()
+        assert value.isnan()
+        assert given.grad[3].isnan().all()
+
+
+@pytest.mark.parametrize("values", [{"q": 0}, {"q": 2.0}, {"k": 0.0}, {"k": 1.5}, {"sigma": 0}, {"momentum": 2}])
+def test_a_schedule_that_leaves_the_range_is_named(values):
+    criterion = filled(warmup_epochs=0)
+    ((name, value),) = values.items()
+    setattr(criterion, name, value)
+    features, index = batch()
+    with pytest.raises(ValueError, match=f"{name}: expected a number in"):  # noqa: PT012
+        criterion(features, index)
+        criterion.update_bank(features, index)
+
+
+def ddp_worker(rank: int, store: str, results: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    criterion = filled(dtype=torch.float32)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.criterion = nn.Linear(D, D), criterion
+
+        def forward(self, images: Tensor, index: Tensor) -> Tensor:
+            features = self.encoder(images)
+            loss = self.criterion(features, index)
+            self.criterion.update_bank(features, index)
+            return loss
+
+    model = nn.parallel.DistributedDataParallel(Model(), broadcast_buffers=False)
+    features, index = batch(seed=1 + rank)
+    for _ in range(2):
+        model(features.float(), index).backward()
+    torch.save((model.module.encoder.weight.grad, criterion.memory.storage), f"{results}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel_averages_gradients_and_leaves_each_bank_alone(tmp_path):
+    store, results = str(tmp_path / "store"), str(tmp_path / "rank")
+    torch.multiprocessing.spawn(ddp_worker, (store, results), nprocs=2)
+    (first, first_bank), (second, second_bank) = (torch.load(f"{results}{rank}") for rank in (0, 1))
+    assert torch.equal(first, second)
+    assert not torch.equal(first_bank, second_bank)
+
+
 def test_a_copy_is_independent():
     criterion = filled()
     other = copy.deepcopy(criterion)

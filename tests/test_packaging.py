@@ -41,7 +41,7 @@ def test_works_without_the_compiled_library(tmp_path):
     shutil.copytree(Path(ntdne_kernels.__file__).parent, tmp_path / "ntdne_kernels", ignore=ignore)
     script = """
 import warnings, torch, ntdne_kernels
-assert not ntdne_kernels.ops.bank_update.LIBRARY_LOADED
+assert set(ntdne_kernels.ops.bank_update.LOAD_ERRORS) == {"cpu", "cuda"}
 criterion = ntdne_kernels.NTDNELoss(torch.arange(20) % 3, dim=4, dtype=torch.bfloat16)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -83,19 +83,49 @@ def test_builds_for_the_architectures_this_nvcc_knows(setup_script, tmp_path):
 
 def test_the_library_holds_code_for_every_architecture(setup_script):
     """Wherever nvcc is, also without a GPU."""
-    if setup_script.cuda_toolkit() is None or torch.version.cuda is None or "TORCH_CUDA_ARCH_LIST" in os.environ:
+    if setup_script.cuda_toolkit() is None or "cuda" in bank_update.LOAD_ERRORS or "TORCH_CUDA_ARCH_LIST" in os.environ:
         pytest.skip("needs nvcc, a torch with CUDA, and no other choice of architectures")
     triton = pytest.importorskip("triton")
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    (library,) = Path(ntdne_kernels.__file__).parent.glob("_C*.so")
+    library = Path(ntdne_kernels.__file__).parent / "_C_cuda.abi3.so"
     listed = subprocess.run([cuobjdump, "--list-elf", "--list-ptx", library], capture_output=True, text=True).stdout
     assert set(re.findall(r"sm_(\d+)\.cubin", listed)) == {"75", "80", "86", "89", "90", "100"}
     assert set(re.findall(r"sm_(\d+)\.ptx", listed)) == {"100"}
 
 
-def test_the_library_was_loaded_wherever_it_was_built():
-    built = any(Path(ntdne_kernels.__file__).parent.glob("_C*.so"))
-    assert built == bank_update.LIBRARY_LOADED
+def test_the_cuda_library_is_built_wherever_nvcc_is_of_torchs_version(setup_script):
+    toolkit = setup_script.cuda_toolkit()
+    if toolkit is None or setup_script.cuda_mismatch(toolkit, torch.version.cuda) is not None:
+        pytest.skip("needs an nvcc of torch's CUDA version")
+    assert "cuda" not in bank_update.LOAD_ERRORS
+
+
+def test_an_nvcc_of_another_version_is_not_used_and_named(setup_script, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.99'\n")
+    nvcc.chmod(0o755)
+    assert setup_script.cuda_mismatch(tmp_path, "13.0") == "nvcc is of CUDA 12, torch of CUDA 13.0"
+    assert setup_script.cuda_mismatch(tmp_path, "12.8") is None
+    assert setup_script.cuda_mismatch(tmp_path, None) == "torch has no CUDA"
+
+
+def test_loaded_kernels_take_the_place_of_the_pytorch_ones():
+    for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+        loaded = device_type not in bank_update.LOAD_ERRORS
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("ntdne_kernels::update_bank_", key) == loaded
+
+
+def test_a_library_that_does_not_load_is_named_and_the_package_works(tmp_path):
+    """As a build with CUDA does after torch was exchanged for one without."""
+    copy = tmp_path / "ntdne_kernels"
+    shutil.copytree(Path(ntdne_kernels.__file__).parent, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (copy / "_C_cuda.abi3.so").write_text("no library")
+    script = "from ntdne_kernels.ops.bank_update import LOAD_ERRORS; print(LOAD_ERRORS['cuda'])"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("_C_cuda.abi3.so does not load")
 
 
 def test_importing_the_package_brings_in_nothing_but_torch():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 VANISHING = 1e-12
-"""A row whose blend with the new feature is shorter than this becomes the new feature."""
+"""A row whose blend with the new feature is shorter than this, or not finite, becomes the new feature."""
 
 _skipped: dict[torch.device, Tensor] = {}
 _warned: set[str] = set()
@@ -49,7 +49,8 @@ def update_bank_in_pytorch(bank: Tensor, features: Tensor, index: Tensor, moment
             rows, unit = index[chosen], new[chosen]
             blend = momentum * bank[rows].to(new.dtype) + (1 - momentum) * unit
             length = torch.linalg.vector_norm(blend, dim=1, keepdim=True)
-            bank[rows] = torch.where(length < VANISHING, unit, blend / length).to(bank.dtype)
+            has_direction = (length >= VANISHING) & length.isfinite()
+            bank[rows] = torch.where(has_direction, blend / length, unit).to(bank.dtype)
 
 
 def _turns(index: Tensor) -> Tensor:
@@ -67,17 +68,11 @@ def skipped_rows_in_pytorch(bank: Tensor) -> int:
 
 def _warn_of_missing_kernel(device_type: str) -> None:
     """Say once per device type that the update runs without its compiled kernel, and what is missing."""
-    if LIBRARY_LOADED and device_type == "cuda":
-        missing = "nvcc"
-    elif not LIBRARY_LOADED and device_type in ("cpu", "cuda"):
-        missing = "a C++ compiler or torch"
-    else:
-        return  # no compiled kernel is meant for this device
-    if device_type not in _warned:
+    if device_type in LOAD_ERRORS and device_type not in _warned:
         _warned.add(device_type)
         warnings.warn(
-            f"bank updates on {device_type} run through PyTorch, right but slower: ntdne_kernels was built without "
-            f"{missing}. With both at hand: pip install --force-reinstall --no-deps --no-build-isolation ntdne_kernels",
+            f"bank updates on {device_type} run through PyTorch, right but slower: {LOAD_ERRORS[device_type]}. "
+            "Once that is mended, install again: pip install --force-reinstall --no-deps --no-build-isolation",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -87,11 +82,22 @@ def _update_bank_fake(bank: Tensor, features: Tensor, index: Tensor, momentum: f
     return None
 
 
-def _load_library() -> bool:
-    for path in Path(__file__).parent.parent.glob("_C*.so"):
-        torch.ops.load_library(path)
-        return True
-    return False
+def _load_libraries() -> dict[str, str]:
+    """Load what was built; why there is no kernel for a kind of device, for those without."""
+    errors = {}
+    for device_type, name, needs in (
+        ("cpu", "_C_cpu", "a C++ compiler and torch"),
+        ("cuda", "_C_cuda", "a C++ compiler, torch with CUDA and an nvcc of torch's CUDA version"),
+    ):
+        library = Path(__file__).parent.parent / f"{name}.abi3.so"
+        if not library.exists():
+            errors[device_type] = f"ntdne_kernels was built without {needs}"
+            continue
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:  # built for CUDA, and torch was exchanged for one without
+            errors[device_type] = f"{library.name} does not load ({error})"
+    return errors
 
 
 torch.library.define(
@@ -101,4 +107,4 @@ torch.library.impl("ntdne_kernels::update_bank_", "CompositeExplicitAutograd", u
 torch.library.register_fake("ntdne_kernels::update_bank_", _update_bank_fake)
 torch.library.define("ntdne_kernels::skipped_rows", "(Tensor bank) -> int")
 torch.library.impl("ntdne_kernels::skipped_rows", "CompositeExplicitAutograd", skipped_rows_in_pytorch)
-LIBRARY_LOADED = _load_library()
+LOAD_ERRORS = _load_libraries()

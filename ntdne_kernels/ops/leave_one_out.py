@@ -53,7 +53,8 @@ def neighbours_of(labels: Tensor, index: Tensor, classes: list[Tensor]) -> Neigh
     if len(classes) == 2:
         return Neighbours(ranges, None, None, index)
     order, position = classes[2:]
-    place = torch.where(index >= 0, position[index.clamp(0, len(position) - 1)], index)
+    inside = (index >= 0) & (index < len(position))
+    place = torch.where(inside, position[index.clamp(0, len(position) - 1)], NOT_IN_BANK)
     return Neighbours(ranges, None, order, place)
 
 

@@ -36,7 +36,7 @@ def reduce(loss: Tensor, reduction: str) -> Tensor:
 
 def reduce_snca(log_p: Tensor, reduction: str) -> Tensor:
     """−log p (eq. 5), reduced; queries without positives are ignored as by cross-entropy's `ignore_index`."""
-    kept = log_p > -torch.inf
+    kept = log_p != -torch.inf  # NaN is kept: it must show
     loss = torch.where(kept, -log_p, 0)
     if reduction == "mean":
         return loss.sum() / kept.sum().clamp(min=1)

@@ -20,7 +20,7 @@ from ntdne_kernels.ops.products import add_weighted_rows_, scaled_scores_
 SMALLEST_PLAIN_SIGMA = 0.03  # exp(1.02/0.03) · 10^9 rows = 6·10^23, float32 ends at 3·10^38
 QUERIES_PER_TILE = 512
 # 256 x 2048 float32 logits are 2 MB, what two cores hold in their L2: 1024 rows are 10 % slower, 4096 rows 3 %.
-TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
+TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
 
 
 class _Sums:
@@ -36,7 +36,7 @@ class _Sums:
         """Bank rows `tile` (n, D) with their weights (b, n) for the queries `rows`; tracked: with their logits."""
         if tracked:
             weights = torch.exp(weights - self._raise_maximum(weights, rows).unsqueeze(1))
-        self.total[rows] += weights.sum(dim=1)
+        self.total[rows].add_(weights.sum(dim=1))
         if self.vector is not None:
             add_weighted_rows_(self.vector[rows], weights, tile)
 
@@ -46,9 +46,9 @@ class _Sums:
         finite = torch.where(maximum == -torch.inf, 0, maximum)  # −inf − (−inf) is NaN
         shrink = torch.exp(self.maximum[rows] - finite)
         self.maximum[rows] = maximum
-        self.total[rows] *= shrink
+        self.total[rows].mul_(shrink)
         if self.vector is not None:
-            self.vector[rows] *= shrink.unsqueeze(1)
+            self.vector[rows].mul_(shrink.unsqueeze(1))
         return finite
 
 
@@ -64,7 +64,7 @@ def log_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Backend.log_scores` in tiles."""
     with torch.autocast(bank.device.type, enabled=False):
-        queries = features.to(bank.dtype)
+        queries = features.to(bank.dtype).contiguous()
         same, bank_labels, order, excluded = neighbours_of(labels, index, classes)
         by_class = bank_labels is None and bank.device.type == "cpu"
         if by_class:
@@ -96,7 +96,7 @@ def log_scores(
         if tracked:
             log_p += same_rows.maximum - all_rows.maximum
             log_sum_all += all_rows.maximum
-        log_p = torch.where(same_rows.total > 0, log_p, -torch.inf).clamp_(max=0)
+        log_p = torch.where(same_rows.total == 0, -torch.inf, log_p).clamp_(max=0)  # NaN stays NaN
         if same_rows.vector is not None and all_rows.vector is not None:
             direction = same_rows.vector / same_rows.total.unsqueeze(1) - all_rows.vector / all_rows.total.unsqueeze(1)
             direction = torch.where((log_p == -torch.inf).unsqueeze(1), 0, direction / sigma)
@@ -124,7 +124,7 @@ def bank_gradient(
 ) -> Tensor:
     """`Backend.bank_gradient` (eq. 12 without its loss factor) in tiles."""
     with torch.autocast(bank.device.type, enabled=False):
-        queries = features.to(bank.dtype)
+        queries = features.to(bank.dtype).contiguous()
         same, bank_labels, order, excluded = neighbours_of(labels, index, classes)
         # Queries without positives get no weight; their own sums may be empty, and −inf − (−inf) is NaN.
         log_sum_all = torch.where(log_p == -torch.inf, torch.inf, log_sum_all)
@@ -152,7 +152,9 @@ def _tiles(
     block = min(B, QUERIES_PER_TILE)
     if B == 0:
         return
-    length = max(TILE_ELEMENTS.get(bank.device.type, TILE_ELEMENTS["cpu"]) // block, 1)
+    # Neither the logits nor a copy of the bank rows, for which 64 columns are the least, may be larger than a tile.
+    elements = TILE_ELEMENTS.get(bank.device.type, TILE_ELEMENTS["cpu"])
+    length = max(elements // max(block, bank.size(1), 64), 1)
     buffer = queries.new_empty(block * min(length, N), dtype=accumulator_dtype(bank.dtype))
     for start in range(0, N, length):
         stop = min(start + length, N)

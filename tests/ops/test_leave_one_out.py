@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ntdne_kernels import LabelIndex
-from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, ntdne_loss
+from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, ntdne_loss, snca_loss
 from ntdne_kernels.ops import streaming
 from tests import formulas
 from tests.conftest import Archive
@@ -48,7 +48,7 @@ def labels_of(archive: Archive, by: str) -> Tensor:
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several ragged tiles and query blocks also in a small archive."""
-    monkeypatch.setattr(streaming, "TILE_ELEMENTS", {"cpu": 28, "cuda": 28})
+    monkeypatch.setattr(streaming, "TILE_ELEMENTS", {"cpu": 7 * 64, "cuda": 7 * 64})
     monkeypatch.setattr(streaming, "QUERIES_PER_TILE", 4)
 
 
@@ -85,7 +85,7 @@ def test_log_p_and_both_gradients_are_those_of_the_formulas(backend, by, sigma, 
     seed=st.integers(0, 99),
     sigma=st.sampled_from([0.1, 0.02]),
     unlabelled=st.booleans(),
-    tile=st.sampled_from([1, 13, 1 << 16]),
+    tile=st.sampled_from([1, 13 * 64, 1 << 16]),
 )
 def test_every_shape_agrees_with_the_reference(B, N, D, C, seed, sigma, unlabelled, tile):
     archive = Archive(B, N, D, C, seed=seed, unlabelled=unlabelled)
@@ -238,12 +238,13 @@ def test_rows_in_another_order_give_the_same_scores(backend, by, device):
     torch.testing.assert_close(after, before)
 
 
-def test_integer_dtypes_and_strides_of_every_kind_are_accepted(backend, device):
-    archive = Archive(B=6, N=20, D=4, device=device)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_integer_dtypes_and_strides_of_every_kind_are_accepted(backend, dtype, device):
+    archive = Archive(B=6, N=20, D=4, dtype=dtype, device=device)
     features, bank, labels, bank_labels, index = archive.arguments()
     expected = leave_one_out_log_scores(features, bank, labels, bank_labels, index, backend=backend)
-    for dtype in (torch.int8, torch.int16, torch.int32):
-        given = [x.to(dtype) for x in (labels, bank_labels, index)]
+    for integer in (torch.int8, torch.int16, torch.int32):
+        given = [x.to(integer) for x in (labels, bank_labels, index)]
         assert torch.equal(leave_one_out_log_scores(features, bank, *given, backend=backend), expected)
     transposed = features.t().contiguous().t()
     spread = torch.empty(20, 8, dtype=bank.dtype, device=device)[:, ::2].copy_(bank)
@@ -276,6 +277,49 @@ def test_autocast_changes_nothing(backend, device):
         log_p[log_p > -torch.inf].sum().backward()
         results.append((log_p.detach(), features.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_q_near_zero_is_snca_in_value_and_gradient(backend, device):
+    """Lemma 1, in float32."""
+    archive = Archive(B=20, N=60, dtype=torch.float32, device=device, unlabelled=False)
+    archive.labels.clamp_(min=0)
+    results = []
+    for loss, options in ((ntdne_loss, {"q": 1e-6}), (snca_loss, {})):
+        features = archive.features.clone().requires_grad_()
+        value = loss(features, *archive.arguments()[1:], backend=backend, **options)
+        value.backward()
+        results.append((value.detach(), features.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_features_that_are_not_finite_give_nan(backend, by, device):
+    archive = Archive(device=device)
+    features, bank, labels, bank_labels, index = arguments(archive, by)
+    clean = leave_one_out_log_scores(features, bank, labels, bank_labels, index, backend=backend)
+    spoilt = int((clean > -torch.inf).nonzero()[0])
+    features[spoilt] = torch.nan
+    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, backend=backend)
+    assert log_p[spoilt].isnan()
+    others = torch.arange(len(clean), device=device) != spoilt
+    assert torch.equal(log_p[others], clean[others])
+
+
+@pytest.mark.parametrize("B", [1, 3, 200])
+@pytest.mark.parametrize("D", [1, 96, 2000])
+def test_no_tile_is_larger_than_its_limit(B, D, monkeypatch):
+    """Also where few queries would allow for many rows; a tile of rows may have to be copied."""
+    seen = []
+    original = streaming.scaled_scores_
+    monkeypatch.setattr(
+        streaming,
+        "scaled_scores_",
+        lambda out, *rest: seen.append((out.numel(), rest[1].numel())) or original(out, *rest),
+    )
+    monkeypatch.setattr(streaming, "TILE_ELEMENTS", {"cpu": 4096})
+    archive = Archive(B, 3000, D, dtype=torch.float32)
+    leave_one_out_log_scores(*archive.arguments(), backend="streaming")
+    assert len(seen) > 1
+    assert max(max(pair) for pair in seen) <= 4096
 
 
 def test_gradcheck(backend, by, device):
