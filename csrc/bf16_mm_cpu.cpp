@@ -27,6 +27,9 @@ constexpr int64_t kVectors = 4;
 constexpr int64_t kLanes = 16;
 constexpr int64_t kPanel = kVectors * kLanes;
 constexpr int kRows = 6;
+// Products added up in registers before they join the sum in memory. It bounds the rounding error of long sums: with 4000
+// in one go, the gradient of clustered features with p near 1 was off by 6e-5 instead of 4e-6.
+constexpr int64_t kDepth = 256;
 
 struct Matrix {
   const uint16_t* data;  // bfloat16 as stored
@@ -120,11 +123,14 @@ void bf16_mm_cpu(Tensor out, const Tensor& a, const Tensor& b, double alpha, boo
   const int64_t row_blocks = (M + kRows - 1) / kRows;
   torch::stable::parallel_for(0, row_blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = 0; panel < panels; ++panel) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t row = block * kRows;
-        kBlocks[std::min<int64_t>(kRows, M - row) - 1](
-            out_data + row * out_stride + panel * kPanel, out_stride, a_data + row * a_stride, a_stride,
-            packed + panel * panel_size, K, L - panel * kPanel, static_cast<float>(alpha), accumulate);
+      for (int64_t k = 0; k == 0 || k < K; k += kDepth) {
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t row = block * kRows;
+          kBlocks[std::min<int64_t>(kRows, M - row) - 1](
+              out_data + row * out_stride + panel * kPanel, out_stride, a_data + row * a_stride + k, a_stride,
+              packed + panel * panel_size + k / 2 * kPanel, std::min(kDepth, K - k), L - panel * kPanel,
+              static_cast<float>(alpha), accumulate || k > 0);
+        }
       }
     }
   });

@@ -13,7 +13,7 @@ from ntdne_kernels.ops.leave_one_out import neighbours_of
 def log_scores(
     features: Tensor, bank: Tensor, labels: Tensor, index: Tensor, classes: list[Tensor], sigma: float
 ) -> Tensor:
-    """log p (B,) = log Σ_{j of i's class} exp(f_i·f_j/σ) − log Σ_j exp(f_i·f_j/σ), j ≠ r_i (eq. 2-4)."""
+    """log p (B,): the log of Σ_{j of i's class} p_ij, where p_ij is the softmax of f_i·f_j/σ over j ≠ r_i (eq. 2-4)."""
     neighbours = neighbours_of(labels, index, classes)
     with torch.autocast(bank.device.type, enabled=False):
         if neighbours.order is not None:
@@ -29,9 +29,9 @@ def log_scores(
         logits = _values_of(features, bank.dtype) @ _values_of(bank, bank.dtype).t() / sigma
         # A query without positives (or without neighbours) gets its −inf at the end: inside, −inf has no gradient.
         has_positive = same.any(dim=1)
-        log_same = torch.logsumexp(logits.masked_fill(~same & has_positive.unsqueeze(1), -torch.inf), dim=1)
-        log_all = torch.logsumexp(logits.masked_fill(~neighbour & has_positive.unsqueeze(1), -torch.inf), dim=1)
-        return torch.where(has_positive, (log_same - log_all).clamp(max=0), -torch.inf)
+        log_share = torch.log_softmax(logits.masked_fill(~neighbour & has_positive.unsqueeze(1), -torch.inf), dim=1)
+        log_p = torch.logsumexp(log_share.masked_fill(~same & has_positive.unsqueeze(1), -torch.inf), dim=1)
+        return torch.where(has_positive, log_p.clamp(max=0), -torch.inf)
 
 
 def _values_of(x: Tensor, dtype: torch.dtype) -> Tensor:

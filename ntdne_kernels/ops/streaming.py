@@ -1,9 +1,13 @@
 """log p and its gradients in tiles of the bank, through PyTorch, on any device: memory O(B·D + tile).
 
-The sums of a query over any part of the bank are Σ = Σ_j exp(f_i·f_j/σ − m) and v = Σ_j exp(f_i·f_j/σ − m)·f_j, once
-over all rows and once over those of its class; then log p = log(Σ_same/Σ_all) and ∂log p/∂f = (v_same/Σ_same −
-v_all/Σ_all)/σ. Unit rows bound the exponents by 1/σ: down to SMALLEST_PLAIN_SIGMA the sums fit float32 with m = 0.
-Below it each of the two sums has its own running maximum m; a common one would lose Σ_same where the positives are far.
+The sums of a query over any part of the bank are Σ = Σ_j exp(f_i·f_j/σ − m) and v = Σ_j exp(f_i·f_j/σ − m)·f_j. They
+are made once over the rows of the query's class and once over the others, so that nothing cancels where p is near 1:
+
+    1/p − 1        = Σ_other/Σ_same
+    ∂log p_i/∂f_i  = (1 − p)·(v_same/Σ_same − v_other/Σ_other)/σ      = (μ_same − μ_all)/σ
+
+Unit rows bound the exponents by 1/σ: down to SMALLEST_PLAIN_SIGMA the sums fit float32 with m = 0. Below it each of the
+two sums has its own running maximum m; a common one would lose Σ_same where the positives are far.
 
 Shapes: B queries, N bank rows, D features.
 """
@@ -11,7 +15,7 @@ Shapes: B queries, N bank rows, D features.
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.leave_one_out import Backend, bank_gradient_fake, log_scores_fake, neighbours_of
@@ -39,6 +43,15 @@ class _Sums:
         self.total[rows].add_(weights.sum(dim=1))
         if self.vector is not None:
             add_weighted_rows_(self.vector[rows], weights, tile)
+
+    def log_total(self, tracked: bool) -> Tensor:
+        """log Σ (B,) without its offset; −inf where no row was seen."""
+        return torch.log(self.total) + self.maximum if tracked else torch.log(self.total)
+
+    def mean(self) -> Tensor:
+        """v/Σ (B, D); 0 where no row was seen."""
+        assert self.vector is not None
+        return self.vector / torch.where(self.total == 0, 1, self.total).unsqueeze(1)
 
     def _raise_maximum(self, logits: Tensor, rows: slice) -> Tensor:
         """The maximum (b,) with these logits, to which the sums so far are rescaled; 0 where all are masked."""
@@ -72,14 +85,13 @@ def log_scores(
             arrangement = torch.argsort(same[:, 0], stable=True)
             queries, same, excluded = queries[arrangement], same[arrangement], excluded[arrangement]
             runs = _class_runs(same)
-        all_rows, same_rows = _Sums(queries, need_direction), _Sums(queries, need_direction)
+        same_rows, other_rows = _Sums(queries, need_direction), _Sums(queries, need_direction)
         tracked = sigma < SMALLEST_PLAIN_SIGMA
-        masked = -torch.inf if tracked else 0  # what a row of another class holds
+        nothing = -torch.inf if tracked else 0  # what a row that does not count holds
 
         for start, tile, rows, weights in _tiles(queries, bank, order, excluded, sigma):
             if not tracked:
                 weights.exp_()
-            all_rows.add(weights, tile, rows, tracked)
             if by_class:
                 for first, last, begin, end in runs:
                     first, last = max(first, rows.start), min(last, rows.stop)
@@ -87,19 +99,22 @@ def log_scores(
                     if first < last and begin < end:
                         block = weights[first - rows.start : last - rows.start, begin:end]
                         same_rows.add(block, tile[begin:end], slice(first, last), tracked)
+                        block.fill_(nothing)
             else:
                 others = _other_class(same[rows], bank_labels, order, start, len(tile))
-                same_rows.add(weights.masked_fill_(others, masked), tile, rows, tracked)
+                same_rows.add(weights.masked_fill(others, nothing), tile, rows, tracked)
+                weights.masked_fill_(~others, nothing)
+            other_rows.add(weights, tile, rows, tracked)
 
-        log_p = torch.log(same_rows.total / all_rows.total)
-        log_sum_all = torch.log(all_rows.total)
+        log_odds = torch.log(other_rows.total / same_rows.total)
         if tracked:
-            log_p += same_rows.maximum - all_rows.maximum
-            log_sum_all += all_rows.maximum
-        log_p = torch.where(same_rows.total == 0, -torch.inf, log_p).clamp_(max=0)  # NaN stays NaN
-        if same_rows.vector is not None and all_rows.vector is not None:
-            direction = same_rows.vector / same_rows.total.unsqueeze(1) - all_rows.vector / all_rows.total.unsqueeze(1)
-            direction = torch.where((log_p == -torch.inf).unsqueeze(1), 0, direction / sigma)
+            log_odds += torch.where(other_rows.total > 0, other_rows.maximum - same_rows.maximum, 0)
+        has_positive = same_rows.total != 0  # NaN counts, and stays NaN
+        log_p = torch.where(has_positive, nn.functional.logsigmoid(-log_odds), -torch.inf)
+        log_sum_all = torch.logaddexp(same_rows.log_total(tracked), other_rows.log_total(tracked))
+        if need_direction:
+            direction = torch.sigmoid(log_odds).unsqueeze(1) * (same_rows.mean() - other_rows.mean()) / sigma
+            direction = torch.where(has_positive.unsqueeze(1), direction, 0)
         else:
             direction = log_p.new_empty((0, queries.size(1)))
         if by_class:
