@@ -1,4 +1,4 @@
-// CPU kernel of ntdne_kernels::bf16_mm_: out = alpha * a @ b (+ out), a and b bfloat16, sums and out float32.
+// CPU kernel of ntdne_kernels::bf16_mm_: out = alpha * a @ b, a and b bfloat16, sums and out float32.
 // PyTorch has this product for CUDA alone (torch.mm with out_dtype); its bfloat16 product on a CPU rounds the result to
 // 8 bits, too few for similarities that are divided by sigma. Registered where the processor multiplies bfloat16 itself.
 //
@@ -97,7 +97,7 @@ using Block = void (*)(float*, int64_t, const uint16_t*, int64_t, const uint32_t
 constexpr Block kBlocks[kRows] = {multiply_block<1>, multiply_block<2>, multiply_block<3>,
                                   multiply_block<4>, multiply_block<5>, multiply_block<6>};
 
-void bf16_mm_cpu(Tensor out, const Tensor& a, const Tensor& b, double alpha, bool accumulate) {
+void bf16_mm_cpu(Tensor out, const Tensor& a, const Tensor& b, double alpha) {
   const int64_t M = a.size(0), K = a.size(1), L = b.size(1);
   STD_TORCH_CHECK(
       a.scalar_type() == ScalarType::BFloat16 && b.scalar_type() == ScalarType::BFloat16 &&
@@ -129,7 +129,7 @@ void bf16_mm_cpu(Tensor out, const Tensor& a, const Tensor& b, double alpha, boo
           kBlocks[std::min<int64_t>(kRows, M - row) - 1](
               out_data + row * out_stride + panel * kPanel, out_stride, a_data + row * a_stride + k, a_stride,
               packed + panel * panel_size + k / 2 * kPanel, std::min(kDepth, K - k), L - panel * kPanel,
-              static_cast<float>(alpha), accumulate || k > 0);
+              static_cast<float>(alpha), k > 0);
         }
       }
     }

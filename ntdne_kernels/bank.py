@@ -209,7 +209,7 @@ def fill_bank(bank: MemoryBank, encoder: nn.Module, loader: Iterable[Any], *, pr
         bank: the bank to fill.
         encoder: maps a batch of images to (B, D) features, which need not be normalised.
         loader: batches (images, ..., index) as from `IndexedDataset`; the index comes last.
-        progress: show a progress bar (tqdm where it is installed, a line per tenth elsewhere) on standard error.
+        progress: show progress on standard error: a bar on a terminal where tqdm is installed, else a line per tenth.
 
     Returns:
         How many images were filled. A warning says so where some were not in the loader; their rows stay.
@@ -251,7 +251,7 @@ def _with_progress(loader: Iterable[Any], description: str) -> Iterator[Any]:
     except ImportError:
         pass
     else:
-        yield from tqdm(loader, desc=description, unit="batch", leave=False)
+        yield from tqdm(loader, desc=description, unit="batch", leave=False, disable=None)
         return
     total = len(loader) if isinstance(loader, Sized) else 0
     for done, batch in enumerate(loader, start=1):

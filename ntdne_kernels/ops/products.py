@@ -14,34 +14,33 @@ def scaled_scores_(out: Tensor, queries: Tensor, tile: Tensor, scale: float) -> 
     if tile.device.type == "cuda":
         return torch.mul(torch.mm(queries, tile.t(), out_dtype=torch.float32), scale, out=out)
     if tile.dtype == torch.bfloat16:
-        torch.ops.ntdne_kernels.bf16_mm_(out, queries, tile.t(), scale, False)
+        torch.ops.ntdne_kernels.bf16_mm_(out, queries, tile.t(), scale)
         return out
     return out.addmm_(queries.float(), tile.t().float(), beta=0, alpha=scale)
 
 
-def add_weighted_rows_(out: Tensor, weights: Tensor, tile: Tensor) -> None:
-    """out (B, D) += weights (B, n) @ tile (n, D).
+def weighted_rows(weights: Tensor, tile: Tensor) -> Tensor:
+    """Weights (B, n) @ tile (n, D), in the dtype of the weights.
 
     For a bfloat16 tile the weights, positive and as many as rows, are rounded to bfloat16 too, whose exponents reach
     as far as float32's; float16 would lose small weights, so there the tile is widened.
     """
     if tile.dtype != torch.bfloat16:
-        out.addmm_(weights, tile.to(weights.dtype))
-    elif tile.device.type == "cuda":
-        out += torch.mm(weights.bfloat16(), tile, out_dtype=torch.float32)
-    else:
-        torch.ops.ntdne_kernels.bf16_mm_(out, weights.bfloat16(), tile, 1.0, True)
+        return weights @ tile.to(weights.dtype)
+    if tile.device.type == "cuda":
+        return torch.mm(weights.bfloat16(), tile, out_dtype=torch.float32)
+    out = weights.new_empty((len(weights), tile.size(1)))
+    torch.ops.ntdne_kernels.bf16_mm_(out, weights.bfloat16(), tile, 1.0)
+    return out
 
 
-def bf16_mm_in_pytorch(out: Tensor, a: Tensor, b: Tensor, alpha: float, accumulate: bool) -> None:
-    """out (M, L) = alpha · a @ b, or out + that, for bfloat16 a (M, K) and b (K, L): in float32.
+def bf16_mm_in_pytorch(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """out (M, L) = alpha · a @ b in float32, for bfloat16 a (M, K) and b (K, L).
 
     The definition; csrc/ has a kernel for CPUs that multiply bfloat16 themselves.
     """
-    out.addmm_(a.float(), b.float(), beta=1 if accumulate else 0, alpha=alpha)
+    out.addmm_(a.float(), b.float(), beta=0, alpha=alpha)
 
 
-torch.library.define(
-    "ntdne_kernels::bf16_mm_", "(Tensor(a!) out, Tensor a, Tensor b, float alpha, bool accumulate) -> ()"
-)
+torch.library.define("ntdne_kernels::bf16_mm_", "(Tensor(a!) out, Tensor a, Tensor b, float alpha) -> ()")
 torch.library.impl("ntdne_kernels::bf16_mm_", "CompositeExplicitAutograd", bf16_mm_in_pytorch)

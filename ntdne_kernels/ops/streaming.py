@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.leave_one_out import Backend, bank_gradient_fake, log_scores_fake, neighbours_of
-from ntdne_kernels.ops.products import add_weighted_rows_, scaled_scores_
+from ntdne_kernels.ops.products import scaled_scores_, weighted_rows
 
 SMALLEST_PLAIN_SIGMA = 0.03  # exp(1.02/0.03) · 10^9 rows = 6·10^23, float32 ends at 3·10^38
 QUERIES_PER_TILE = 512
@@ -28,13 +28,18 @@ TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
 
 
 class _Sums:
-    """Σ and v of B queries over the rows seen so far; relative to exp(maximum) where that is tracked."""
+    """Σ and v of B queries over the rows seen so far; relative to exp(maximum) where that is tracked.
+
+    Tiles are added up in float64, which costs nothing beside their products: in float32 the gradient's error grew with
+    their number, to 2e-5 of its largest value at N = 500,000, where plain PyTorch's is 1.5e-6.
+    """
 
     def __init__(self, queries: Tensor, weighted: bool) -> None:
         wide = accumulator_dtype(queries.dtype)
         self.maximum = queries.new_full((len(queries),), -torch.inf, dtype=wide)
-        self.total = queries.new_zeros(len(queries), dtype=wide)
-        self.vector = torch.zeros_like(queries, dtype=wide) if weighted else None
+        double = torch.float32 if queries.device.type == "mps" else torch.float64  # what a device has
+        self.total = queries.new_zeros(len(queries), dtype=double)
+        self.vector = torch.zeros_like(queries, dtype=double) if weighted else None
 
     def add(self, weights: Tensor, tile: Tensor, rows: slice, tracked: bool) -> None:
         """Bank rows `tile` (n, D) with their weights (b, n) for the queries `rows`; tracked: with their logits."""
@@ -42,7 +47,7 @@ class _Sums:
             weights = torch.exp(weights - self._raise_maximum(weights, rows).unsqueeze(1))
         self.total[rows].add_(weights.sum(dim=1))
         if self.vector is not None:
-            add_weighted_rows_(self.vector[rows], weights, tile)
+            self.vector[rows].add_(weighted_rows(weights, tile))
 
     def log_total(self, tracked: bool) -> Tensor:
         """log Σ (B,) without its offset; −inf where no row was seen."""
@@ -122,7 +127,8 @@ def log_scores(
             place[arrangement] = torch.arange(len(place))
             log_p, log_sum_all = log_p[place], log_sum_all[place]
             direction = direction[place] if need_direction else direction
-        return log_p, direction, log_sum_all
+        wide = accumulator_dtype(bank.dtype)
+        return log_p.to(wide), direction.to(wide), log_sum_all.to(wide)
 
 
 @torch.library.custom_op("ntdne_kernels::streaming_bank_gradient", mutates_args=())

@@ -147,6 +147,22 @@ def test_error_is_at_most_twice_that_of_plain_pytorch_in_the_same_dtype(backend,
     assert error <= 2 * (plain_gradient - exact.grad).norm(dim=1).max() + 2 * epsilon
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_does_not_grow_with_the_number_of_tiles(dtype, monkeypatch):
+    """Thousands of tiles, as an archive of millions has, are as exact as four."""
+    archive = Archive(B=16, N=60_000, D=16, C=5, dtype=dtype, unlabelled=False)
+    archive.labels.clamp_(min=0)
+    exact, *rest = archive.features.to(dtype).double().requires_grad_(), *archive.arguments()[2:]
+    leave_one_out_log_scores(exact, archive.bank.double(), *rest, backend="reference").sum().backward()
+    errors = []
+    for length in (16, 15_000):
+        monkeypatch.setattr(streaming, "TILE_ELEMENTS", {"cpu": length * 64})
+        given = archive.features.clone().requires_grad_()
+        leave_one_out_log_scores(given, archive.bank, *rest, backend="streaming").sum().backward()
+        errors.append((given.grad - exact.grad).abs().max() / exact.grad.abs().max())
+    assert errors[0] < 1.5 * errors[1] + 1e-6
+
+
 def test_far_positives_at_a_low_temperature_have_a_finite_score(backend, by, device):
     """The truth is near −115; sums with a common offset underflow to −inf."""
     bank = nn.functional.normalize(torch.tensor([[1.0, 0.02], [1.0, 0.0], [-0.15, 1.0]], device=device), dim=1)
@@ -422,8 +438,8 @@ def test_changing_a_bank_that_backward_needs_raises(backend, device):
 def test_gradient_direction_is_not_made_without_need(monkeypatch):
     archive = Archive()
     wanted = []
-    original = streaming.add_weighted_rows_
-    monkeypatch.setattr(streaming, "add_weighted_rows_", lambda *given: wanted.append(1) or original(*given))
+    original = streaming.weighted_rows
+    monkeypatch.setattr(streaming, "weighted_rows", lambda *given: wanted.append(1) or original(*given))
     with torch.no_grad():
         leave_one_out_log_scores(archive.features.requires_grad_(), *archive.arguments()[1:], backend="streaming")
     leave_one_out_log_scores(archive.features.detach(), *archive.arguments()[1:], backend="streaming")
