@@ -1,0 +1,17 @@
+"""What a benchmark run says of the machine it ran on."""
+
+from typing import Any
+
+import torch
+
+
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    del machine_info["node"]
+    machine_info["torch"] = torch.__version__
+    machine_info["vector_instructions"] = torch.backends.cpu.get_cpu_capability()
+
+
+def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Keep the statistics and not every single timing."""
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
