@@ -64,8 +64,8 @@ def extension() -> dict:
     modules = [
         cpp_extension.CppExtension(
             name="ntdne_kernels._C_cpu",
-            sources=["csrc/update_bank_cpu.cpp", "csrc/bf16_mm_cpu.cpp"],
-            depends=["csrc/update_bank.h"],
+            sources=["csrc/update_bank_cpu.cpp", "csrc/bf16_mm_cpu.cpp", "csrc/exp_cpu.cpp"],
+            depends=["csrc/update_bank.h", "csrc/vector_width.h"],
             extra_compile_args={"cxx": flags},
             py_limited_api=True,
         )

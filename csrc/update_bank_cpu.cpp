@@ -1,17 +1,11 @@
 // CPU kernel of ntdne_kernels::update_bank_. Every feature is checked before the first row is written.
 #include "update_bank.h"
+#include "vector_width.h"
 
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
-
-// One build for every x86-64: the loops are compiled for AVX-512, AVX2 and the baseline, and the loader picks.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EACH_VECTOR_WIDTH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
-#else
-#define FOR_EACH_VECTOR_WIDTH
-#endif
 
 namespace ntdne_kernels {
 namespace {

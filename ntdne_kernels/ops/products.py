@@ -1,4 +1,4 @@
-"""The two matrix products of a tile, in the precision of the bank's dtype: exact products, sums in float32 or float64.
+"""What is done with a tile: two matrix products, exact with sums in float32 or float64, and an exponential between.
 
 Shapes: B queries, n rows of a tile, D features.
 """
@@ -34,6 +34,19 @@ def weighted_rows(weights: Tensor, tile: Tensor) -> Tensor:
     return out
 
 
+def exp_(logits: Tensor) -> Tensor:
+    """exp(logits) in place."""
+    if logits.dtype == torch.float32 and logits.is_contiguous():
+        torch.ops.ntdne_kernels.exp_(logits)
+        return logits
+    return logits.exp_()
+
+
+def exp_in_pytorch(x: Tensor) -> None:
+    """x (any shape) = exp(x), in place. The definition; csrc/ has a kernel for CPUs."""
+    x.exp_()
+
+
 def bf16_mm_in_pytorch(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
     """out (M, L) = alpha · a @ b in float32, for bfloat16 a (M, K) and b (K, L).
 
@@ -43,4 +56,6 @@ def bf16_mm_in_pytorch(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
 
 
 torch.library.define("ntdne_kernels::bf16_mm_", "(Tensor(a!) out, Tensor a, Tensor b, float alpha) -> ()")
+torch.library.define("ntdne_kernels::exp_", "(Tensor(a!) x) -> ()")
+torch.library.impl("ntdne_kernels::exp_", "CompositeExplicitAutograd", exp_in_pytorch)
 torch.library.impl("ntdne_kernels::bf16_mm_", "CompositeExplicitAutograd", bf16_mm_in_pytorch)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.leave_one_out import Backend, bank_gradient_fake, log_scores_fake, neighbours_of
-from ntdne_kernels.ops.products import scaled_scores_, weighted_rows
+from ntdne_kernels.ops.products import exp_, scaled_scores_, weighted_rows
 
 SMALLEST_PLAIN_SIGMA = 0.03  # exp(1.02/0.03) · 10^9 rows = 6·10^23, float32 ends at 3·10^38
 QUERIES_PER_TILE = 512
@@ -96,7 +96,7 @@ def log_scores(
 
         for start, tile, rows, weights in _tiles(queries, bank, order, excluded, sigma):
             if not tracked:
-                weights.exp_()
+                exp_(weights)
             if by_class:
                 for first, last, begin, end in runs:
                     first, last = max(first, rows.start), min(last, rows.stop)

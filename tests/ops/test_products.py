@@ -44,3 +44,19 @@ def test_empty_products():
     out = torch.ones(0, 4)
     torch.ops.ntdne_kernels.bf16_mm_(out, torch.empty(0, 3).bfloat16(), torch.empty(3, 4).bfloat16(), 1.0)
     assert out.shape == (0, 4)
+
+
+@pytest.mark.parametrize("exponential", [torch.ops.ntdne_kernels.exp_, products.exp_in_pytorch])
+def test_exponential_is_right_to_two_units_in_the_last_place(exponential):
+    x = torch.cat([torch.linspace(-87.3, 88.3, 200_003), torch.linspace(-1e-3, 1e-3, 1001), torch.zeros(5)])
+    expected = x.double().exp()
+    exponential(x)
+    assert ((x.double() - expected).abs() / expected).max() < 2 * 2**-23
+
+
+@pytest.mark.parametrize("exponential", [torch.ops.ntdne_kernels.exp_, products.exp_in_pytorch])
+def test_exponential_of_what_is_not_finite_or_out_of_range(exponential):
+    x = torch.tensor([-torch.inf, -1e30, -200.0, torch.inf, 1e30, 100.0, torch.nan] * 9)
+    exponential(x)
+    expected = torch.tensor([0, 0, 0, torch.inf, torch.inf, torch.inf, torch.nan] * 9)
+    torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
