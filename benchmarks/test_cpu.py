@@ -46,7 +46,11 @@ def test_loss_and_gradient(benchmark, loss, dtype):
         "operations": 4 * B * N * D,
         "peak_bytes": memory.peak_delta(loss, B, N, D, C, dtype),
     }
-    benchmark.pedantic(problems.loss_and_gradient, args=(problems.LOSSES[loss], problem), rounds=5, warmup_rounds=1)
+    # The machine is shared: medians of few rounds moved by 30 %.
+    rounds = 5 if loss == "naive" else 15
+    benchmark.pedantic(
+        problems.loss_and_gradient, args=(problems.LOSSES[loss], problem), rounds=rounds, warmup_rounds=1
+    )
 
 
 @pytest.mark.parametrize("C", [2, 45, N // 2])

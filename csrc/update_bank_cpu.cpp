@@ -4,7 +4,6 @@
 
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 namespace ntdne_kernels {
@@ -12,20 +11,6 @@ namespace {
 
 // Elements that make starting a thread worth it: 256 x 128, the usual batch, is quicker on one (8 us against 12 us).
 constexpr int64_t kGrain = 65536;
-
-// A finite number rounded to a row's type. The library's conversion to bfloat16 asks for NaN first, which keeps the loop
-// out of vector registers: 31 us for 256 x 128 instead of 14.
-template <typename row_t, typename acc_t>
-inline row_t rounded(acc_t value) {
-  if constexpr (std::is_same_v<row_t, torch::headeronly::BFloat16>) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    bits += 0x7fffu + (bits >> 16 & 1);
-    return row_t(static_cast<uint16_t>(bits >> 16), row_t::from_bits());
-  } else {
-    return static_cast<row_t>(value);
-  }
-}
 
 // Independent partial sums, so that the compiler may use vector registers without reordering a sum of its own accord.
 template <typename acc_t>
@@ -79,11 +64,11 @@ FOR_EACH_VECTOR_WIDTH void update_row(
   if (length >= static_cast<acc_t>(kVanishing) && std::isfinite(length)) {
     const acc_t rescale = 1 / length;
     for (int64_t d = 0; d < D; ++d) {
-      row[d] = rounded<row_t>(blend[d] * rescale);
+      row[d] = static_cast<row_t>(blend[d] * rescale);
     }
   } else {
     for (int64_t d = 0; d < D; ++d) {
-      row[d] = rounded<row_t>(static_cast<acc_t>(feature[d]) * scale);
+      row[d] = static_cast<row_t>(static_cast<acc_t>(feature[d]) * scale);
     }
   }
 }
