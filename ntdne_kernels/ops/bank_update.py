@@ -86,12 +86,12 @@ def _load_libraries() -> dict[str, str]:
     """Load what was built; why there is no kernel for a kind of device, for those without."""
     errors = {}
     for device_type, name, needs in (
-        ("cpu", "_C_cpu", "a C++ compiler and torch"),
-        ("cuda", "_C_cuda", "a C++ compiler, torch with CUDA and an nvcc of torch's CUDA version"),
+        ("cpu", "_C_cpu", "a C++ compiler or torch"),
+        ("cuda", "_C_cuda", "torch with CUDA, or an nvcc of its CUDA version,"),
     ):
         library = Path(__file__).parent.parent / f"{name}.abi3.so"
         if not library.exists():
-            errors[device_type] = f"ntdne_kernels was built without {needs}"
+            errors[device_type] = f"{needs} was missing where ntdne_kernels was built"
             continue
         try:
             torch.ops.load_library(library)

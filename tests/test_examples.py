@@ -1,0 +1,63 @@
+"""The examples run as a user runs them, and the benchmarks measure the same loss."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import problems, table
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_drop_in_learns_the_digits():
+    result = run("examples/drop_in.py")
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.split("test accuracy ")[1].rstrip("%\n")) > 95
+
+
+def test_digits_writes_its_figures_and_results(tmp_path):
+    result = run("examples/digits.py", "--epochs", "1", "--output", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"features.png", "scores.png", "results.json"}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["metrics"]) == ["cross-entropy", "SNCA", "NTDNE"]
+    for cost in results["costs"]:
+        assert cost["streamed_peak_megabytes"] < 64
+        assert cost["gradient_difference"] < 1e-4
+    assert "\x1b" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--noise", "2"), ("--epochs", "none"), ("--seed", "-1"), ("--output", "/dev/null")]
+)
+def test_digits_names_a_bad_argument_in_one_line(arguments):
+    result = run("examples/digits.py", *arguments)
+    assert result.returncode == 2
+    assert arguments[0] in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_benchmarked_losses_are_the_same(dtype):
+    problem = problems.make(8, 300, 16, 5, dtype)
+    losses = [problems.loss_and_gradient(loss, problem) for loss in problems.LOSSES.values()]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=tolerance, atol=0)
+
+
+def test_the_benchmark_table_is_drawn_from_the_data(capsys):
+    table.main(str(ROOT / "benchmarks" / "results" / "cpu.json"))
+    printed = capsys.readouterr().out
+    readme = (ROOT / "README.md").read_text()
+    rows = [line for line in printed.splitlines() if line.startswith(("| naive", "| streaming"))]
+    assert len(rows) == 6
+    assert all(row in readme for row in rows)
