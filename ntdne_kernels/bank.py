@@ -3,6 +3,7 @@
 Shapes: B features, N images, D values, C classes.
 """
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sized
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ntdne_kernels.functional import BANK_DTYPES, check_range, update_bank_
 from ntdne_kernels.label_index import LabelIndex, check_labels
-from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK
+from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED
 
 INIT_CHUNK = 65536  # rows drawn at a time, so that the start needs no second bank
 
@@ -90,7 +91,10 @@ class MemoryBank(nn.Module):
 
     @property
     def last_log_p(self) -> Tensor:
-        """(N,) log p of each image when it was last seen in training; NaN where it has not been."""
+        """(N,) log p of each image when it was last scored, in training or by `refresh_indicator`.
+
+        −inf: no other image has its label. NaN: not scored yet, or unlabelled.
+        """
         return self.scores[:-1]
 
     def places(self, index: Tensor) -> Tensor:
@@ -137,8 +141,14 @@ class MemoryBank(nn.Module):
 
     def record_(self, log_p: Tensor, index: Tensor) -> None:
         """Remember the scores log p (B,) of the images `index` (B,); of an image given twice the higher one."""
+        labels = self.labels[index.clamp(0, len(self) - 1)]
+        log_p = torch.where(labels == UNLABELLED, torch.nan, log_p)
         place = torch.where((index >= 0) & (index < len(self)), index, len(self))
         self.scores.scatter_reduce_(0, place, log_p.to(self.scores.dtype), "amax", include_self=False)
+
+    def extra_repr(self) -> str:
+        N, D = self.storage.shape
+        return f"{N} images, {D} values, {len(self.classes)} classes, {self.storage.dtype}"
 
     def skipped_rows(self) -> int:
         """Features that updates on this bank's GPU have left out so far, for any bank; 0 on a CPU. Synchronises."""
@@ -205,6 +215,8 @@ class MemoryBank(nn.Module):
 def fill_bank(bank: MemoryBank, encoder: nn.Module, loader: Iterable[Any], *, progress: bool = True) -> int:
     """Replace the rows of a bank by the encoder's features of the archive: one pass, in evaluation mode.
 
+    Start with it where the encoder is pretrained, and call it before `refresh_indicator` to score the encoder as it is.
+
     Args:
         bank: the bank to fill.
         encoder: maps a batch of images to (B, D) features, which need not be normalised.
@@ -216,7 +228,8 @@ def fill_bank(bank: MemoryBank, encoder: nn.Module, loader: Iterable[Any], *, pr
 
     Raises:
         TypeError: a batch does not end with a tensor of indices.
-        ValueError, IndexError: features or indices of a batch are bad; earlier batches stay written.
+        ValueError, IndexError: features or indices of a batch are bad, or an index stands twice in it; earlier batches
+            stay written.
     """
     modes = [(module, module.training) for module in encoder.modules()]
     device = next((parameter.device for parameter in encoder.parameters()), bank.storage.device)
@@ -230,6 +243,11 @@ def fill_bank(bank: MemoryBank, encoder: nn.Module, loader: Iterable[Any], *, pr
                     f"DataLoader(IndexedDataset(dataset)); got {type(batch).__name__}"
                 )
             images, index = batch[0].to(device), batch[-1].to(bank.storage.device)
+            if len(index.unique()) < len(index):
+                raise ValueError(
+                    "loader: expected each image at most once in a batch, got the same index twice; does the batch end "
+                    "with labels instead of indices? Wrap the dataset in IndexedDataset"
+                )
             features = encoder(images).to(bank.storage.device)
             bank.update_(features, index, momentum=0.0, validate=True)
             filled[index[index >= 0]] = True
@@ -246,13 +264,13 @@ def fill_bank(bank: MemoryBank, encoder: nn.Module, loader: Iterable[Any], *, pr
 
 
 def _with_progress(loader: Iterable[Any], description: str) -> Iterator[Any]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        pass
-    else:
-        yield from tqdm(loader, desc=description, unit="batch", leave=False, disable=None)
-        return
+    if sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+
+            loader = tqdm(loader, desc=description, unit="batch", leave=False)
+            yield from loader
+            return
     total = len(loader) if isinstance(loader, Sized) else 0
     for done, batch in enumerate(loader, start=1):
         yield batch

@@ -1,6 +1,7 @@
 """The losses and the bank update for people who keep their own bank: checks arguments and chooses a backend.
 
-Features and bank rows are expected to be unit vectors within 1 %; nothing here normalises them but `update_bank_`.
+Features and bank rows are expected to be unit vectors within 1 %; nothing here normalises them but `update_bank_`. With
+much longer rows the sums of exponentials overflow to NaN; on a CPU, features longer than 1.1 raise a ValueError.
 What can be checked without asking a GPU for values always is: types, shapes, devices and numbers. Values inside the
 tensors of a batch (an index outside the bank, a query's label below −1) are checked on a CPU, outside torch.compile.
 Where they are not, an index outside the bank excludes nothing and a label below −1 is unlabelled. A tensor of bank
@@ -117,6 +118,8 @@ def leave_one_out_log_scores(
             raise ValueError(f"bank_labels: expected one label for each of the bank's {N} rows, got {len(bank_labels)}")
         labels_device = bank_labels.device
     B = _check_features(features, bank)
+    if _can_look_inside(features):
+        _check_unit("features", features.detach())
     labels = _check_per_query("labels", labels, B, bank)
     _check_device("bank_labels", labels_device, bank)
     if index is None:
@@ -273,6 +276,16 @@ def _check_per_query(name: str, values: Tensor, B: int, bank: Tensor) -> Tensor:
 def _check_device(name: str, device: torch.device, bank: Tensor) -> None:
     if device != bank.device:
         raise ValueError(f"{name}: expected the bank's device, {bank.device}, got {device}")
+
+
+def _check_unit(name: str, rows: Tensor) -> None:
+    norm = torch.linalg.vector_norm(rows.float(), dim=1)
+    wrong = norm > 1.1
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name}: expected unit rows (torch.nn.functional.normalize), got norm {norm[row]} in row {row}"
+        )
 
 
 def _check_directions(features: Tensor, index: Tensor, bank: Tensor) -> None:

@@ -50,6 +50,7 @@ class _NeighbourhoodLoss(nn.Module):
         self.memory = MemoryBank(labels, dim, generator=generator, device=device, dtype=dtype)
         self.epoch = 0
         self._epoch_was_set = False
+        self._bank_was_updated = False
         self._images_seen = 0
 
     def forward(
@@ -85,14 +86,19 @@ class _NeighbourhoodLoss(nn.Module):
     def update_bank(self, features: Tensor, index: Tensor) -> None:
         """Blend the batch into the bank (eq. 15), in place; detaches by itself. See `functional.update_bank_`."""
         self.memory.update_(features, index, self.momentum, validate=self.validate)
+        self._bank_was_updated = True
 
     def fill_bank(self, encoder: nn.Module, loader: Iterable[Any], *, progress: bool = True) -> int:
         """Replace the bank by the encoder's features of the archive; see `ntdne_kernels.fill_bank`."""
+        self._bank_was_updated = True
         return fill_bank(self.memory, encoder, loader, progress=progress)
 
     @torch.no_grad()
     def refresh_indicator(self) -> None:
-        """Score every image anew from its bank row: N²·D work. The results are `memory.last_log_p`."""
+        """Score every image anew from its bank row: N²·D work. The results are `memory.last_log_p`.
+
+        The rows are those of the last updates; `fill_bank` first brings them up to the encoder as it is.
+        """
         memory = self.memory
         places = torch.arange(len(memory), device=memory.storage.device)
         ordered_labels = memory.labels[memory.order]
@@ -106,7 +112,7 @@ class _NeighbourhoodLoss(nn.Module):
                 sigma=self.sigma,
                 backend=self._backend,
             )
-            memory.scores[memory.order[chunk]] = log_p.to(memory.scores.dtype)
+            memory.record_(log_p, memory.order[chunk])
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the loss which epoch begins, from 0, as with DistributedSampler.set_epoch."""
@@ -142,6 +148,8 @@ class _NeighbourhoodLoss(nn.Module):
         if not isinstance(features, Tensor) or not features.is_floating_point():
             found = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"features: expected a float tensor, got {found}")
+        if features.device != memory.storage.device:
+            raise ValueError(f"features: expected the bank's device, {memory.storage.device}, got {features.device}")
         if features.dim() != 2 or features.size(1) != memory.storage.size(1):
             raise ValueError(
                 f"features: expected shape (B, {memory.storage.size(1)}) as in the bank, got {tuple(features.shape)}"
@@ -181,17 +189,36 @@ class _NeighbourhoodLoss(nn.Module):
         return index, torch.where(index >= 0, stored, labels.to(torch.int64))
 
     def _note_training(self, B: int) -> None:
-        """Warn, once each, of two ways to train that cannot be meant."""
+        """Warn, once each, of ways to train that cannot be meant; not in a compiled criterion."""
         if torch.compiler.is_compiling():
             return
         first = self._images_seen == 0
         self._images_seen += B
+        if 0 < self._images_seen - len(self.memory) <= B:
+            self._note_first_pass()
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if first and distributed and torch.distributed.get_world_size() > 1:
             warnings.warn(
                 f"each of the {torch.distributed.get_world_size()} ranks keeps a bank of its own, which sees only that "
                 "rank's images: the banks drift apart",
                 stacklevel=3,
+            )
+
+    def _note_first_pass(self) -> None:
+        """What can be said once as many images were seen as the archive has."""
+        if not self._bank_was_updated:
+            warnings.warn(
+                "the whole archive was seen and the bank still holds its random start; call criterion.update_bank("
+                "features, index) after each step",
+                stacklevel=4,
+            )
+        seen = self.memory.scores.device.type == "cpu" and int((~self.memory.last_log_p.isnan()).sum())
+        labelled = int(self.memory.offsets[-1] - self.memory.offsets[0]) if seen else 0
+        if seen and seen < labelled // 4:
+            warnings.warn(
+                f"{len(self.memory)} images were seen, but they were the same {seen}; is `index` the position of each "
+                "image in the archive (IndexedDataset), and not its label?",
+                stacklevel=4,
             )
 
 
@@ -202,7 +229,9 @@ class NTDNELoss(_NeighbourhoodLoss):
     label. The loss (eq. 9) grows less steeply than −log p where p is small, and from `warmup_epochs` on it is constant
     there (eq. 13), so images whose neighbours disagree with their label no longer train the encoder.
 
-    Call `set_epoch` before each epoch and `update_bank` after each step.
+    Call `set_epoch` before each epoch and `update_bank` after each step. An image that is unlabelled or alone in its
+    class has p = 0: it adds the constant 1/q to the loss, counts in the mean, and has no gradient. Features of other
+    images, for validation say, are scored by `criterion.eval()` and `criterion(features, labels=labels)`.
 
     Args:
         labels: (N,) integer class of each archive image; −1 is unlabelled.
@@ -279,7 +308,10 @@ class NTDNELoss(_NeighbourhoodLoss):
         self.pruning = epoch >= self.warmup_epochs
 
     def extra_repr(self) -> str:
-        return f"sigma={self.sigma}, q={self.q}, k={self.k}, warmup_epochs={self.warmup_epochs}, fused={self.fused}"
+        return (
+            f"sigma={self.sigma}, q={self.q}, k={self.k}, warmup_epochs={self.warmup_epochs}, "
+            f"momentum={self.momentum}, indicator={self.indicator!r}, fused={self.fused}"
+        )
 
     def _loss(self, log_p: Tensor, index: Tensor) -> Tensor:
         check_number("q", self.q, 0, 1, upper_included=True)
@@ -292,14 +324,13 @@ class NTDNELoss(_NeighbourhoodLoss):
         loss = losses.ntdne(log_p, self.q, self.k if self.pruning else None, decisive)
         return losses.reduce(loss, self.reduction)
 
-    def _note_training(self, B: int) -> None:
-        super()._note_training(B)
-        never_set = not self._epoch_was_set and self.k is not None and self.warmup_epochs > 0
-        if never_set and not torch.compiler.is_compiling() and 0 < self._images_seen - len(self.memory) <= B:
+    def _note_first_pass(self) -> None:
+        super()._note_first_pass()
+        if not self._epoch_was_set and self.k is not None and self.warmup_epochs > 0:
             warnings.warn(
                 f"the whole archive was seen and set_epoch was never called, so pruning never starts (warmup_epochs="
                 f"{self.warmup_epochs}); call criterion.set_epoch(epoch) before each epoch",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -337,7 +368,7 @@ class SNCALoss(_NeighbourhoodLoss):
         )
 
     def extra_repr(self) -> str:
-        return f"sigma={self.sigma}, fused={self.fused}"
+        return f"sigma={self.sigma}, momentum={self.momentum}, fused={self.fused}"
 
     def _loss(self, log_p: Tensor, index: Tensor) -> Tensor:
         return losses.reduce_snca(log_p, self.reduction)

@@ -196,8 +196,15 @@ def test_fill_bank_wants_indices():
         fill_bank(bank, encoder, [torch.zeros(4, 3)], progress=False)
 
 
-def test_fill_bank_reports_progress_without_tqdm(monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
+def test_fill_bank_refuses_labels_in_place_of_indices():
+    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+    before = bank.rows(torch.arange(10))
+    with pytest.raises(ValueError, match="loader: .* got the same index twice; does the batch end with labels"):
+        fill_bank(bank, encoder, DataLoader(loader.dataset.dataset, batch_size=10), progress=False)
+    assert torch.equal(bank.rows(torch.arange(10)), before)
+
+
+def test_fill_bank_reports_progress_line_by_line_where_there_is_no_terminal(capsys):
     bank, (encoder, loader) = bank_of(), encoder_and_loader()
     fill_bank(bank, encoder, loader)
     assert "Filling the bank: 3 of 3 batches" in capsys.readouterr().err

@@ -64,6 +64,7 @@ BAD_CALLS = [
     (dict(features=torch.ones(9, 5, dtype=torch.int64)), TypeError, "features: expected a float tensor, got torch.int"),
     (dict(features=torch.ones(5)), ValueError, r"features: expected shape \(B, D\), got \(5,\)"),
     (dict(features=torch.ones(9, 4)), ValueError, r"features: expected 5 columns as in the bank, got shape \(9, 4\)"),
+    (dict(features=torch.ones(9, 5)), ValueError, "features: expected unit rows .* got norm 2.2.* in row 0"),
     (dict(bank=torch.ones(40)), ValueError, r"bank: expected shape \(N, D\), got \(40,\)"),
     (dict(bank=torch.ones(40, 5).long()), TypeError, "bank: expected a float tensor, got torch.int64"),
     (dict(bank=torch.ones(0, 5), bank_labels=torch.ones(0).long()), ValueError, "bank: expected at least one row"),

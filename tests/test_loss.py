@@ -441,8 +441,35 @@ def test_set_epoch_is_not_missed_where_it_changes_nothing(options):
     criterion = filled(**options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(6):
-            criterion(*batch())
+        for seed in range(6):
+            criterion(*batch(seed))
+            criterion.update_bank(*batch(seed))
+
+
+def test_never_updating_the_bank_warns_after_a_pass_over_the_archive():
+    criterion = filled(SNCALoss)
+    for seed in range(N // B):
+        criterion(*batch(seed))
+    with pytest.warns(UserWarning, match="the bank still holds its random start"):
+        criterion(*batch(9))
+
+
+def test_labels_given_as_the_index_warn_after_a_pass_over_the_archive():
+    criterion = filled(SNCALoss)
+    features, index = batch()
+    with pytest.warns(UserWarning, match="40 images were seen, but they were the same 3; is `index` the position"):
+        for _ in range(N // B + 1):
+            criterion(features, labels_of()[index])
+            criterion.update_bank(features, labels_of()[index])
+
+
+def test_unlabelled_images_have_no_score_to_rank_by():
+    labels = labels_of()
+    labels[:5] = -1
+    criterion = NTDNELoss(labels, D)
+    criterion.refresh_indicator()
+    assert criterion.memory.last_log_p.isnan().nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert criterion.memory.last_log_p.argsort()[-5:].sort().values.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_several_ranks_with_a_bank_each_warn_once(monkeypatch):
@@ -474,6 +501,7 @@ FEATURES, INDEX = batch()
             r"features: expected shape \(B, 6\) as in the bank, got \(12, 4",
         ),
         (lambda c: c(FEATURES.long(), INDEX), TypeError, "features: expected a float tensor, got torch.int64"),
+        (lambda c: c(FEATURES.to("meta"), INDEX), ValueError, "features: expected the bank's device, cpu, got meta"),
         (lambda c: c(None, INDEX), TypeError, "features: expected a float tensor, got NoneType"),
         (lambda c: c.update_bank(FEATURES, INDEX + N), IndexError, "index: expected -1 or a bank row from 0 to 39"),
         (lambda c: c.update_bank(FEATURES * torch.nan, INDEX), ValueError, "features: .* got norm nan in row 0"),
