@@ -190,6 +190,8 @@ class MemoryBank(nn.Module):
         """Why a checkpoint's entries under `prefix` do not fit this bank, or None."""
         names = ("storage", "labels", "order", "scores")
         missing = [prefix + name for name in names if prefix + name not in state_dict]
+        if len(missing) == len(names):
+            return None  # nothing of a bank: missing keys, which strict=False allows
         if missing:
             return f"the checkpoint lacks {', '.join(missing)}"
         storage, labels, order, scores = (state_dict[prefix + name] for name in names)

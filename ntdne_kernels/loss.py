@@ -212,9 +212,11 @@ class _NeighbourhoodLoss(nn.Module):
                 "features, index) after each step",
                 stacklevel=4,
             )
-        seen = self.memory.scores.device.type == "cpu" and int((~self.memory.last_log_p.isnan()).sum())
-        labelled = int(self.memory.offsets[-1] - self.memory.offsets[0]) if seen else 0
-        if seen and seen < labelled // 4:
+        if self.memory.scores.device.type != "cpu":
+            return  # looking would synchronise
+        seen = int((~self.memory.last_log_p.isnan()).sum())
+        labelled = int((self.memory.labels != UNLABELLED).sum())
+        if 0 < seen < labelled // 4:
             warnings.warn(
                 f"{len(self.memory)} images were seen, but they were the same {seen}; is `index` the position of each "
                 "image in the archive (IndexedDataset), and not its label?",

@@ -115,6 +115,15 @@ def test_a_checkpoint_without_rows_names_what_is_missing():
     assert torch.equal(bank.labels, LABELS)
 
 
+def test_a_checkpoint_without_a_bank_is_left_to_strict():
+    bank = bank_of()
+    before = bank.rows(torch.arange(10))
+    assert len(bank.load_state_dict({}, strict=False).missing_keys) == 4
+    assert torch.equal(bank.rows(torch.arange(10)), before)
+    with pytest.raises(RuntimeError, match='Missing key.*"storage"'):
+        bank.load_state_dict({})
+
+
 def test_a_checkpoint_of_a_relabelled_archive_loads_after_relabel():
     bank, other = bank_of(seed=0), bank_of(seed=1)
     other.relabel(LABELS.flip(0))

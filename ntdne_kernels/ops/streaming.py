@@ -12,6 +12,7 @@ two sums has its own running maximum m; a common one would lose Σ_same where th
 Shapes: B queries, N bank rows, D features.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 import torch
@@ -90,6 +91,7 @@ def log_scores(
             arrangement = torch.argsort(same[:, 0], stable=True)
             queries, same, excluded = queries[arrangement], same[arrangement], excluded[arrangement]
             runs = _class_runs(same)
+            begins, stops = [run[2] for run in runs], [run[3] for run in runs]
         same_rows, other_rows = _Sums(queries, need_direction), _Sums(queries, need_direction)
         tracked = sigma < SMALLEST_PLAIN_SIGMA
         nothing = -torch.inf if tracked else 0  # what a row that does not count holds
@@ -98,15 +100,17 @@ def log_scores(
             if not tracked:
                 exp_(weights)
             if by_class:
-                for first, last, begin, end in runs:
+                # Of many classes, each with few rows, only these have rows in the tile.
+                here = slice(bisect_right(stops, start), bisect_left(begins, start + len(tile)))
+                for first, last, begin, end in runs[here]:
                     first, last = max(first, rows.start), min(last, rows.stop)
                     begin, end = max(begin - start, 0), min(end - start, len(tile))
-                    if first < last and begin < end:
+                    if first < last:
                         block = weights[first - rows.start : last - rows.start, begin:end]
                         same_rows.add(block, tile[begin:end], slice(first, last), tracked)
                         block.fill_(nothing)
             else:
-                others = _other_class(same[rows], bank_labels, order, start, len(tile))
+                others = _other_class(same[rows], bank_labels, start, len(tile))
                 same_rows.add(weights.masked_fill(others, nothing), tile, rows, tracked)
                 weights.masked_fill_(~others, nothing)
             other_rows.add(weights, tile, rows, tracked)
@@ -153,7 +157,7 @@ def bank_gradient(
         gradient = torch.empty_like(bank, memory_format=torch.contiguous_format)
         partial: Tensor | None = None
         for start, tile, rows, logits in _tiles(queries, bank, order, excluded, sigma):
-            others = _other_class(same[rows], bank_labels, order, start, len(tile))
+            others = _other_class(same[rows], bank_labels, start, len(tile))
             p_same = torch.exp(logits - log_sum_same[rows].unsqueeze(1)).masked_fill_(others, 0)
             p_all = logits.sub_(log_sum_all[rows].unsqueeze(1)).exp_()
             weights = (p_same - p_all).mul_(grad_log_p[rows].unsqueeze(1) / sigma)
@@ -202,7 +206,7 @@ def _class_runs(same: Tensor) -> list[tuple[int, int, int, int]]:
     ]
 
 
-def _other_class(same: Tensor, bank_labels: Tensor | None, order: Tensor | None, start: int, length: int) -> Tensor:
+def _other_class(same: Tensor, bank_labels: Tensor | None, start: int, length: int) -> Tensor:
     """(b, n) mask: True where the bank row is not of the query's class."""
     if bank_labels is not None:
         return same.unsqueeze(1) != bank_labels[start : start + length]
