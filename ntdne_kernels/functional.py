@@ -11,6 +11,7 @@ Shapes: B queries, N bank rows, D features.
 """
 
 import math
+import warnings
 from numbers import Real
 
 import torch
@@ -19,10 +20,18 @@ from torch import Tensor
 from ntdne_kernels.label_index import LabelIndex, check_labels
 from ntdne_kernels.ops import losses, reference
 from ntdne_kernels.ops.bank_update import accumulator_dtype
-from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED, Backend, LeaveOneOutLogScores
+from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED, Backend, LeaveOneOutLoss
 from ntdne_kernels.ops.streaming import STREAMING
 
+try:
+    from ntdne_kernels.ops import triton
+except ImportError:  # Triton exists for Linux
+    triton = None  # type: ignore[assignment]
+
 BACKENDS: dict[str, Backend | None] = {"reference": None, "streaming": STREAMING}
+if triton is not None:
+    BACKENDS["triton"] = triton.TRITON
+_said: set[str] = set()
 BANK_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -53,7 +62,8 @@ def ntdne_loss(
         q: exponent in (0, 1]; q → 0 gives SNCA, 1 the mean absolute error.
         k: pruning threshold in (0, 1), or None to prune nothing.
         reduction: "mean" over the B queries, "sum" or "none".
-        backend: "streaming", "reference" (b×N PyTorch), or None to choose.
+        backend: "triton" (GPUs; CPU tensors with TRITON_INTERPRET=1), "streaming", "reference" (b×N PyTorch), or None
+            for the fastest on the bank's device.
 
     Returns:
         The loss, float32 (float64 for a float64 bank): a scalar, or (B,) for "none". Differentiable in features, bank.
@@ -67,8 +77,8 @@ def ntdne_loss(
     if k is not None:
         check_number("k", k, 0, 1)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, sigma=sigma, backend=backend)
-    return losses.reduce(losses.ntdne(log_p, q, k), reduction)
+    loss = losses.Loss(q, k, reduction)
+    return loss_and_log_scores(features, bank, labels, bank_labels, index, loss, sigma=sigma, backend=backend)[0]
 
 
 def snca_loss(
@@ -87,8 +97,8 @@ def snca_loss(
     Queries without a neighbour of their class are ignored: 0 under "none", and "mean" divides by the others.
     """
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, sigma=sigma, backend=backend)
-    return losses.reduce_snca(log_p, reduction)
+    loss = losses.Loss(None, None, reduction)
+    return loss_and_log_scores(features, bank, labels, bank_labels, index, loss, sigma=sigma, backend=backend)[0]
 
 
 def leave_one_out_log_scores(
@@ -104,7 +114,26 @@ def leave_one_out_log_scores(
     """log p (B,), the share of each query's neighbours in the bank that carry its label (eq. 2-4).
 
     At most 0; −inf, with zero gradient, where no other bank row has the query's label. Arguments and errors as
-    `ntdne_loss`. The streaming backend can be differentiated once; the reference backend any number of times.
+    `ntdne_loss`. Can be differentiated once; with the reference backend any number of times.
+    """
+    return loss_and_log_scores(features, bank, labels, bank_labels, index, None, sigma=sigma, backend=backend)[1]
+
+
+def loss_and_log_scores(
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    bank_labels: Tensor | LabelIndex,
+    index: Tensor | None,
+    loss: losses.Loss | None,
+    indicator: Tensor | None = None,
+    *,
+    sigma: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """A loss (log p for None) and log p (B,): what the functions above and the modules share.
+
+    `indicator` (B,) as in `losses.ntdne`. The log p beside a loss has no gradient.
     """
     check_number("sigma", sigma, 0, math.inf)
     N = _check_bank(bank)
@@ -132,14 +161,15 @@ def leave_one_out_log_scores(
         raise ValueError(f"labels: expected -1 (unlabelled) or a class from 0, got {int(labels[row])} at row {row}")
 
     classes = bank_labels.tensors() if isinstance(bank_labels, LabelIndex) else [bank_labels]
-    chosen = _backend(backend)
+    chosen = _backend(backend, bank)
     if chosen is None:
-        return reference.log_scores(features, bank, labels, index, classes, sigma)
+        log_p = reference.log_scores(features, bank, labels, index, classes, sigma)
+        return (log_p, log_p) if loss is None else (losses.value(log_p, indicator, loss), log_p.detach())
     need_direction = torch.is_grad_enabled() and features.requires_grad
-    log_p: Tensor = LeaveOneOutLogScores.apply(
-        features, bank, labels, index, classes, float(sigma), chosen, need_direction
+    result: Tensor | tuple[Tensor, Tensor] = LeaveOneOutLoss.apply(
+        features, bank, labels, index, classes, float(sigma), loss, indicator, chosen, need_direction
     )
-    return log_p
+    return (result, result) if isinstance(result, Tensor) else result
 
 
 def update_bank_(
@@ -225,11 +255,27 @@ def check_range(name: str, index: Tensor, N: int, *, look: bool = False) -> None
         raise IndexError(f"{name}: expected -1 or a bank row from 0 to {N - 1}, got {int(index[row])} at row {row}")
 
 
-def _backend(name: str | None) -> Backend | None:
+def _backend(name: str | None, bank: Tensor) -> Backend | None:
     if name is None:
-        return STREAMING
+        return _fastest(bank)
     check_choice("backend", name, tuple(BACKENDS))
+    missing = triton.missing(bank) if name == "triton" else None
+    if missing is not None:
+        raise ValueError(f"backend: 'triton' needs {missing}")
     return BACKENDS[name]
+
+
+def _fastest(bank: Tensor) -> Backend:
+    """Triton on the GPUs it serves; streaming elsewhere, which is said once per reason where there is a GPU."""
+    if bank.device.type != "cuda":
+        return STREAMING
+    missing = "the triton package" if triton is None else triton.missing(bank)
+    if missing is None:
+        return triton.TRITON
+    if missing not in _said and not torch.compiler.is_compiling():
+        _said.add(missing)
+        warnings.warn(f"the loss streams through PyTorch: the Triton kernels need {missing}", stacklevel=4)
+    return STREAMING
 
 
 def _can_look_inside(tensor: Tensor) -> bool:

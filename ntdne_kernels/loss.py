@@ -14,9 +14,9 @@ from ntdne_kernels import functional
 from ntdne_kernels.bank import MemoryBank, fill_bank
 from ntdne_kernels.functional import check_choice, check_number, check_range
 from ntdne_kernels.label_index import check_labels
-from ntdne_kernels.ops import losses
 from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED
+from ntdne_kernels.ops.losses import Loss
 
 REFRESH_CHUNK = 1024  # bank rows scored at a time
 
@@ -76,12 +76,27 @@ class _NeighbourhoodLoss(nn.Module):
             TypeError, ValueError, IndexError: an argument is not as described. Values are looked at on a CPU, and on a
                 GPU only with validate=True, which synchronises.
         """
-        log_p, index = self._log_scores(features, index, labels)
-        loss = self._loss(log_p, index)
+        memory = self.memory
+        self._check_features(features)
+        index, labels = self._images_and_labels(len(features), index, labels)
+        with torch.autocast(features.device.type, enabled=False):
+            wide = features.to(accumulator_dtype(memory.storage.dtype))
+            unit = nn.functional.normalize(wide, dim=1)
+        loss, log_p = functional.loss_and_log_scores(
+            unit,
+            memory.storage,
+            labels,
+            memory.index,
+            memory.places(index),
+            self._loss(),
+            self._indicator(index),
+            sigma=self.sigma,
+            backend=self._backend,
+        )
         if self.training:
             self._note_training(len(features))
-            self.memory.record_(log_p.detach(), index)
-        return (loss, log_p.detach().exp()) if return_scores else loss
+            memory.record_(log_p, index)
+        return (loss, log_p.exp()) if return_scores else loss
 
     def update_bank(self, features: Tensor, index: Tensor) -> None:
         """Blend the batch into the bank (eq. 15), in place; detaches by itself. See `functional.update_bank_`."""
@@ -139,29 +154,24 @@ class _NeighbourhoodLoss(nn.Module):
     def _backend(self) -> str | None:
         return None if self.fused else "reference"
 
-    def _loss(self, log_p: Tensor, index: Tensor) -> Tensor:
+    def _loss(self) -> Loss:
         raise NotImplementedError
 
-    def _log_scores(self, features: Tensor, index: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """log p (B,) and the image of each feature (B,), −1 for none."""
-        memory = self.memory
+    def _indicator(self, index: Tensor) -> Tensor | None:
+        """The log scores (B,) that decide on pruning in place of the current ones."""
+        return None
+
+    def _check_features(self, features: Tensor) -> None:
+        storage = self.memory.storage
         if not isinstance(features, Tensor) or not features.is_floating_point():
             found = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"features: expected a float tensor, got {found}")
-        if features.device != memory.storage.device:
-            raise ValueError(f"features: expected the bank's device, {memory.storage.device}, got {features.device}")
-        if features.dim() != 2 or features.size(1) != memory.storage.size(1):
+        if features.device != storage.device:
+            raise ValueError(f"features: expected the bank's device, {storage.device}, got {features.device}")
+        if features.dim() != 2 or features.size(1) != storage.size(1):
             raise ValueError(
-                f"features: expected shape (B, {memory.storage.size(1)}) as in the bank, got {tuple(features.shape)}"
+                f"features: expected shape (B, {storage.size(1)}) as in the bank, got {tuple(features.shape)}"
             )
-        index, labels = self._images_and_labels(len(features), index, labels)
-        with torch.autocast(features.device.type, enabled=False):
-            wide = features.to(accumulator_dtype(memory.storage.dtype))
-            unit = nn.functional.normalize(wide, dim=1)
-        log_p = functional.leave_one_out_log_scores(
-            unit, memory.storage, labels, memory.index, memory.places(index), sigma=self.sigma, backend=self._backend
-        )
-        return log_p, index
 
     def _images_and_labels(self, B: int, index: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         memory = self.memory
@@ -315,16 +325,18 @@ class NTDNELoss(_NeighbourhoodLoss):
             f"momentum={self.momentum}, indicator={self.indicator!r}, fused={self.fused}"
         )
 
-    def _loss(self, log_p: Tensor, index: Tensor) -> Tensor:
+    def _loss(self) -> Loss:
         check_number("q", self.q, 0, 1, upper_included=True)
         if self.k is not None:
             check_number("k", self.k, 0, 1)
-        decisive = None
-        if self.indicator == "stored":
-            stored = self.memory.scores[index.clamp(0, len(self.memory) - 1)].to(log_p.dtype)
-            decisive = torch.where(index >= 0, stored, log_p.detach())
-        loss = losses.ntdne(log_p, self.q, self.k if self.pruning else None, decisive)
-        return losses.reduce(loss, self.reduction)
+        return Loss(self.q, self.k if self.pruning else None, self.reduction)
+
+    def _indicator(self, index: Tensor) -> Tensor | None:
+        if self.indicator == "current":
+            return None
+        stored = self.memory.scores[index.clamp(0, len(self.memory) - 1)]
+        kept_unless_known = stored.nan_to_num(nan=torch.inf, neginf=-torch.inf)
+        return torch.where(index >= 0, kept_unless_known, torch.nan)
 
     def _note_first_pass(self) -> None:
         super()._note_first_pass()
@@ -372,5 +384,5 @@ class SNCALoss(_NeighbourhoodLoss):
     def extra_repr(self) -> str:
         return f"sigma={self.sigma}, momentum={self.momentum}, fused={self.fused}"
 
-    def _loss(self, log_p: Tensor, index: Tensor) -> Tensor:
-        return losses.reduce_snca(log_p, self.reduction)
+    def _loss(self) -> Loss:
+        return Loss(None, None, self.reduction)

@@ -1,11 +1,12 @@
-"""log p_i, the leave-one-out score (eq. 4), as one differentiable operation that all losses share.
+"""log p_i, the leave-one-out score (eq. 4), and any loss of it, as one differentiable operation.
 
     log p_i        = log(Σ_same_i / Σ_all_i)               sums of exp(f_i·f_j/σ) over bank rows j ≠ r_i
     ∂log p_i/∂f_i  = (μ_same_i − μ_all_i)/σ                softmax-weighted means of bank rows      (eq. 6)
     ∂log p_i/∂f_j  = ([same]·p̃_ij − p_ij)/σ · f_i          p̃_ij = p_ij/p_i                          (eq. 7)
 
-The gradient direction of the queries is made in the forward pass, so nothing of the bank has to be kept. The gradient
-of the bank, wanted by few, is a second pass over it.
+The gradient direction of the queries is made in the forward pass, and so is dL_i/dlog p_i: backward multiplies each row
+of the direction by a number, and nothing of the bank has to be kept. The gradient of the bank, wanted by few, is a
+second pass over it.
 
 Shapes: B queries, N bank rows, D features.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ntdne_kernels.ops import losses
 from ntdne_kernels.ops.bank_update import accumulator_dtype
 
 NOT_IN_BANK = -1
@@ -67,9 +69,17 @@ def class_ranges(labels: Tensor, classes: Tensor, offsets: Tensor) -> Tensor:
     return torch.where((classes[c] == labels).unsqueeze(1), ranges, 0)
 
 
+def features_gradient(
+    direction: Tensor, log_p: Tensor, slope: Tensor | None, grad: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """grad · dL_i/dlog p_i · ∂log p_i/∂f_i (B, D); a query without positives has none, whatever comes in."""
+    grad_log_p = torch.where(log_p == -torch.inf, 0, grad if slope is None else grad * slope)
+    return (grad_log_p.unsqueeze(1) * direction).to(dtype)
+
+
 @dataclass(frozen=True)
 class Backend:
-    """The two passes over the bank, as custom ops; labels, index and classes as in `neighbours_of`."""
+    """What a device does best in its own way; labels, index and classes as in `neighbours_of`."""
 
     log_scores: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """(features, bank, labels, index, classes, sigma, need_direction) →
@@ -78,10 +88,15 @@ class Backend:
     """
     bank_gradient: Callable[..., Tensor]
     """(features, bank, labels, index, classes, sigma, log_p, log_sum_all, grad_log_p) → gradient of the bank (N, D)."""
+    loss_and_slope: Callable[..., tuple[Tensor, Tensor]] = losses.loss_and_slope
+    features_gradient: Callable[..., Tensor] = features_gradient
 
 
-class LeaveOneOutLogScores(torch.autograd.Function):
-    """log p (B,) of the queries, differentiable once in the features and, where asked for, in the bank."""
+class LeaveOneOutLoss(torch.autograd.Function):
+    """The loss and log p (B,) of the queries; for no loss, log p alone.
+
+    Differentiable once, in the features and, where asked for, in the bank; the log p beside a loss is not.
+    """
 
     @staticmethod
     def forward(
@@ -92,35 +107,44 @@ class LeaveOneOutLogScores(torch.autograd.Function):
         index: Tensor,
         classes: list[Tensor],
         sigma: float,
+        loss: losses.Loss | None,
+        indicator: Tensor | None,
         backend: Backend,
         need_direction: bool,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         log_p, direction, log_sum_all = backend.log_scores(
             features, bank, labels, index, classes, sigma, need_direction
         )
+        value, slope = log_p, None
+        if loss is not None:
+            value, slope = backend.loss_and_slope(log_p, indicator, loss.q, loss.k, loss.reduction)
+            ctx.mark_non_differentiable(log_p)
+            ctx.set_materialize_grads(False)  # of log p: a tensor of zeros
         ctx.sigma, ctx.backend = sigma, backend
         ctx.features_dtype = features.dtype
         if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(log_p, direction, log_sum_all, features, bank, labels, index, *classes)
+            for_bank = (log_sum_all, features, bank, labels, index, *classes)
+            ctx.save_for_backward(log_p, slope, direction, *for_bank)
         else:
-            ctx.save_for_backward(log_p, direction)
-        return log_p
+            ctx.save_for_backward(log_p, slope, direction)
+        return log_p if loss is None else (value, log_p)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_p: Tensor) -> tuple[Tensor | None, ...]:
-        log_p, direction, *for_bank = ctx.saved_tensors
-        # A query without positives has log p = −inf and no gradient, whatever comes in.
-        grad_log_p = torch.where(log_p == -torch.inf, 0, grad_log_p)
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:  # nothing depends on the loss
+            return (None,) * 10
+        log_p, slope, direction, *for_bank = ctx.saved_tensors
         grad_features = grad_bank = None
         if ctx.needs_input_grad[0]:
-            grad_features = (grad_log_p.unsqueeze(1) * direction).to(ctx.features_dtype)
+            grad_features = ctx.backend.features_gradient(direction, log_p, slope, grad, ctx.features_dtype)
         if ctx.needs_input_grad[1]:
             log_sum_all, features, bank, labels, index, *classes = for_bank
+            grad_log_p = torch.where(log_p == -torch.inf, 0, grad if slope is None else grad * slope)
             grad_bank = ctx.backend.bank_gradient(
                 features, bank, labels, index, classes, ctx.sigma, log_p, log_sum_all, grad_log_p
             )
-        return grad_features, grad_bank, None, None, None, None, None, None
+        return grad_features, grad_bank, *(None,) * 8
 
 
 def log_scores_fake(
