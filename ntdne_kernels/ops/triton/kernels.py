@@ -1,0 +1,532 @@
+"""The kernels, and nothing else: what each program does with its tiles.
+
+For queries f_i, bank rows f_j, x_ij = f_i·f_j·log2(e)/σ and an offset m_i, the sums of a query over any bank rows are
+Σ_i = Σ_j 2^(x_ij − m_i) and v_i = Σ_j 2^(x_ij − m_i)·f_j. They are made once over the *other* classes' rows and once
+over the rows of the query's own class, so that nothing cancels where p is near 1:
+
+    1/p − 1        = Σ_other/Σ_same
+    ∂log p_i/∂f_i  = (1 − p)·(v_same/Σ_same − v_other/Σ_other)/σ      = (μ_same − μ_all)/σ
+
+How rows of a query's class are told apart, and what it costs in products (one pass over the bank is 1):
+
+- The bank in class order, or visited in it through `order`: a class is one range of rows, and queries stand sorted by
+  class. Between two ends of ranges no query changes from other to same, so a program sums such a *segment* as any
+  attention kernel would, without a look at labels, and adds it to the sum it belongs to. Cost 1, whether there are 2
+  classes, 45 or one; a second pass over the classes alone would be 1 + 1/C, a second accumulator 1.5. Segments end in a
+  ragged tile: where each query has a class of its own (C = N/2) that is up to 2·BLOCK_B tiles more per block of
+  queries, on average 3 % at N = 10^6. Snapshots of one accumulator at the ends of a range would spare adding segments
+  up, and cancel log2(1/p) bits.
+- A tensor of labels: no order is known and none is made. Programs of two kinds run, of which one masks the query's
+  class and the other all else. Cost 2; a second accumulator would cost 1.5 and leave registers for half as wide tiles.
+
+Fixed offset: unit rows bound x by log2(e)/σ, which is m. TRACKED: each of the two sums has its running maximum, for a
+common one would lose Σ_same where the positives are far; the largest weight is 2^SHIFT, which keeps the smallest that
+matter out of float16's subnormals.
+
+Sums are float32 (float64 for a float64 bank). Tensor cores round them towards zero, an error that grows with the rows:
+after at most FOLD_ROWS they are added to memory, to the nearest. Partial sums are merged in a fixed order, and no two
+programs write one address: results are the same from run to run, bit for bit. Sizes that change from batch to batch are
+not specialised on: a smaller batch compiles nothing anew.
+
+Shapes: B queries, B' with those that fill the last block, N bank rows, D features, C classes, K splits of the bank. D
+is cut into D1 + D2 columns, powers of two (384 = 256 + 128; D2 may be 0). Where a tile or a program's rows begin is
+always a 64-bit offset.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+OUT_OF_SIGHT = tl.constexpr(2**31 - 1)  # a row that no split reaches
+MATCHES_NOTHING = tl.constexpr(-(2**62))
+LOW, HIGH, OWN, SOURCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # columns of `places`
+# The interpreter holds bfloat16 as integers: it would multiply those, and cuts digits off instead of rounding them.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# A part of a kernel. The interpreter would set itself up anew at each call of a jitted one, a third of its time.
+_part = (lambda function: function) if triton.knobs.runtime.interpret else triton.jit
+
+
+@_part
+def _dot(a, b, sums, PRECISION: tl.constexpr):
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision=PRECISION)
+    return tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
+
+
+@_part
+def _rounded(x, dtype: tl.constexpr):
+    """x in dtype, to the nearest."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit(do_not_specialize=["B", "N", "C", "search_steps"])
+def prepare(
+    features, labels, index, classes, offsets, position,
+    queries,  # out (B', D): the features in the bank's dtype, sorted by label where classes are ranges
+    places,  # out (B', 4): LOW and HIGH, the range of j of the query's class (without ranges LOW is the label);
+    # OWN, j of the query itself; SOURCE, which query stands here
+    B, N, C, stride_b, stride_d, search_steps,
+    D: tl.constexpr, BY_RANGE: tl.constexpr, GATHER: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_Q queries: their places in the order of labels, their classes' ranges, their own rows.
+
+    The programs go on to the end of the last block of queries with features of 0 that have no class and no row.
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    live = i < B
+    label = tl.load(labels + i, mask=live, other=-1)
+    itself = tl.load(index + i, mask=live, other=-1)
+    place = i
+    if BY_RANGE:
+        before = tl.full((BLOCK_Q,), 0, tl.int32)
+        for first in range(0, B, BLOCK):
+            k = first + tl.arange(0, BLOCK)
+            other = tl.load(labels + k, mask=k < B, other=0)
+            comes_first = (other[None, :] < label[:, None]) | (
+                (other[None, :] == label[:, None]) & (k[None, :] < i[:, None])
+            )
+            before += tl.sum((comes_first & (k < B)[None, :]).to(tl.int32), 1)
+        place = tl.where(live, before, i)
+
+        left = tl.full((BLOCK_Q,), 0, tl.int64)
+        right = left + C
+        for _ in range(search_steps):
+            middle = (left + right) // 2
+            smaller = (left < right) & (tl.load(classes + middle, mask=middle < C, other=0) < label)
+            right = tl.where(smaller, right, tl.maximum(middle, left))
+            left = tl.where(smaller, middle + 1, left)
+        found = live & (tl.load(classes + left, mask=left < C, other=-1) == label) & (label >= 0)
+        tl.store(places + place * 4 + LOW, tl.load(offsets + left, mask=found, other=0))
+        tl.store(places + place * 4 + HIGH, tl.load(offsets + left + 1, mask=found, other=0))
+    else:
+        tl.store(places + place * 4 + LOW, tl.where(label >= 0, label, MATCHES_NOTHING))
+    if GATHER:
+        inside = (itself >= 0) & (itself < N)
+        itself = tl.load(position + itself, mask=inside, other=-1)
+    tl.store(places + place * 4 + OWN, itself)
+    tl.store(places + place * 4 + SOURCE, i)
+    for first in range(0, D, BLOCK):
+        d = first + tl.arange(0, BLOCK)
+        here = (d < D)[None, :]
+        rows = tl.load(
+            features + i[:, None] * stride_b + d[None, :].to(tl.int64) * stride_d, mask=here & live[:, None], other=0.0
+        )
+        tl.store(queries + place[:, None] * D + d[None, :], _rounded(rows, queries.dtype.element_ty), mask=here)
+
+
+@_part
+def _load_queries(queries, i, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """(queries, WIDTH) columns from FIRST on; 0 past D."""
+    d = FIRST + tl.arange(0, WIDTH)
+    pointers = queries + (i[:, None] * D + d[None, :])
+    if FIRST + WIDTH <= D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+
+
+@_part
+def _load_rows(base, row_offset, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """(rows, WIDTH) columns from FIRST on; 0 past D and where not inside."""
+    d = FIRST + tl.arange(0, WIDTH)
+    pointers = base + (row_offset[:, None] + d[None, :])
+    if FIRST + WIDTH <= D:
+        return tl.load(pointers, mask=inside[:, None], other=0.0)
+    return tl.load(pointers, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+
+
+@_part
+def _from(rows, origin):
+    """Bank rows counted from `origin`, in 32 bits; −1 for all before it, OUT_OF_SIGHT for those far behind it."""
+    return tl.maximum(tl.minimum(rows - origin, OUT_OF_SIGHT), -1).to(tl.int32)
+
+
+@_part
+def _halves(v):
+    """The left and the right half of the columns of v, without moving values between threads."""
+    return tl.split(tl.permute(tl.reshape(v, (v.shape[0], 2, v.shape[1] // 2)), (0, 2, 1)))
+
+
+@_part
+def _fold(vectors, row, v, held, factor_held, factor_new, FIRST: tl.constexpr, D: tl.constexpr):
+    """vectors[row] = factor_held·vectors[row] + factor_new·v in the columns from FIRST on; rows not held are empty.
+
+    32 columns at a time: old and new values of more do not fit the registers.
+    """
+    WIDTH: tl.constexpr = v.shape[1]
+    if WIDTH > 32:
+        left, right = _halves(v)
+        _fold(vectors, row, left, held, factor_held, factor_new, FIRST, D)
+        _fold(vectors, row, right, held, factor_held, factor_new, FIRST + WIDTH // 2, D)
+    else:
+        d = tl.arange(0, WIDTH) + FIRST
+        pointers = vectors + (row[:, None] * D + d[None, :])
+        here = (d < D)[None, :]
+        old = tl.load(pointers, mask=here & held[:, None], other=0.0)
+        tl.store(pointers, old * factor_held[:, None] + v * factor_new[:, None], mask=here)
+
+
+@triton.jit(do_not_specialize=["B", "N", "splits", "rows_per_split"])
+def stream(
+    queries, bank, order, bank_labels, places,
+    totals, maxima, vectors,  # out (K, blocks, 2, BLOCK_B), the same, (..., D): Σ, its maximum and v over the rows of
+    # the other classes and over those of the query's class
+    B, N, bank_stride, scale: tl.float64, splits, rows_per_split,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+    BY_RANGE: tl.constexpr, GATHER: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr,
+    WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, FOLD_ROWS: tl.constexpr,
+):  # fmt: skip
+    """The sums of BLOCK_B queries over one split of the bank."""
+    # Programs that stand together take the same rows for other queries: all but one find them in the L2 cache.
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(B, BLOCK_B)
+    split = program // blocks
+    kind = split // splits  # without ranges: 0 sums the other classes, 1 the query's
+    split = split % splits
+    block = program % blocks
+    first = block * BLOCK_B
+    i = tl.arange(0, BLOCK_B)  # from here on queries are counted from `first`
+    places += first * 4
+    queries += first * D
+    q1 = _load_queries(queries, i, 0, D1, D)
+    q2 = q1
+    if D2 > 0:
+        q2 = _load_queries(queries, i, D1, D2, D)
+    scale = tl.full((), scale, totals.dtype.element_ty)
+
+    zeros = tl.full((BLOCK_B,), 0, totals.dtype.element_ty)
+    first_slot = ((split * blocks + block) * 2 + kind) * BLOCK_B
+    totals += first_slot
+    maxima += first_slot
+    vectors += first_slot * D
+    for slots in tl.static_range(0, 2 * BLOCK_B if BY_RANGE else BLOCK_B, BLOCK_B):
+        tl.store(totals + slots + i, zeros)
+        if TRACKED:
+            tl.store(maxima + slots + i, zeros - float("inf"))
+
+    # From here on bank rows are counted from the split's first, in 32 bits: 64 would spill registers.
+    origin = split * rows_per_split
+    end = tl.minimum(rows_per_split, N - origin).to(tl.int32)
+    far_stride = origin * 0 + bank_stride  # 64 bits
+    bank_labels += origin
+    if GATHER:
+        order += origin
+    else:
+        bank += origin * far_stride
+    begin = end * 0
+    while begin < end:
+        stop = tl.minimum(end, begin + FOLD_ROWS)
+        if BY_RANGE:
+            # Up to the next end of a range no query changes from other to same or back.
+            my_low = _from(tl.load(places + i * 4 + LOW), origin)
+            my_high = _from(tl.load(places + i * 4 + HIGH), origin)
+            next_end = tl.minimum(
+                tl.where(my_low > begin, my_low, OUT_OF_SIGHT), tl.where(my_high > begin, my_high, OUT_OF_SIGHT)
+            )
+            stop = tl.minimum(stop, tl.min(next_end, 0))
+        my_row = _from(tl.load(places + i * 4 + OWN), origin)
+        next_own = tl.min(tl.where(my_row >= begin, my_row, OUT_OF_SIGHT), 0)
+
+        total = zeros
+        maximum = zeros - float("inf")
+        v1 = tl.full((BLOCK_B, D1), 0, zeros.dtype)
+        v2 = v1
+        if D2 > 0:
+            v2 = tl.full((BLOCK_B, D2), 0, zeros.dtype)
+        for start in tl.range(begin, stop, BLOCK_N):
+            j = tl.arange(0, BLOCK_N)
+            inside = j < stop - start
+            tile = bank
+            row = j * bank_stride
+            if GATHER:
+                row = tl.load(order + start + j, mask=inside, other=0) * bank_stride
+            else:
+                tile += start * far_stride
+            t1 = _load_rows(tile, row, inside, 0, D1, D)
+            t2 = t1
+            x = _dot(q1, tl.trans(t1), tl.full((BLOCK_B, BLOCK_N), 0, zeros.dtype), PRECISION)
+            if D2 > 0:
+                t2 = _load_rows(tile, row, inside, D1, D2, D)
+                x = _dot(q2, tl.trans(t2), x, PRECISION)
+            x *= scale
+            # Most tiles hold no query's own row and end before the segment does: they need no mask.
+            if start + BLOCK_N > tl.minimum(stop, next_own):
+                my_row = _from(tl.load(places + i * 4 + OWN), origin)
+                x = tl.where((start + j)[None, :] == my_row[:, None], float("-inf"), x)
+                x = tl.where(inside[None, :], x, float("-inf"))
+                next_own = tl.min(tl.where(my_row >= start + BLOCK_N, my_row, OUT_OF_SIGHT), 0)
+            if not BY_RANGE:
+                my_label = tl.load(places + i * 4 + LOW)
+                label = tl.load(bank_labels + start + j, mask=inside, other=-1)
+                x = tl.where((label[None, :] == my_label[:, None]) == (kind == 1), x, float("-inf"))
+            if TRACKED:
+                raised = tl.maximum(maximum, tl.max(x, 1))
+                offset = tl.where(raised == float("-inf"), 0.0, raised - SHIFT)  # all masked: no −inf − (−inf)
+                shrink = tl.exp2(maximum - SHIFT - offset)
+                maximum = raised
+                total *= shrink
+                if WEIGHTED:
+                    v1 *= shrink[:, None]
+                    if D2 > 0:
+                        v2 *= shrink[:, None]
+                weights = tl.exp2(x - offset[:, None])
+            else:
+                weights = tl.exp2(x - scale)
+            total += tl.sum(weights, 1)
+            if WEIGHTED:
+                rounded = _rounded(weights, t1.dtype)
+                v1 = _dot(rounded, t1, v1, PRECISION)
+                if D2 > 0:
+                    v2 = _dot(rounded, t2, v2, PRECISION)
+
+        tl.debug_barrier()  # what other threads of this program wrote is read now
+        slot = i
+        if BY_RANGE:
+            my_low = _from(tl.load(places + i * 4 + LOW), origin)
+            my_high = _from(tl.load(places + i * 4 + HIGH), origin)
+            slot += tl.where((my_low <= begin) & (begin < my_high), BLOCK_B, 0)
+        held = tl.load(totals + slot)
+        factor_held = zeros + 1.0
+        factor_new = factor_held
+        if TRACKED:
+            before = tl.load(maxima + slot)
+            raised = tl.maximum(before, maximum)
+            offset = tl.where(raised == float("-inf"), 0.0, raised)
+            factor_held = tl.exp2(before - offset)
+            factor_new = tl.exp2(maximum - offset)
+        tl.debug_barrier()  # several threads read one element: all have, before one of them writes
+        if TRACKED:
+            tl.store(maxima + slot, raised)
+        tl.store(totals + slot, held * factor_held + total * factor_new)
+        if WEIGHTED:
+            _fold(vectors, slot, v1, held != 0, factor_held, factor_new, 0, D)
+            if D2 > 0:
+                _fold(vectors, slot, v2, held != 0, factor_held, factor_new, D1, D)
+        begin = stop
+
+
+@_part
+def _merge_splits(
+    totals, maxima, vectors, first, stride, splits, d,
+    D: tl.constexpr, TRACKED: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Σ, its maximum and v (BLOCK_D,) over the slots first, first + stride, ..., one of each split."""
+    k = tl.arange(0, BLOCK_K)
+    total = tl.full((), 0, totals.dtype.element_ty)
+    vector = tl.full(d.shape, 0, totals.dtype.element_ty)
+    highest = total - float("inf")
+    if TRACKED:
+        for split in range(0, splits, BLOCK_K):
+            slot = first + (split + k) * stride
+            maximum = tl.load(maxima + slot, mask=split + k < splits, other=float("-inf"))
+            highest = tl.maximum(highest, tl.max(maximum, 0))
+    for split in range(0, splits, BLOCK_K):
+        here = split + k < splits
+        slot = first + (split + k) * stride
+        part = tl.load(totals + slot, mask=here, other=0.0)
+        factor = tl.full((BLOCK_K,), 1.0, total.dtype)
+        if TRACKED:
+            maximum = tl.load(maxima + slot, mask=here, other=float("-inf"))
+            factor = tl.where(maximum == float("-inf"), 0.0, tl.exp2(maximum - highest))
+        total += tl.sum(part * factor, 0)
+        if WEIGHTED:
+            # The vector of an empty slot was never written.
+            here = (part != 0)[:, None] & (d < D)[None, :]
+            rows = tl.load(vectors + slot[:, None] * D + d[None, :], mask=here, other=0.0)
+            vector += tl.sum(rows * factor[:, None], 0)
+    return total, highest, vector
+
+
+@triton.jit(do_not_specialize=["B", "splits"])
+def merge(
+    totals, maxima, vectors, places,
+    log_p, direction, log_sum_all,  # out (B,), (B, D), (B,)
+    B, scale: tl.float64, sigma: tl.float64, splits,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr,
+    WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One query: log p, its gradient direction (μ_same − μ_all)/σ, and log Σ_all."""
+    i = tl.program_id(0).to(tl.int64)
+    out = tl.load(places + i * 4 + SOURCE)
+    d = tl.arange(0, BLOCK_D)
+    first = i // BLOCK_B * 2 * BLOCK_B + i % BLOCK_B
+    stride = (first * 0 + tl.cdiv(B, BLOCK_B)) * 2 * BLOCK_B
+    other, highest_other, v_other = _merge_splits(
+        totals, maxima, vectors, first, stride, splits, d, D, TRACKED, WEIGHTED, BLOCK_K
+    )
+    same, highest_same, v_same = _merge_splits(
+        totals, maxima, vectors, first + BLOCK_B, stride, splits, d, D, TRACKED, WEIGHTED, BLOCK_K
+    )
+    # A handful of float64 operations per query: the GPU's fast float32 logarithm is wrong by 2e-7 near 1.
+    has_positive = same != 0  # NaN counts, and stays NaN
+    log_same = tl.log(same.to(tl.float64))
+    log_other = tl.log(other.to(tl.float64))
+    if TRACKED:
+        log_same += tl.where(has_positive, (highest_same - SHIFT).to(tl.float64) * LN_2, 0.0)
+        log_other += tl.where(other != 0, (highest_other - SHIFT).to(tl.float64) * LN_2, 0.0)
+    else:
+        log_same += scale * LN_2
+        log_other += scale * LN_2
+    log_odds = log_other - log_same
+    # log p = −log(1 + e^log_odds); log Σ_all = log(Σ_same + Σ_other)
+    rest = tl.log(1.0 + tl.exp(-tl.abs(log_odds)))
+    score = tl.where(has_positive, -(tl.maximum(log_odds, 0.0) + rest), float("-inf"))
+    log_all = tl.where(has_positive, tl.maximum(log_same, log_other) + rest, log_other)
+    tl.store(log_p + out, score.to(log_p.dtype.element_ty))
+    tl.store(log_sum_all + out, log_all.to(log_sum_all.dtype.element_ty))
+    if WEIGHTED:
+        one_minus_p = 1.0 / (1.0 + tl.exp(-log_odds))
+        mu_same = v_same / tl.where(has_positive, same, 1.0)
+        mu_other = v_other / tl.where(other != 0, other, 1.0)
+        row = (mu_same - mu_other) * (one_minus_p / sigma).to(mu_same.dtype)
+        tl.store(direction + out * D + d, tl.where(has_positive, row, 0.0), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["B"])
+def loss_and_slope(
+    log_p, indicator,
+    value,  # out (B,), or one number
+    slope,  # out (B,): dL/dlog p
+    B, q: tl.float64, log_k: tl.float64, pruned_loss: tl.float64,
+    SNCA: tl.constexpr, PRUNING: tl.constexpr, HAS_INDICATOR: tl.constexpr, REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: the losses of all queries (eq. 5, 9, 13), reduced, and their derivatives."""
+    total = tl.full((BLOCK,), 0, tl.float64)
+    kept = tl.full((BLOCK,), 0, tl.float64)
+    for first in range(0, B, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        x = tl.load(log_p + i, mask=i < B, other=0.0).to(tl.float64)
+        if SNCA:
+            counts = (i < B) & (x != float("-inf"))
+            loss = tl.where(counts, -x, 0.0)
+            derivative = tl.where(counts, -1.0, 0.0)
+        else:
+            counts = i < B
+            u = x * q
+            # For small u the difference loses digits and three terms of its series suffice.
+            loss = tl.where(u > -1e-5, -u * (1.0 + u / 2.0 * (1.0 + u / 3.0)), 1.0 - tl.exp(u)) / q
+            derivative = -tl.exp(u)
+            if PRUNING:
+                decisive = x
+                if HAS_INDICATOR:
+                    known = tl.load(indicator + i, mask=i < B, other=0.0).to(tl.float64)
+                    decisive = tl.where(known == known, known, x)
+                pruned = decisive <= log_k
+                loss = tl.where(pruned, pruned_loss, loss)
+                derivative = tl.where(pruned, 0.0, derivative)
+        if REDUCTION == "none":
+            tl.store(value + i, loss.to(value.dtype.element_ty), mask=i < B)
+        tl.store(slope + i, derivative.to(slope.dtype.element_ty), mask=i < B)
+        total += tl.where(i < B, loss, 0.0)
+        kept += counts.to(tl.float64)
+    if REDUCTION != "none":
+        divisor = 1.0
+        if REDUCTION == "mean":
+            divisor = tl.maximum(tl.sum(kept, 0), 1.0)
+            tl.debug_barrier()  # what other threads wrote is read now
+            for first in range(0, B, BLOCK):
+                i = first + tl.arange(0, BLOCK)
+                derivative = tl.load(slope + i, mask=i < B, other=0.0)
+                tl.store(slope + i, (derivative / divisor).to(slope.dtype.element_ty), mask=i < B)
+        tl.store(value, (tl.sum(total, 0) / divisor).to(value.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["B"])
+def gradient_to_features(
+    direction, log_p, slope, grad,
+    gradient,  # out (B, D)
+    B, grad_stride,
+    D: tl.constexpr, HAS_SLOPE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """grad_i · dL_i/dlog p_i · ∂log p_i/∂f_i; exactly 0, whatever comes in, where a query has no positives."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    live = i < B
+    factor = tl.load(grad + i * grad_stride, mask=live, other=0.0)
+    if HAS_SLOPE:
+        factor *= tl.load(slope + i, mask=live, other=0.0)
+    has_positive = tl.load(log_p + i, mask=live, other=float("-inf")) != float("-inf")
+    factor = tl.where(has_positive, factor, 0.0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    here = live[:, None] & (d < D)[None, :]
+    rows = tl.load(direction + i[:, None] * D + d[None, :], mask=here, other=0.0)
+    tl.store(
+        gradient + i[:, None] * D + d[None, :], _rounded(rows * factor[:, None], gradient.dtype.element_ty), mask=here
+    )
+
+
+@_part
+def _within(value, start, LENGTH: tl.constexpr):
+    """value − start, kept in [−1, LENGTH] for 32-bit comparisons with a tile's columns: 64-bit ones spill registers."""
+    return tl.maximum(tl.minimum(value - start, LENGTH), -1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["B", "N"])
+def gradient_to_bank(
+    queries, bank, order, bank_labels, places, log_p, log_sum_all, grad_log_p,
+    gradient,  # out (N, D)
+    B, N, bank_stride, scale: tl.float64, sigma: tl.float64,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+    BY_RANGE: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N bank rows: Σ_i g_i/σ·([same]·p̃_ij − p_ij)·f_i over all queries, in their order (eq. 7)."""
+    accumulator: tl.constexpr = log_p.dtype.element_ty
+    start = tl.program_id(0).to(tl.int64) * BLOCK_N
+    j = tl.arange(0, BLOCK_N)
+    inside = j < tl.minimum(N - start, BLOCK_N).to(tl.int32)
+    row = start + j
+    if GATHER:
+        row = tl.load(order + row, mask=inside, other=0)
+    t1 = _load_rows(bank, row * bank_stride, inside, 0, D1, D)
+    t2 = t1
+    g1 = tl.full((BLOCK_N, D1), 0, accumulator)
+    g2 = g1
+    if D2 > 0:
+        t2 = _load_rows(bank, row * bank_stride, inside, D1, D2, D)
+        g2 = tl.full((BLOCK_N, D2), 0, accumulator)
+    scale = tl.full((), scale, accumulator)
+    sigma = tl.full((), sigma, accumulator)
+    for first in tl.range(0, B, BLOCK_B):
+        i = first + tl.arange(0, BLOCK_B).to(tl.int64)
+        query = tl.load(places + i * 4 + SOURCE)
+        score = tl.load(log_p + query, mask=i < B, other=float("-inf"))
+        live = score != float("-inf")  # without positives a query has no gradient, and its sums may be empty
+        log_all = tl.load(log_sum_all + query, mask=live, other=0.0)
+        upstream = tl.load(grad_log_p + query, mask=live, other=0.0) / sigma
+        q1 = _load_queries(queries, i, 0, D1, D)
+        q2 = q1
+        x = _dot(q1, tl.trans(t1), tl.full((BLOCK_B, BLOCK_N), 0, accumulator), PRECISION)
+        if D2 > 0:
+            q2 = _load_queries(queries, i, D1, D2, D)
+            x = _dot(q2, tl.trans(t2), x, PRECISION)
+        x *= scale
+        my_row = tl.load(places + i * 4 + OWN)
+        my_low = tl.load(places + i * 4 + LOW)
+        if BY_RANGE:
+            my_high = tl.load(places + i * 4 + HIGH)
+            begin = _within(my_low, start, BLOCK_N)
+            stop = _within(my_high, start, BLOCK_N)
+            same = (j[None, :] >= begin[:, None]) & (j[None, :] < stop[:, None])
+        else:
+            label = tl.load(bank_labels + start + j, mask=inside, other=-1)
+            same = label[None, :] == my_low[:, None]
+        counts = live[:, None] & inside[None, :] & (j[None, :] != _within(my_row, start, BLOCK_N)[:, None])
+        # p̃_ij − p_ij = p̃_ij·(1 − p_i) in the query's class, −p_ij elsewhere
+        log_sum = tl.where(same, ((log_all + score) * LOG2_E)[:, None], (log_all * LOG2_E)[:, None])
+        one_minus_p = tl.where(score > -1e-4, -score * (1.0 + score / 2.0 * (1.0 + score / 3.0)), 1.0 - tl.exp(score))
+        share = tl.where(same, (upstream * one_minus_p)[:, None], -upstream[:, None])
+        weights = tl.where(counts, tl.exp2(x - log_sum) * share, 0.0)
+        # The weights have both signs and any size, which 16 bits would round or lose: they meet the queries as TF32.
+        g1 = _dot(tl.trans(weights), q1.to(accumulator), g1, PRECISION)
+        if D2 > 0:
+            g2 = _dot(tl.trans(weights), q2.to(accumulator), g2, PRECISION)
+    d = tl.arange(0, D1)
+    here = inside[:, None] & (d < D)[None, :]
+    tl.store(gradient + row[:, None] * D + d[None, :], _rounded(g1, gradient.dtype.element_ty), mask=here)
+    if D2 > 0:
+        d = D1 + tl.arange(0, D2)
+        here = inside[:, None] & (d < D)[None, :]
+        tl.store(gradient + row[:, None] * D + d[None, :], _rounded(g2, gradient.dtype.element_ty), mask=here)
