@@ -1,9 +1,22 @@
-"""What the tests share: devices, and made archives of unit rows."""
+"""What the tests share: devices, and made archives of unit rows.
+
+Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors. A process has either the interpreter or
+the compiler, so with a GPU the kernels run there alone.
+"""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
 from hypothesis import settings
 from torch import Tensor, nn
+
+from ntdne_kernels.functional import BACKENDS
+from ntdne_kernels.ops.triton import INTERPRETED
 
 # Time limits per example would fail on a busy machine, not on wrong code.
 settings.register_profile("package", deadline=None, max_examples=60, derandomize=True)
@@ -20,6 +33,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+def served(backend: str, device: torch.device) -> str:
+    """The backend; skips the test where this process cannot run it on the device."""
+    if backend == "triton" and (device.type == "cpu") != INTERPRETED:
+        pytest.skip("the kernels are interpreted in this process" if INTERPRETED else "needs TRITON_INTERPRET=1")
+    return backend
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
+    return served(request.param, device)
+
+
+@pytest.fixture(params=[name for name, backend in BACKENDS.items() if backend is not None])
+def fused(request: pytest.FixtureRequest, device: torch.device) -> str:
+    """A backend that is not the definition."""
+    return served(request.param, device)
 
 
 class Archive:

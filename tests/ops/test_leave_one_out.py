@@ -14,13 +14,6 @@ from ntdne_kernels.ops import streaming
 from tests import formulas
 from tests.conftest import Archive
 
-FUSED = [name for name, backend in BACKENDS.items() if backend is not None]
-
-
-@pytest.fixture(params=list(BACKENDS))
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
-
 
 @pytest.fixture(params=["labels", "index", "sorted index"])
 def by(request: pytest.FixtureRequest) -> str:
@@ -91,7 +84,7 @@ def test_every_shape_agrees_with_the_reference(B, N, D, C, seed, sigma, unlabell
     archive = Archive(B, N, D, C, seed=seed, unlabelled=unlabelled)
     for by in ("labels", "index", "sorted index"):
         results = {}
-        for backend in BACKENDS:
+        for backend in ("reference", "streaming"):  # Triton over ragged shapes: test_triton.py
             features, bank, labels, bank_labels, index = arguments(archive, by)
             features, bank = features.clone().requires_grad_(), bank.clone().requires_grad_()
             with pytest.MonkeyPatch.context() as patch:
@@ -99,8 +92,8 @@ def test_every_shape_agrees_with_the_reference(B, N, D, C, seed, sigma, unlabell
                 loss = ntdne_loss(features, bank, labels, bank_labels, index, sigma=sigma, backend=backend)
                 loss.backward()
             results[backend] = (loss.detach(), features.grad, bank.grad)
-        for name in FUSED:
-            torch.testing.assert_close(results[name], results["reference"], rtol=1e-9, atol=1e-10)
+        for result in results.values():
+            torch.testing.assert_close(result, results["reference"], rtol=1e-9, atol=1e-10)
 
 
 def plain_pytorch(archive: Archive, sigma: float) -> tuple[Tensor, Tensor]:
@@ -119,7 +112,7 @@ def plain_pytorch(archive: Archive, sigma: float) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("sigma", [0.1, 0.05, 0.03, 0.02])
 @pytest.mark.parametrize("clustered", [False, True])
 def test_error_is_at_most_twice_that_of_plain_pytorch_in_the_same_dtype(backend, by, dtype, sigma, clustered, device):
-    archive = Archive(B=64, N=5000, D=48, C=10, dtype=dtype, device=device, unlabelled=False)
+    archive = Archive(B=64, N=2000, D=48, C=10, dtype=dtype, device=device, unlabelled=False)
     archive.labels.clamp_(min=0)
     if clustered:  # p near 1, where both sums nearly cancel
         centres = archive.bank[:10].float()[archive.bank_labels]
@@ -348,7 +341,7 @@ def test_no_tile_is_larger_than_its_limit(B, D, monkeypatch):
 
 
 def test_gradcheck(backend, by, device):
-    archive = Archive(B=5, N=12, D=3, C=2, device=device, unlabelled=False)
+    archive = Archive(B=3, N=7, D=2, C=2, device=device, unlabelled=False)
     archive.labels.clamp_(min=0)
     features, bank, labels, bank_labels, index = arguments(archive, by)
 
@@ -359,11 +352,10 @@ def test_gradcheck(backend, by, device):
     assert torch.autograd.gradcheck(log_scores, (features.requires_grad_(), bank.clone().requires_grad_()))
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_double_backward_raises(backend, device):
+def test_double_backward_raises(fused, device):
     archive = Archive(device=device)
     features = archive.features.clone().requires_grad_()
-    log_p = leave_one_out_log_scores(features, *archive.arguments()[1:], backend=backend)
+    log_p = leave_one_out_log_scores(features, *archive.arguments()[1:], backend=fused)
     (gradient,) = torch.autograd.grad(log_p[log_p > -torch.inf].exp().sum(), features, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -405,8 +397,7 @@ def test_empty_batch(backend, by, device):
     assert torch.equal(bank.grad, torch.zeros_like(bank))
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_fused_backends_keep_nothing_of_the_bank(backend, device):
+def test_fused_backends_keep_nothing_of_the_bank(fused, device):
     """forward, update, forward, update, backward: the gradient is that of the rows each forward saw."""
     archive = Archive(device=device)
     expected = torch.zeros_like(archive.features)
@@ -415,9 +406,9 @@ def test_fused_backends_keep_nothing_of_the_bank(backend, device):
         ntdne_loss(features, bank, *archive.arguments()[2:], backend="reference").backward()
         expected += features.grad
     features, bank = archive.features.clone().requires_grad_(), archive.bank.clone()
-    first = ntdne_loss(features, bank, *archive.arguments()[2:], backend=backend)
+    first = ntdne_loss(features, bank, *archive.arguments()[2:], backend=fused)
     bank.neg_()
-    second = ntdne_loss(features, bank, *archive.arguments()[2:], backend=backend)
+    second = ntdne_loss(features, bank, *archive.arguments()[2:], backend=fused)
     bank.zero_()
     (first + second).backward()
     torch.testing.assert_close(features.grad, expected)
@@ -454,32 +445,30 @@ def op_arguments(archive: Archive, by: str) -> tuple[Tensor, Tensor, Tensor, Ten
     return features, bank, labels, index, classes
 
 
-@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("need_direction", [True, False])
-def test_opcheck_of_the_forward(backend, by, dtype, need_direction, device):
-    ops = BACKENDS[backend]
+def test_opcheck_of_the_forward(fused, by, dtype, need_direction, device):
+    ops = BACKENDS[fused]
     torch.library.opcheck(ops.log_scores, (*op_arguments(Archive(dtype=dtype, device=device), by), 0.1, need_direction))
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_opcheck_of_the_bank_gradient(backend, by, device):
-    ops = BACKENDS[backend]
+def test_opcheck_of_the_bank_gradient(fused, by, device):
+    ops = BACKENDS[fused]
     given = op_arguments(Archive(device=device), by)
     log_p, _, log_sum_all = ops.log_scores(*given, 0.1, False)
     torch.library.opcheck(ops.bank_gradient, (*given, 0.1, log_p, log_sum_all, torch.ones_like(log_p)))
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_eager_and_compiled_outputs_of_the_op_are_bitwise_equal(backend, by, device):
+def test_eager_and_compiled_outputs_of_the_op_are_bitwise_equal(fused, by, device):
     given = (*op_arguments(Archive(B=33, N=700, D=20, dtype=torch.float32, device=device), by), 0.1, True)
-    op = BACKENDS[backend].log_scores
+    op = BACKENDS[fused].log_scores
     compiled = torch.compile(lambda *inputs: op(*inputs), fullgraph=True)
     for eager, traced in zip(op(*given), compiled(*given), strict=True):
         assert torch.equal(eager, traced)
 
 
 def test_compiled_loss_and_gradients_agree_with_eager(backend, by, device):
+    torch._dynamo.reset()  # the limit on compiling one function anew counts over all tests
     given = arguments(Archive(B=16, N=90, dtype=torch.float32, device=device), by)
     labels, bank_labels, index = given[2:]
 
@@ -496,9 +485,9 @@ def test_compiled_loss_and_gradients_agree_with_eager(backend, by, device):
 
 
 def test_repeated_runs_are_bitwise_equal(backend, by, device):
-    archive = Archive(B=40, N=3000, D=32, dtype=torch.float32, device=device)
+    archive = Archive(B=40, N=700 if device.type == "cpu" else 30_000, D=32, dtype=torch.float32, device=device)
     runs = []
-    for _ in range(5):
+    for _ in range(3 if device.type == "cpu" else 20):
         features = archive.features.clone().requires_grad_()
         given = arguments(archive, by)
         loss = ntdne_loss(features, *given[1:], backend=backend)

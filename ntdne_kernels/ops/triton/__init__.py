@@ -67,10 +67,11 @@ def log_scores(
         return log_p, direction, log_sum_all
     with _on(bank.device):
         device, arithmetic = describe(bank.device), _arithmetic(bank.dtype)
-        config = choose(device, "labels" if len(classes) == 1 else "range", arithmetic, D, B)
+        kernel, kinds = ("labels", 2) if len(classes) == 1 else ("range", 1)
+        config = choose(device, kernel, arithmetic, D, B)
         bank = _with_unit_stride(bank)
         queries = _Queries.prepare(features, bank, labels, index, classes, config.block_b)
-        splits = split_count(device, config, B, N, D)
+        splits = split_count(device, config, B, N, D, kinds)
         blocks = triton.cdiv(B, config.block_b)
         tracked = sigma < SMALLEST_PLAIN_SIGMA or bank.dtype == torch.float16
         numbers = {
@@ -83,7 +84,7 @@ def log_scores(
         vectors = log_p.new_empty((*totals.shape, D if need_direction else 0))
         D1, D2 = columns(D)
         scale = math.log2(math.e) / sigma
-        kernels.stream[(blocks * splits * (1 if queries.by_range else 2),)](
+        kernels.stream[(kinds * splits * blocks,)](
             *queries.of_rows(bank), totals, maxima, vectors,
             B, N, bank.stride(0), scale, splits, config.block_n * triton.cdiv(triton.cdiv(N, splits), config.block_n),
             D=D, D1=D1, D2=D2, BLOCK_B=config.block_b, BLOCK_N=config.block_n, BY_RANGE=queries.by_range,

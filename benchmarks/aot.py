@@ -1,0 +1,145 @@
+"""Compile the kernels that visit the bank for a GPU that need not be here, and read what the compiler says of them.
+
+`python -m benchmarks.aot CAPABILITY` does so for every entry of the table of tile shapes: one JSON object per line.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ntdne_kernels.ops.triton import FOLD_ROWS, PRECISION, kernels
+from ntdne_kernels.ops.triton.configs import TABLE, Config, columns
+
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
+"""Bytes of shared memory that a program can have, by compute capability (CUDA C++ Programming Guide)."""
+BANKS = {"16-bit": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",), "fp64": ("fp64",)}
+"""Triton's names of the bank's dtypes, by the arithmetic they are multiplied in."""
+_POINTERS = {
+    "queries": "bank", "bank": "bank", "order": "i64", "bank_labels": "i64", "places": "i64",
+    "totals": "sum", "maxima": "sum", "vectors": "sum", "log_p": "sum", "log_sum_all": "sum",
+    "grad_log_p": "sum", "gradient": "bank",
+}  # fmt: skip
+_NUMBERS = {"scale": "fp64", "sigma": "fp64", "rows_per_split": "i64"}
+_ALIGNED = ("queries", "bank", "totals", "vectors", "gradient", "bank_stride")
+
+
+class Resources(NamedTuple):
+    registers: int
+    spilled: int
+    """Bytes per thread that registers did not suffice for."""
+    shared: int
+    """Bytes of shared memory per program."""
+    wgmma: bool
+    mma: bool
+    """Tensor cores: Hopper's instruction for whole warp groups; those of other generations."""
+
+
+class Variant(NamedTuple):
+    """What is compiled into a kernel besides its tiles."""
+
+    bank: str
+    by_range: bool = True
+    gather: bool = False
+    tracked: bool = False
+    weighted: bool = True
+
+
+KERNELS = {"range": kernels.stream, "labels": kernels.stream, "gradient": kernels.gradient_to_bank}
+"""By their names in the table of tile shapes."""
+
+
+def checks(kernel: str, arithmetic: str, width: int) -> list[tuple[int, Variant]]:
+    """All that a table entry for D up to `width` has to serve, those that need most first."""
+    first, last = BANKS[arithmetic][0], BANKS[arithmetic][-1]
+    two_parts = width * 3 // 4
+    if kernel == "gradient":
+        found = [Variant(first), Variant(first, by_range=False), Variant(first, gather=True)]
+    elif kernel == "labels":
+        found = [Variant(first, by_range=False), Variant(last, by_range=False, tracked=True)]
+        found.append(Variant(first, by_range=False, weighted=False))
+    else:  # float16 is always tracked
+        found = [Variant(first), Variant(first, weighted=False), Variant(last, tracked=True)]
+        found += [Variant(first, gather=True), Variant(last, gather=True, tracked=True)]
+    return [(width, found[0]), (two_parts, found[0]), *((width, variant) for variant in found[1:])]
+
+
+def compile_for(kernel: str, capability: int, arithmetic: str, D: int, config: Config, variant: Variant) -> Resources:
+    """One variant of a kernel for sm_`capability`."""
+    constants: dict[str, Any] = {"BLOCK_B": config.block_b, "BLOCK_N": config.block_n}
+    if kernel != "gradient":
+        shift = 14 if variant.tracked else 0
+        constants |= {"TRACKED": variant.tracked, "SHIFT": shift, "WEIGHTED": variant.weighted, "FOLD_ROWS": FOLD_ROWS}
+    return _compile(KERNELS[kernel], capability, arithmetic, D, config, variant, constants)
+
+
+def _compile(
+    kernel: Any, capability: int, arithmetic: str, D: int, config: Config, variant: Variant, constants: dict[str, Any]
+) -> Resources:
+    names = kernel.arg_names
+    element = {"bank": variant.bank, "sum": "fp64" if variant.bank == "fp64" else "fp32", "i64": "i64"}
+    D1, D2 = columns(D)
+    constants |= {
+        "D": D, "D1": D1, "D2": D2, "BY_RANGE": variant.by_range, "GATHER": variant.gather,
+        "PRECISION": PRECISION[arithmetic],
+    }  # fmt: skip
+    signature = {name: _NUMBERS.get(name, "i32") for name in names}
+    signature |= {name: f"*{element[kind]}" for name, kind in _POINTERS.items() if name in names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in _ALIGNED}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage = _resource_usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return Resources(
+        registers=usage["REG"],
+        spilled=usage["STACK"] + usage["LOCAL"],
+        shared=compiled.metadata.shared,
+        wgmma="wgmma.mma_async" in ptx,
+        mma="mma.sync" in ptx or "tcgen05.mma" in ptx,
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [cuobjdump, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def entries(capability: int) -> list[tuple[str, int, str, int, Config, Variant]]:
+    """What to compile: each entry of the table in one of the ways it has to serve, which take turns."""
+    found = []
+    for kernel, by_arithmetic in TABLE["86" if capability == 89 else str(capability)].items():
+        for arithmetic, by_width in by_arithmetic.items():
+            for width, configs in by_width.items():
+                choices = checks(kernel, arithmetic, int(width))
+                for config in map(Config._make, configs):
+                    D, variant = choices[len(found) % len(choices)]
+                    found.append((kernel, capability, arithmetic, D, config, variant))
+    return found
+
+
+def main() -> None:
+    todo = entries(int(sys.argv[1]))
+    with ProcessPoolExecutor() as pool:
+        for entry, used in zip(todo, pool.map(compile_for, *zip(*todo, strict=True)), strict=True):
+            kernel, _, arithmetic, D, config, variant = entry
+            row = {"kernel": kernel, "arithmetic": arithmetic, "D": D, "variant": variant._asdict()}
+            print(json.dumps(row | {"config": config._asdict(), "used": used._asdict()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

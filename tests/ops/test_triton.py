@@ -1,0 +1,465 @@
+"""What is particular to the Triton backend: how it cuts problems up, where it runs, and what it launches and allocates.
+
+Its numbers are tested with those of the other backends in test_leave_one_out.py, here over ragged tiles, splits and
+segments. Without a GPU all of it runs in Triton's interpreter.
+"""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton as triton_language
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ntdne_kernels import LabelIndex, functional
+from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, ntdne_loss, snca_loss
+from ntdne_kernels.ops import losses, streaming, triton
+from ntdne_kernels.ops.triton import configs, kernels
+from ntdne_kernels.ops.triton.configs import Config, Device, choose, columns, split_count
+from tests.conftest import Archive, served
+from tests.ops.test_leave_one_out import arguments
+
+H200 = Device(capability=90, multiprocessors=132, shared=232_448)
+needs_interpreter = pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+
+
+@pytest.fixture
+def kernel_device(device: torch.device) -> torch.device:
+    """Where this process can run the kernels."""
+    served("triton", device)
+    return device
+
+
+def small_pieces(patch: pytest.MonkeyPatch, splits: int, block_n: int = 16, fold_rows: int = 1 << 14) -> None:
+    """Several blocks of queries, splits, tiles and segments also in a small archive."""
+    patch.setattr(triton, "choose", lambda *_: Config(16, block_n, 4, 2, 1 << 14))
+    patch.setattr(triton, "split_count", lambda *_: splits)
+    patch.setattr(triton, "FOLD_ROWS", fold_rows)
+
+
+def loss_and_gradients(archive: Archive, by: str, backend: str, **options: float) -> tuple[Tensor, Tensor, Tensor]:
+    features, bank, labels, bank_labels, index = arguments(archive, by)
+    features, bank = features.clone().requires_grad_(), bank.clone().requires_grad_()
+    loss = ntdne_loss(features, bank, labels, bank_labels, index, backend=backend, **options)
+    loss.backward()
+    return loss.detach(), features.grad, bank.grad
+
+
+@settings(max_examples=30, phases=[Phase.explicit, Phase.generate])  # shrinking takes an hour in the interpreter
+@given(
+    B=st.integers(1, 35),
+    N=st.integers(1, 90),
+    D=st.sampled_from([1, 3, 16, 24, 40]),
+    C=st.sampled_from([1, 2, 5, 90]),
+    seed=st.integers(0, 99),
+    sigma=st.sampled_from([0.1, 0.03, 0.02]),
+    by=st.sampled_from(["labels", "index", "sorted index"]),
+    splits=st.integers(1, 6),
+    fold_rows=st.sampled_from([5, 33, 1 << 14]),
+)
+@needs_interpreter
+def test_ragged_blocks_splits_tiles_and_segments_agree_with_the_reference(
+    B, N, D, C, seed, sigma, by, splits, fold_rows
+):
+    """Float64 sums, so that nothing but a wrong row or a wrong mask can differ."""
+    archive = Archive(B, N, D, C, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        small_pieces(patch, splits, fold_rows=fold_rows)
+        found = loss_and_gradients(archive, by, "triton", sigma=sigma)
+    torch.testing.assert_close(found, loss_and_gradients(archive, by, "reference", sigma=sigma), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("D", [96, 384, 768, 1000, 1024])
+def test_wide_features_are_cut_into_two_parts(D, kernel_device, monkeypatch):
+    small_pieces(monkeypatch, splits=2, block_n=32)
+    archive = Archive(5, 70, D, 3, device=kernel_device, dtype=torch.float32)
+    found = loss_and_gradients(archive, "sorted index", "triton")
+    torch.testing.assert_close(found, loss_and_gradients(archive, "sorted index", "reference"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("by", ["labels", "index", "sorted index"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("feature_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mixed_dtypes_multiply_in_the_dtype_of_the_bank(by, dtype, feature_dtype, kernel_device):
+    archive = Archive(9, 60, 20, 3, dtype=dtype, device=kernel_device)
+    archive.features = archive.features.to(feature_dtype)
+    exact = Archive(9, 60, 20, 3, device=kernel_device)
+    exact.features, exact.bank = archive.features.to(dtype).double(), archive.bank.double()
+    found, expected = loss_and_gradients(archive, by, "triton"), loss_and_gradients(exact, by, "reference")
+    assert found[1].dtype == feature_dtype
+    assert found[2].dtype == dtype
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=2e-6, atol=2e-6)
+    tolerance = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+    for x, y, kind in ((found[1], expected[1], feature_dtype), (found[2], expected[2], dtype)):
+        error = (x.double() - y).norm() / y.norm()
+        assert error <= max(tolerance[dtype], tolerance[kind])
+
+
+class _Allocations(TorchDispatchMode):
+    """Operators that ran, and the largest tensor that one of them made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operators.append(str(func))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+class _Recorded:
+    """A kernel that notes each launch and its arguments."""
+
+    def __init__(self, name: str, notes: list[tuple[str, dict]]) -> None:
+        self.name, self.kernel, self.notes = name, getattr(kernels, name), notes
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.notes.append((self.name, kwargs))
+            return self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict]]:
+    """The kernels that are launched, in order, with what is compiled into them."""
+    notes: list[tuple[str, dict]] = []
+    for name in ("prepare", "stream", "merge", "loss_and_slope", "gradient_to_features", "gradient_to_bank"):
+        monkeypatch.setattr(kernels, name, _Recorded(name, notes))
+    return notes
+
+
+# On a GPU these only describe or allocate memory.
+NO_LAUNCH = ("empty", "detach", "view", "unbind", "as_strided", "alias", "triton_", "_to_copy", "is_nonzero", "item")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("by", ["labels", "index", "sorted index"])
+def test_six_launches_from_features_to_their_gradient(by, reduction, launches, kernel_device, monkeypatch):
+    monkeypatch.setattr(functional, "_can_look_inside", lambda _: False)  # as on a GPU
+    features, *rest = arguments(Archive(9, 60, 8, dtype=torch.bfloat16, device=kernel_device), by)
+    features.requires_grad_()
+    with _Allocations() as seen:
+        ntdne_loss(features, *rest, k=0.3, reduction=reduction, backend="triton").backward()
+    others = [name for name in seen.operators if not any(word in name for word in NO_LAUNCH)]
+    assert others == ["aten.ones_like.default"]  # where autograd begins
+    assert [name for name, _ in launches] == ["prepare", "stream", "merge", "loss_and_slope", "gradient_to_features"]
+
+
+def test_without_gradients_half_the_work_is_left_out(launches, kernel_device):
+    features, *rest = Archive(device=kernel_device).arguments()
+    for requires_grad in (True, False):
+        with torch.no_grad():
+            leave_one_out_log_scores(features.requires_grad_(requires_grad), *rest, backend="triton")
+    leave_one_out_log_scores(features, *rest, backend="triton")
+    assert [given["WEIGHTED"] for name, given in launches if name in ("stream", "merge")] == [False] * 6
+    leave_one_out_log_scores(features.requires_grad_(), *rest, backend="triton")
+    assert [given["WEIGHTED"] for name, given in launches[-2:]] == [True, True]
+
+
+@pytest.mark.parametrize("by", ["labels", "sorted index"])
+def test_nothing_of_the_size_of_batch_times_bank_is_allocated(by, kernel_device):
+    B, N, D = 33, 2000, 4
+    features, *rest = arguments(Archive(B, N, D, dtype=torch.float32, device=kernel_device), by)
+    features.requires_grad_()
+    with _Allocations() as seen:
+        ntdne_loss(features, *rest, backend="triton").backward()
+    assert seen.largest < B * N / 4
+
+
+@needs_interpreter
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("by", ["index", "sorted index", "labels"])
+def test_rows_behind_two_to_the_31_elements(by, splits, tmp_path, monkeypatch):
+    """A view of a sparse file whose last rows lie 5·10^9 elements behind the first: 64-bit offsets find them."""
+    small_pieces(monkeypatch, splits=splits)
+    N, stride = 600, triton._LARGEST_STRIDE
+    assert (1 << 31) // stride < 300  # inside the first of one or two splits, and before the second begins
+    archive = Archive(9, N, 16, 4, dtype=torch.bfloat16)
+    with open(tmp_path / "bank", "wb") as file:
+        file.truncate(2 * N * stride)
+    memory = torch.from_file(str(tmp_path / "bank"), shared=True, size=N * stride, dtype=torch.bfloat16)
+    features, rows, labels, bank_labels, index = arguments(archive, by)
+    bank = memory.as_strided((N, 16), (stride, 1)).copy_(rows)
+    results = []
+    for stored in (bank, rows):
+        queries, stored = features.clone().requires_grad_(), stored.detach().requires_grad_()
+        log_p = leave_one_out_log_scores(queries, stored, labels, bank_labels, index, backend="triton")
+        log_p[log_p > -torch.inf].sum().backward()
+        results.append((log_p.detach(), queries.grad, stored.grad))
+    assert all(torch.equal(far, near) for far, near in zip(*results, strict=True))
+
+
+def test_a_changing_batch_is_no_new_kernel():
+    """Sizes are not specialised on, and batches share blocks of queries."""
+    for kernel in (
+        kernels.prepare,
+        kernels.stream,
+        kernels.merge,
+        kernels.loss_and_slope,
+        kernels.gradient_to_features,
+    ):
+        names = {kernel.arg_names.index(name) for name in ("B", "N", "splits") if name in kernel.arg_names}
+        skipped = kernel.do_not_specialize if triton.INTERPRETED is False else kernel.kwargs["do_not_specialize"]
+        assert {kernel.arg_names.index(n) if isinstance(n, str) else n for n in skipped} >= names
+    assert len({choose(H200, "range", "16-bit", 128, B) for B in range(65, 5000)}) == 1
+    assert len({choose(H200, "range", "16-bit", 128, B) for B in range(17, 65)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("D", "parts"),
+    [(1, (16, 0)), (16, (16, 0)), (17, (32, 0)), (100, (128, 0)), (128, (128, 0)), (384, (256, 128)), (768, (512, 256)),
+     (640, (512, 128)), (1000, (1024, 0)), (1024, (1024, 0))],
+)  # fmt: skip
+def test_columns_are_powers_of_two_and_no_more_than_needed(D, parts):
+    assert columns(D) == parts
+
+
+def test_every_width_has_two_powers_of_two():
+    for D in range(1, 1025):
+        D1, D2 = columns(D)
+        assert D1 + D2 >= D
+        assert D1 & (D1 - 1) == D2 & (D2 - 1) == 0
+        assert max(16, 2 * D - 1) >= D1 + D2
+        assert D2 == 0 or D > D1
+
+
+def test_splits_fill_the_device_and_no_more():
+    config = Config(128, 128, 8, 3, 131_088)
+    assert split_count(H200, config, B=256, N=1_000_000, D=128) == 66
+    assert split_count(H200, config, B=4096, N=1_000_000, D=128) == 4
+    assert split_count(H200, config, B=256, N=100, D=128) == 1
+
+
+@settings(max_examples=100)
+@given(
+    B=st.sampled_from([1, 16, 64, 100, 1024, 70_000]),
+    N=st.sampled_from([1, 127, 10_000, 1_000_000, 100_000_000, 3 << 31]),
+    D=st.sampled_from([16, 128, 1024]),
+    multiprocessors=st.sampled_from([4, 58, 108, 132]),
+)
+def test_splits_cover_the_bank_within_bounds(B, N, D, multiprocessors):
+    device = Device(90, multiprocessors, 232_448)
+    config = choose(device, "range", "16-bit", D, B)
+    splits = split_count(device, config, B, N, D)
+    partial_sums = splits * triton_language.cdiv(B, config.block_b) * config.block_b * 2 * (D + 2) * 4
+    assert splits == 1 or partial_sums <= 32 << 20 or N > 1 << 30
+    assert -(-N // splits) < 1 << 31
+    assert splits <= max(-(-N // config.block_n), 1)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120, 999])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_every_device_has_tiles_that_fit_it_up_to_its_largest_width(capability, dtype):
+    """Unknown devices take those of the one with the smallest shared memory."""
+    device = Device(capability, 100, {80: 166_912, 90: 232_448, 100: 232_448}.get(capability, 101_376))
+    arithmetics = {torch.float32: ("tf32", "ieee"), torch.float64: ("fp64",)}.get(dtype, ("16-bit",))
+    largest = configs.largest_D(capability, dtype)
+    assert largest >= {2: 1024, 4: 256, 8: 128}[dtype.itemsize]
+    for kernel, arithmetic, D, rows in itertools.product(
+        ("range", "labels", "gradient"), arithmetics, (1, 100, 128, largest * 3 // 4, largest), (1, 64, 1000)
+    ):
+        assert 0 < choose(device, kernel, arithmetic, D, rows).shared <= device.shared
+
+
+def bank_of(device: str, dtype: torch.dtype = torch.float32, D: int = 128) -> SimpleNamespace:
+    """As much of a bank as the choice of a backend looks at."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, size=lambda _: D)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """Pretend to have a GPU of some compute capability."""
+
+    def of(major: int, minor: int) -> None:
+        monkeypatch.setattr(triton, "INTERPRETED", False)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(functional, "_said", set())
+        properties = SimpleNamespace(major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+    return of
+
+
+@pytest.mark.parametrize(("major", "minor"), [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_gpus_with_tensor_core_code_take_triton(major, minor, gpu):
+    gpu(major, minor)
+    assert functional._backend(None, bank_of("cuda")) is triton.TRITON
+    assert functional._backend("triton", bank_of("cuda")) is triton.TRITON
+
+
+def test_older_gpus_take_streaming_which_is_said_once(gpu):
+    gpu(7, 5)
+    with pytest.warns(UserWarning, match=r"streams through PyTorch.*8\.0 or newer, got 7\.5"):
+        assert functional._backend(None, bank_of("cuda")) is streaming.STREAMING
+    assert functional._backend(None, bank_of("cuda")) is streaming.STREAMING  # a warning would be an error here
+    with pytest.raises(
+        ValueError, match=r"backend: 'triton' needs a GPU of compute capability 8\.0 or newer, got 7\.5"
+    ):
+        functional._backend("triton", bank_of("cuda"))
+
+
+def test_more_columns_than_the_kernels_have_take_streaming(gpu):
+    gpu(9, 0)
+    with pytest.warns(UserWarning, match=r"at most \d+ columns of torch.float32 on this device, got 2000"):
+        assert functional._backend(None, bank_of("cuda", D=2000)) is streaming.STREAMING
+
+
+def test_cpu_tensors_take_streaming_and_triton_only_in_the_interpreter(monkeypatch):
+    bank = torch.ones(3, 4)
+    assert functional._backend(None, bank) is streaming.STREAMING
+    monkeypatch.setattr(triton, "INTERPRETED", True)
+    assert functional._backend("triton", bank) is triton.TRITON
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="backend: 'triton' needs an NVIDIA GPU .*, got cpu"):
+        functional._backend("triton", bank)
+
+
+def test_float32_products_follow_pytorchs_own_setting():
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting, expected in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert triton._arithmetic(torch.float32) == expected
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert triton._arithmetic(torch.bfloat16) == triton._arithmetic(torch.float16) == "16-bit"
+
+
+LOSSES = [(None, None), (0.7, None), (0.7, 0.3), (1e-6, None), (1.0, 0.05)]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("q", "k"), LOSSES)
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("B", [0, 1, 1500])
+def test_loss_kernel_is_the_loss_and_its_derivative(reduction, q, k, given, B, kernel_device):
+    """Values to a rounding, derivatives to those of autograd through the definition."""
+    log_p = -torch.rand(B, generator=torch.Generator().manual_seed(1)).mul(8).to(kernel_device)
+    log_p[::7] = -torch.inf
+    log_p[1::7] = -1e-7
+    indicator = log_p.flip(0).clone() if given else None
+    if given:
+        indicator[2::5] = torch.nan
+    value, slope = triton.loss_and_slope(log_p, indicator, q, k, reduction)
+    exact = log_p.double().requires_grad_()
+    expected = losses.value(exact, indicator, losses.Loss(q, k, reduction))
+    (expected_slope,) = torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(value.double(), expected.detach(), rtol=2e-7, atol=0)
+    torch.testing.assert_close(slope.double(), expected_slope, rtol=3e-7, atol=0)
+
+
+def test_an_upstream_gradient_that_is_not_finite_spares_queries_without_positives(kernel_device):
+    archive = Archive(3, 12, 4, 2, device=kernel_device)
+    archive.labels[:] = torch.tensor([0, -1, 77])
+    features = archive.features.requires_grad_()
+    losses_of = snca_loss(features, *archive.arguments()[1:], reduction="none", backend="triton")
+    losses_of.backward(torch.tensor([1.0, torch.nan, torch.inf], dtype=losses_of.dtype, device=features.device))
+    assert features.grad[0].norm() > 0
+    assert torch.equal(features.grad[1:], torch.zeros_like(features.grad[1:]))
+
+
+def test_queries_of_many_classes_in_any_order(kernel_device):
+    """Sorting queries by class is inside the kernels; results come back in the order of the batch."""
+    archive = Archive(150, 400, 8, 60, device=kernel_device, dtype=torch.float32)
+    index = LabelIndex.from_labels(archive.bank_labels)
+    given = (archive.features, archive.bank, archive.labels, index, archive.index)
+    expected = leave_one_out_log_scores(*given, backend="streaming")
+    torch.testing.assert_close(leave_one_out_log_scores(*given, backend="triton"), expected, rtol=1e-5, atol=1e-5)
+    shuffle = torch.randperm(150, generator=torch.Generator().manual_seed(0)).to(kernel_device)
+    shuffled = (archive.features[shuffle], archive.bank, archive.labels[shuffle], index, archive.index[shuffle])
+    torch.testing.assert_close(
+        leave_one_out_log_scores(*shuffled, backend="triton"), expected[shuffle], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_triton_is_one_of_the_backends():
+    assert BACKENDS["triton"] is triton.TRITON
+
+
+@pytest.mark.gpu
+def test_a_bank_of_more_than_two_to_the_31_elements():
+    """17 million rows: the positives stand at the end, where 32-bit offsets would not reach."""
+    N, D = (1 << 31) // 128 + 100_000, 128
+    made = torch.Generator("cuda").manual_seed(0)
+    bank = torch.empty(N, D, dtype=torch.bfloat16, device="cuda")
+    for chunk in bank.split(1 << 20):
+        chunk.copy_(torch.nn.functional.normalize(torch.randn(chunk.shape, generator=made, device="cuda"), dim=1))
+    bank_labels = torch.zeros(N, dtype=torch.int64, device="cuda")
+    bank_labels[-64:] = 1
+    index = torch.arange(N - 64, N, device="cuda")
+    labels = bank_labels[index]
+    results = []
+    for backend in ("triton", "streaming"):
+        features = bank[index].float().requires_grad_()
+        log_p = leave_one_out_log_scores(
+            features, bank, labels, LabelIndex.from_labels(bank_labels), index, backend=backend
+        )
+        log_p.sum().backward()
+        results.append((log_p.detach(), features.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by", ["labels", "index", "sorted index"])
+def test_a_captured_graph_replays_with_other_features(by):
+    features, *rest = arguments(Archive(64, 5000, 32, 8, dtype=torch.bfloat16, device="cuda"), by)
+    static = features.clone().requires_grad_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        ntdne_loss(static, *rest, k=0.3).backward()  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    static.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = ntdne_loss(static, *rest, k=0.3)
+        loss.backward()
+    for other in (features, features.flip(0)):
+        with torch.no_grad():
+            static.copy_(other)
+        graph.replay()
+        expected = other.clone().requires_grad_()
+        value = ntdne_loss(expected, *rest, k=0.3)
+        value.backward()
+        assert torch.equal(loss, value)
+        assert torch.equal(static.grad, expected.grad)
+
+
+@pytest.mark.gpu
+def test_two_streams_do_not_disturb_each_other():
+    problems = [Archive(100, 20_000, 64, 9, seed=seed, dtype=torch.bfloat16, device="cuda") for seed in (0, 1)]
+    given = [arguments(problem, "sorted index") for problem in problems]
+    alone = [leave_one_out_log_scores(*one) for one in given]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in given]
+    together: list[list[Tensor]] = [[], []]
+    for _ in range(10):
+        for stream, one, found in zip(streams, given, together, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(leave_one_out_log_scores(*one))
+    torch.cuda.synchronize()
+    for expected, found in zip(alone, together, strict=True):
+        assert all(torch.equal(one, expected) for one in found)
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_synchronise():
+    features, *rest = arguments(Archive(64, 5000, 32, 8, dtype=torch.bfloat16, device="cuda"), "sorted index")
+    features.requires_grad_()
+    ntdne_loss(features, *rest).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ntdne_loss(features, *rest, k=0.3).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,52 @@
+"""Every entry of the table of tile shapes, compiled for its GPU: that needs the compiler and no device.
+
+It runs in a process of its own, because this one may have the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.aot import SHARED_LIMIT
+
+ROOT = Path(__file__).parents[2]
+
+
+def output_of(*module: str) -> list[str]:
+    """Lines that a module prints in a process with the compiler."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", *module]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
+def test_every_table_entry_compiles_without_spills_within_the_shared_memory_to_tensor_core_code(capability):
+    rows = [json.loads(line) for line in output_of("benchmarks.aot", str(capability))]
+    assert len(rows) > 40
+    for row in rows:
+        used, config = row["used"], row["config"]
+        assert used["spilled"] == 0, row
+        assert used["shared"] <= config["shared"] <= SHARED_LIMIT[capability], row
+        if row["arithmetic"] in ("16-bit", "tf32"):
+            assert used["wgmma"] or used["mma"], row
+            if capability == 90 and row["kernel"] != "gradient" and config["block_b"] >= 64 and row["D"] <= 512:
+                assert used["wgmma"], row
+    if capability == 90:
+        wide = {
+            (row["arithmetic"], row["config"]["block_b"]) for row in rows if row["used"]["wgmma"] and row["D"] > 192
+        }
+        assert {("16-bit", 64), ("16-bit", 128), ("tf32", 64), ("tf32", 128)} <= wide
+
+
+def test_launches_compile_as_they_are_and_a_smaller_batch_compiles_nothing_anew():
+    again, again_narrow, kernels = output_of("tests.ops.compile_launches")
+    assert again == again_narrow == "compiled anew for a smaller batch: 0"
+    assert kernels.split() == [
+        "kernels:", "gradient_to_bank", "gradient_to_features", "loss_and_slope", "merge", "prepare", "stream",
+    ]  # fmt: skip
