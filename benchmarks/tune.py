@@ -18,7 +18,7 @@ from ntdne_kernels.ops.triton.configs import Config
 
 TABLE = Path(configs.__file__).with_name("configs.json")
 CAPABILITIES = (80, 86, 90, 100)  # 89 has what 86 has
-WIDTHS = {"16-bit": (128, 256, 512, 1024), "tf32": (128, 256, 512, 1024), "ieee": (128, 1024), "fp64": (128, 256)}
+WIDTHS = {"16-bit": (128, 256, 512, 1024), "tf32": (128, 256, 512, 1024), "ieee": (128, 512, 1024), "fp64": (128, 256)}
 BLOCKS = {"16-bit": (16, 64, 128), "tf32": (16, 64, 128), "ieee": (16, 64), "fp64": (16,)}
 ELEMENT_BYTES = {"16-bit": 2, "tf32": 4, "ieee": 4, "fp64": 8}
 
