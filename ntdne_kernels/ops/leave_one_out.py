@@ -72,9 +72,13 @@ def class_ranges(labels: Tensor, classes: Tensor, offsets: Tensor) -> Tensor:
 def features_gradient(
     direction: Tensor, log_p: Tensor, slope: Tensor | None, grad: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """grad · dL_i/dlog p_i · ∂log p_i/∂f_i (B, D); a query without positives has none, whatever comes in."""
-    grad_log_p = torch.where(log_p == -torch.inf, 0, grad if slope is None else grad * slope)
-    return (grad_log_p.unsqueeze(1) * direction).to(dtype)
+    """grad · dL_i/dlog p_i · ∂log p_i/∂f_i (B, D)."""
+    return (_grad_log_p(log_p, slope, grad).unsqueeze(1) * direction).to(dtype)
+
+
+def _grad_log_p(log_p: Tensor, slope: Tensor | None, grad: Tensor) -> Tensor:
+    """grad · dL_i/dlog p_i (B,); a query without positives has none, whatever comes in."""
+    return torch.where(log_p == -torch.inf, 0, grad if slope is None else grad * slope)
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class LeaveOneOutLoss(torch.autograd.Function):
             grad_features = ctx.backend.features_gradient(direction, log_p, slope, grad, ctx.features_dtype)
         if ctx.needs_input_grad[1]:
             log_sum_all, features, bank, labels, index, *classes = for_bank
-            grad_log_p = torch.where(log_p == -torch.inf, 0, grad if slope is None else grad * slope)
+            grad_log_p = _grad_log_p(log_p, slope, grad)
             grad_bank = ctx.backend.bank_gradient(
                 features, bank, labels, index, classes, ctx.sigma, log_p, log_sum_all, grad_log_p
             )

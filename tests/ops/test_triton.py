@@ -49,7 +49,7 @@ def loss_and_gradients(archive: Archive, by: str, backend: str, **options: float
     return loss.detach(), features.grad, bank.grad
 
 
-@settings(max_examples=30, phases=[Phase.explicit, Phase.generate])  # shrinking takes an hour in the interpreter
+@settings(max_examples=30, phases=[Phase.explicit, Phase.generate])  # shrinking takes minutes in the interpreter
 @given(
     B=st.integers(1, 35),
     N=st.integers(1, 90),
@@ -140,7 +140,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict]]:
 
 
 # On a GPU these only describe or allocate memory.
-NO_LAUNCH = ("empty", "detach", "view", "unbind", "as_strided", "alias", "triton_", "_to_copy", "is_nonzero", "item")
+NO_LAUNCH = ("empty", "detach", "view", "unbind", "as_strided", "alias", "triton_")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

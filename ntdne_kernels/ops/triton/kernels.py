@@ -43,7 +43,7 @@ MATCHES_NOTHING = tl.constexpr(-(2**62))
 LOW, HIGH, OWN, SOURCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # columns of `places`
 # The interpreter holds bfloat16 as integers: it would multiply those, and cuts digits off instead of rounding them.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# A part of a kernel. The interpreter would set itself up anew at each call of a jitted one, a third of its time.
+# A part of a kernel. The interpreter would set itself up anew at each call of a jitted one.
 _part = (lambda function: function) if triton.knobs.runtime.interpret else triton.jit
 
 
