@@ -3,6 +3,7 @@
 Shapes: B images of a batch, N images of the archive, D features.
 """
 
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -19,6 +20,7 @@ from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED
 from ntdne_kernels.ops.losses import Loss
 
 REFRESH_CHUNK = 1024  # bank rows scored at a time
+NEARLY_ALL = 0.9  # share of images: pruning more of them is warned of
 
 
 class _NeighbourhoodLoss(nn.Module):
@@ -250,12 +252,15 @@ class NTDNELoss(_NeighbourhoodLoss):
         dim: D, features per image.
         sigma: temperature σ > 0 (eq. 3).
         q: exponent in (0, 1].
-        k: pruning threshold in (0, 1), or None to prune nothing.
+        k: pruning threshold in (0, 1); None prunes nothing. "auto" is chance: an image is pruned whose last score says
+            that no more of its neighbours carry its label than of all other images do. That holds from an encoder that
+            starts from nothing, all of whose scores are low, to a trained one.
         warmup_epochs: first epoch that prunes: T of the paper.
         momentum: weight m in [0, 1] of the old bank row (eq. 15; 1 − λ).
         indicator: which score decides on pruning: "current", that of this forward (eq. 14), or "stored", the image's
-            last one before it (images never scored are kept; `refresh_indicator` scores all). Not for a criterion under
-            activation checkpointing, whose second forward would see the scores of the first.
+            last one before it (images never scored are kept; `refresh_indicator` scores all), as always with k="auto".
+            Stored scores are not for a criterion under activation checkpointing, whose second forward would see those
+            of the first.
         reduction: "mean", "sum" or "none".
         fused: stream the bank (the fastest backend for the device) instead of b×N PyTorch; the numbers are the same.
         validate: look for bad values on a GPU too, which synchronises.
@@ -267,6 +272,7 @@ class NTDNELoss(_NeighbourhoodLoss):
             for each new value; torch._dynamo.config.recompile_limit says how often.
         memory: the `MemoryBank`.
         pruning: whether this epoch prunes.
+        pruned: (N,) the images that it prunes, by their last scores.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -279,7 +285,7 @@ class NTDNELoss(_NeighbourhoodLoss):
         *,
         sigma: float = 0.1,
         q: float = 0.7,
-        k: float | None = 0.3,
+        k: float | str | None = 0.3,
         warmup_epochs: int = 20,
         momentum: float = 0.5,
         indicator: str = "current",
@@ -291,8 +297,7 @@ class NTDNELoss(_NeighbourhoodLoss):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         check_number("q", q, 0, 1, upper_included=True)
-        if k is not None:
-            check_number("k", k, 0, 1)
+        _check_k(k)
         check_number("warmup_epochs", warmup_epochs, 0, float("inf"), lower_included=True)
         check_choice("indicator", indicator, ("current", "stored"))
         super().__init__(
@@ -313,11 +318,23 @@ class NTDNELoss(_NeighbourhoodLoss):
         self.indicator = indicator
         # Read by forward in place of the epoch, which would make a compiled forward compile anew every epoch.
         self.pruning = warmup_epochs == 0
+        self._pruning_much_was_said = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the loss which epoch begins, from 0; from epoch `warmup_epochs` on it prunes."""
+        """Tell the loss which epoch begins, from 0; from epoch `warmup_epochs` on it prunes.
+
+        Warns, once, where nearly every image would be pruned by its last score. To see that it synchronises, once an
+        epoch.
+        """
         super().set_epoch(epoch)
         self.pruning = epoch >= self.warmup_epochs
+        if self.pruning:
+            self._note_pruned_share()
+
+    @property
+    def pruned(self) -> Tensor:
+        """(N,) bool: images whose last score is at most the threshold; not those never scored, none for k=None."""
+        return (self.memory.last_log_p <= self._log_threshold(self.memory.labels)) & (self.k is not None)
 
     def extra_repr(self) -> str:
         return (
@@ -327,19 +344,47 @@ class NTDNELoss(_NeighbourhoodLoss):
 
     def _loss(self) -> Loss:
         check_number("q", self.q, 0, 1, upper_included=True)
-        if self.k is not None:
-            check_number("k", self.k, 0, 1)
-        return Loss(self.q, self.k if self.pruning else None, self.reduction)
+        _check_k(self.k)
+        # With "auto", the k of eq. 13's constant and of features of no image in the archive: chance in C even classes.
+        k = 1 / max(2, len(self.memory.classes)) if isinstance(self.k, str) else self.k
+        return Loss(self.q, k if self.pruning else None, self.reduction)
+
+    def _log_threshold(self, labels: Tensor) -> Tensor | float:
+        """log k of images with these labels (B,); k="auto" is the share of the other images that carry the label."""
+        if not isinstance(self.k, str):
+            return -math.inf if self.k is None else math.log(self.k)
+        memory = self.memory
+        place = torch.searchsorted(memory.classes, labels).clamp(max=len(memory.classes) - 1)
+        others = memory.offsets.diff()[place] - 1
+        return torch.log(others.to(memory.scores.dtype) / max(len(memory) - 1, 1))
 
     def _indicator(self, index: Tensor) -> Tensor | None:
-        if self.indicator == "current":
+        if self.indicator == "current" and self.k != "auto":
             return None
-        stored = self.memory.scores[index.clamp(0, len(self.memory) - 1)]
+        images = index.clamp(0, len(self.memory) - 1)
+        stored = self.memory.scores[images]
+        if self.k == "auto":
+            stored = torch.where(stored <= self._log_threshold(self.memory.labels[images]), -torch.inf, torch.inf)
         kept_unless_known = stored.nan_to_num(nan=torch.inf, neginf=-torch.inf)
         return torch.where(index >= 0, kept_unless_known, torch.nan)
 
+    def _note_pruned_share(self) -> None:
+        scored = int((~self.memory.last_log_p.isnan()).sum())
+        pruned = int(self.pruned.sum())
+        if self._pruning_much_was_said or pruned <= NEARLY_ALL * scored:
+            return
+        self._pruning_much_was_said = True
+        median = float(self.memory.last_log_p.nanmedian().exp())
+        warnings.warn(
+            f"{pruned} of the {scored} images scored so far have a score of at most k = {self.k} and stop training the "
+            f"encoder (the median score is {median:.2g}); try k=\"auto\", a lower k or more warmup_epochs",
+            stacklevel=3,
+        )
+
     def _note_first_pass(self) -> None:
         super()._note_first_pass()
+        if self.pruning and self.memory.scores.device.type == "cpu":
+            self._note_pruned_share()
         if not self._epoch_was_set and self.k is not None and self.warmup_epochs > 0:
             warnings.warn(
                 f"the whole archive was seen and set_epoch was never called, so pruning never starts (warmup_epochs="
@@ -386,3 +431,10 @@ class SNCALoss(_NeighbourhoodLoss):
 
     def _loss(self) -> Loss:
         return Loss(None, None, self.reduction)
+
+
+def _check_k(k: float | str | None) -> None:
+    if isinstance(k, str) and k != "auto":
+        raise ValueError(f"k: expected a number in (0, 1), 'auto' or None, got {k!r}")
+    if k is not None and not isinstance(k, str):
+        check_number("k", k, 0, 1)

@@ -147,6 +147,89 @@ def test_stored_indicator_is_the_score_before_this_forward():
     assert not pruned().any()
 
 
+def test_auto_prunes_what_scored_no_better_than_chance_for_its_label():
+    criterion = filled(k="auto", warmup_epochs=0)
+    features, index = batch()
+    features = features.roll(1, 0).requires_grad_()  # many of them another class's
+
+    def pruned() -> Tensor:
+        (gradient,) = torch.autograd.grad(criterion(features, index), features)
+        return (gradient == 0).all(dim=1)
+
+    assert not pruned().any()  # never scored: kept
+    labels = labels_of().tolist()
+    scores = criterion.memory.last_log_p.exp().tolist()
+    expected = [
+        scores[i] <= (labels.count(labels[i]) - 1) / (N - 1)  # False for NaN, not scored
+        for i in range(N)
+    ]
+    assert 0 < sum(expected) < B
+    assert criterion.pruned.tolist() == expected
+    assert pruned().tolist() == [expected[i] for i in index]
+    criterion.memory.last_log_p.zero_()
+    assert not pruned().any()
+
+
+def test_auto_keeps_the_gradient_of_what_it_does_not_prune():
+    features, index = batch()
+    features = features.roll(1, 0)
+    gradients = []
+    for k in ("auto", None):
+        criterion = filled(k=k, warmup_epochs=0)
+        criterion(features, index)
+        given = features.clone().requires_grad_()
+        criterion(given, index).backward()
+        gradients.append(given.grad)
+    criterion.k = "auto"
+    kept = ~criterion.pruned[index]
+    assert 0 < kept.sum() < B
+    assert torch.equal(gradients[0][kept], gradients[1][kept])
+    assert not gradients[0][~kept].any()
+
+
+def test_auto_follows_the_size_of_a_class_and_new_labels():
+    criterion = NTDNELoss(torch.tensor([0] * 8 + [1] * 2), D, k="auto", warmup_epochs=0)
+    criterion.memory.last_log_p.fill_(math.log(0.5))
+    assert criterion.pruned.tolist() == [True] * 8 + [False] * 2
+    criterion.memory.relabel(torch.tensor([0] * 2 + [1] * 8))
+    criterion.memory.last_log_p.fill_(math.log(0.5))
+    assert criterion.pruned.tolist() == [False] * 2 + [True] * 8
+
+
+def test_pruned_are_the_images_whose_last_score_is_at_most_k():
+    criterion = filled(k=0.5)
+    assert not criterion.pruned.any()
+    criterion.refresh_indicator()
+    scores = criterion.memory.last_log_p.exp()
+    assert torch.equal(criterion.pruned, scores <= 0.5)
+    assert 0 < criterion.pruned.sum() < N
+    criterion.k = None
+    assert not criterion.pruned.any()
+
+
+@pytest.mark.parametrize("k", [0.3, "auto"])
+def test_pruning_nearly_everything_warns_once(k):
+    criterion = filled(k=k, warmup_epochs=1)
+    criterion.memory.last_log_p[:] = math.log(0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion.set_epoch(0)
+    with pytest.warns(UserWarning, match='40 of the 40 images scored so far have a score of at most k = .*k="auto"'):
+        criterion.set_epoch(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion.set_epoch(2)
+
+
+def test_pruning_much_is_no_matter_for_a_warning():
+    criterion = filled(k=0.3, warmup_epochs=1)
+    criterion.memory.last_log_p[:] = math.log(0.9)
+    criterion.memory.last_log_p[:30] = math.log(0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion.set_epoch(1)
+
+
 def test_stored_indicator_of_a_feature_outside_the_archive_is_its_current_score():
     criterion = filled(indicator="stored", k=0.5, warmup_epochs=0)
     features = nn.functional.one_hot(torch.tensor([0, 0]), D).double().requires_grad_()
@@ -243,8 +326,9 @@ def test_autocast_encoder():
     assert encoder.weight.grad.norm() > 0
 
 
-def test_compiles_into_one_graph_and_not_anew_every_epoch():
-    criterion, eager = filled(dtype=torch.float32, warmup_epochs=4), filled(dtype=torch.float32, warmup_epochs=4)
+@pytest.mark.parametrize("k", [0.3, "auto"])
+def test_compiles_into_one_graph_and_not_anew_every_epoch(k):
+    criterion, eager = (filled(dtype=torch.float32, warmup_epochs=4, k=k) for _ in range(2))
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()
@@ -524,6 +608,7 @@ def test_bad_calls_are_named_and_change_nothing(call, error, message):
         ({"sigma": 0}, ValueError, r"sigma: expected a number in \(0, inf\), got 0"),
         ({"q": 0}, ValueError, r"q: expected a number in \(0, 1\], got 0"),
         ({"k": 1.0}, ValueError, r"k: expected a number in \(0, 1\), got 1.0"),
+        ({"k": "0.3"}, ValueError, r"k: expected a number in \(0, 1\), 'auto' or None, got '0.3'"),
         ({"momentum": 2}, ValueError, r"momentum: expected a number in \[0, 1\], got 2"),
         ({"warmup_epochs": -1}, ValueError, r"warmup_epochs: expected a number in \[0, inf\), got -1"),
         ({"indicator": "old"}, ValueError, "indicator: expected one of 'current', 'stored', got 'old'"),
