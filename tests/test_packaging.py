@@ -132,7 +132,18 @@ def test_importing_the_package_brings_in_nothing_but_torch():
     """No module that only an extra installs, so that the core installs small and imports fast."""
     loaded = []
     for package in ("ntdne_kernels", "torch"):
-        extras = "('sklearn', 'matplotlib', 'torchvision', 'tqdm', 'scipy', 'pytest')"
+        extras = "('sklearn', 'matplotlib', 'torchvision', 'tqdm', 'scipy', 'pytest', 'lightning', 'yaml', 'PIL')"
         script = f"import sys, {package}; print([name for name in {extras} if name in sys.modules])"
         loaded.append(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout)
     assert loaded[0] == loaded[1] != ""
+
+
+def test_the_command_says_what_to_install_where_the_extra_was_left_out():
+    script = (
+        "import sys; sys.modules['lightning'] = sys.modules['pytorch_metric_learning'] = None\n"
+        "from ntdne_kernels.experiments import main\nsys.exit(main())"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "pip install 'ntdne_kernels[experiments]'" in ended.stderr

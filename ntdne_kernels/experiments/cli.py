@@ -1,0 +1,256 @@
+"""The command `ntdne`: train, evaluate, reproduce, report."""
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from ntdne_kernels.experiments.losses import LOSSES, loss_name, loss_options
+from ntdne_kernels.experiments.settings import PRESETS, Settings, read_preset
+
+DESCRIPTION = """\
+Train image encoders on archives with wrong labels, with NTDNE and the losses it is compared with, and judge them.
+
+  ntdne train photos/ --preset scratch --rate 0.5     one run: wrong labels in, a trained encoder and its metrics out
+  ntdne evaluate runs/photos/...                      the metrics of a run once more
+  ntdne reproduce photos/ --rates 0.1 0.5             a grid of losses and noise, as in the paper; runs what is missing
+  ntdne report runs/photos                            tables, figures and a page of all runs in a folder
+
+photos/ holds a folder of images for each class. The labels found there count as right; wrong ones are made, so that it
+is known which they are. A command that was killed is started again the same way and goes on where it was.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"ntdne: {' '.join(message.split())}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    main = Parser("ntdne", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = main.add_subparsers(dest="command", required=True, metavar="command")
+
+    train = commands.add_parser(
+        "train",
+        help="train one encoder on noisy labels and evaluate it",
+        epilog=_losses_and_options(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_settings(train, exclude=set())
+    train.add_argument(
+        "--output", type=Path, help="folder of the run (default: runs/ARCHIVE/NOISE-RATE/LOSS/seed-SEED)"
+    )
+    _add_machine(train)
+
+    evaluate = commands.add_parser("evaluate", help="evaluate a trained run anew")
+    evaluate.add_argument("run", type=Path, help="folder of the run")
+    _add_machine(evaluate)
+
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="run what is missing of a grid of losses and noise",
+        epilog=_losses_and_options(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_settings(reproduce, exclude={"loss", "noise", "rate", "seed"})
+    grid = reproduce.add_argument_group("grid")
+    grid.add_argument("--losses", nargs="+", default=list(LOSSES)[:9], metavar="LOSS", help="default: the paper's nine")
+    grid.add_argument(
+        "--noises", nargs="+", default=["uniform"], help="none, uniform, label-dependent, matrix (uniform)"
+    )
+    grid.add_argument(
+        "--rates", nargs="+", type=float, default=[0.1, 0.3, 0.5, 0.7], help="noise rates (0.1 0.3 0.5 0.7)"
+    )
+    grid.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run for each (0)")
+    grid.add_argument("--k", nargs="+", type=_value, help="NTDNE once for each threshold: numbers, auto, none (fig. 6)")
+    reproduce.add_argument("--output", type=Path, help="folder of the runs (default: runs/ARCHIVE)")
+    _add_machine(reproduce)
+
+    report = commands.add_parser("report", help="tables, figures and one HTML page of the runs in a folder")
+    report.add_argument("runs", type=Path, help="folder with runs at any depth")
+    report.add_argument("--output", type=Path, help="folder for the report (default: report/ in RUNS)")
+    return main
+
+
+def _losses_and_options() -> str:
+    """What --loss-option can say, for the help."""
+    lines = ["losses and their options, where the preset says nothing else:"]
+    for loss in LOSSES:
+        options = ", ".join(f"{name}={default}" for name, default in loss_options(loss).items())
+        lines.append(f"  {loss:<16} {options}")
+    return "\n".join(lines)
+
+
+def _add_settings(command: argparse.ArgumentParser, exclude: set[str]) -> None:
+    command.add_argument("data", help="folder of class folders, or eurosat, resisc45, digits, made:N, made:NxC")
+    command.add_argument(
+        "--preset", default="paper", help=f"settings to start from: {', '.join(PRESETS)}, or a YAML file (paper)"
+    )
+    command.add_argument(
+        "--loss-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the loss, as k=auto; with several losses LOSS.NAME=VALUE; may be repeated",
+    )
+    group = command.add_argument_group("settings", "each overrides the preset; without either: the value in brackets")
+    for setting in dataclasses.fields(Settings):
+        if setting.name in exclude or not setting.metadata:
+            continue
+        default, choices = setting.default, setting.metadata["choices"]
+        options: dict[str, Any] = {"default": None, "help": setting.metadata["help"].replace("%", "%%")}
+        if default not in ("", ()):
+            shown = ("yes" if default else "no") if isinstance(default, bool) else default
+            options["help"] += f" ({shown})"
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, tuple):
+            options |= {"nargs": "+", "metavar": "CLASS"}
+        else:
+            options |= {"type": type(default), "metavar": type(default).__name__.upper()}
+            if setting.name == "loss":
+                options |= {"metavar": "LOSS", "help": f"{', '.join(choices)}, in any case ({default})"}
+            elif choices:
+                options |= {"choices": choices, "metavar": None}
+        group.add_argument(f"--{setting.name.replace('_', '-')}", **options)
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("machine")
+    group.add_argument("--cache", type=Path, help="folder for decoded images (default: in the user's cache folder)")
+    group.add_argument("--download", action="store_true", help="let torchvision or torchgeo download its archive")
+    group.add_argument("--accelerator", default="auto", help="cpu, gpu, ... as Lightning names it (auto)")
+    if command.prog.split()[-1] != "evaluate":
+        group.add_argument("--workers", type=int, default=0, help="processes that load images (0)")
+        group.add_argument("--devices", type=int, default=1, help="GPUs or processes to train on (1)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; 2 where it was given something that it cannot work with, said in one line."""
+    arguments = parser().parse_args(argv)
+    command = {"train": _train, "evaluate": _evaluate, "reproduce": _reproduce, "report": _report}[arguments.command]
+    try:
+        command(arguments)
+    except (ValueError, OSError) as error:
+        print(f"ntdne: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from ntdne_kernels.experiments.run import run
+
+    loss = arguments.loss or read_preset(arguments.preset).get("loss", "NTDNE")
+    settings, variant = _settings(arguments, {"loss": loss})
+    folder = arguments.output or _archive_folder(arguments.data) / _cell(settings, variant)
+    results = run(settings, variant, folder, _machine(arguments))
+    if results is not None:
+        _print_metrics(results)
+        print(f"written to {folder}: last.ckpt, results.json, figures.npz; next: ntdne report {folder}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from ntdne_kernels.experiments.run import evaluate
+
+    _print_metrics(evaluate(arguments.run, _machine(arguments)))
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    from ntdne_kernels.experiments.run import finished_results, run
+
+    output = arguments.output or _archive_folder(arguments.data)
+    losses = [loss_name(loss) for loss in arguments.losses]
+    cells = []
+    for noise, rate, loss, seed in itertools.product(arguments.noises, arguments.rates, losses, arguments.seeds):
+        for k in arguments.k if arguments.k and loss == "NTDNE" else [...]:
+            options = {} if k is ... else {"k": k}
+            values = {"loss": loss, "noise": noise, "rate": rate, "seed": seed}
+            settings, variant = _settings(arguments, values, options)
+            cells.append((settings, variant, output / _cell(settings, variant)))
+    done = [finished_results(settings, folder) is not None for settings, _, folder in cells]
+    print(f"{output}: {len(cells)} runs, {sum(done)} of them finished before", flush=True)
+    for number, ((settings, variant, folder), finished) in enumerate(zip(cells, done, strict=True), start=1):
+        if not finished:
+            print(f"run {number} of {len(cells)}:", flush=True)
+            results = run(settings, variant, folder, _machine(arguments))
+            if results is not None:
+                _print_metrics(results)
+    print(f"next: ntdne report {output}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from ntdne_kernels.experiments.report import write_report
+
+    for path in write_report(arguments.runs, arguments.output or arguments.runs / "report"):
+        print(path)
+
+
+def _settings(
+    arguments: argparse.Namespace, values: dict[str, Any], options: dict[str, Any] | None = None
+) -> tuple[Settings, str]:
+    """Settings of a run, and the name of its variant: what its loss has that differs from the preset.
+
+    Values of the run come before the command line's, and these before the preset's.
+    """
+    preset = read_preset(arguments.preset)
+    preset_options = preset.pop("losses", {})
+    names = {setting.name for setting in dataclasses.fields(Settings)}
+    given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    values = preset | given | values
+    values["loss"] = loss_name(values["loss"])
+    values["classes"] = tuple(values.get("classes", ()))
+    overrides = dict(options or {})
+    for text in arguments.loss_option:
+        name, equals, value = text.partition("=")
+        loss, dot, option = name.rpartition(".")
+        if not equals or (arguments.command == "reproduce" and not dot):
+            expected = (
+                "LOSS.NAME=VALUE, as NTDNE.k=auto" if arguments.command == "reproduce" else "NAME=VALUE, as k=auto"
+            )
+            raise ValueError(f"--loss-option: expected {expected}, got {text!r}")
+        if not dot or loss_name(loss) == values["loss"]:
+            overrides.setdefault(option, _value(value))
+    values["loss_options"] = preset_options.get(values["loss"], {}) | overrides
+    variant = ", ".join(f"{name}={'none' if value is None else value}" for name, value in overrides.items())
+    return Settings(**values), variant
+
+
+def _value(text: str) -> Any:
+    """A value as YAML reads it; none is no value."""
+    return None if text.lower() == "none" else yaml.safe_load(text)
+
+
+def _machine(arguments: argparse.Namespace) -> Any:
+    from ntdne_kernels.experiments.run import Machine
+
+    names = {setting.name for setting in dataclasses.fields(Machine)}
+    return Machine(**{name: value for name, value in vars(arguments).items() if name in names})
+
+
+def _archive_folder(data: str) -> Path:
+    return Path("runs") / (Path(data).resolve().name if Path(data).exists() else data.replace(":", "-"))
+
+
+def _cell(settings: Settings, variant: str) -> Path:
+    noise = settings.noise if settings.noise == "none" else f"{settings.noise}-{settings.rate}"
+    return Path(noise) / " ".join([settings.loss, *([variant] if variant else [])]) / f"seed-{settings.seed}"
+
+
+def _print_metrics(results: dict[str, Any]) -> None:
+    counts, metrics = results["counts"], results["metrics"]
+    print(
+        f"{counts['train']} training images ({counts['flipped']} with a wrong label), {counts['test']} test images"
+        + (f", {counts['skipped']} unreadable files left out" if counts["skipped"] else "")
+    )
+    print("  ".join(f"{name} {100 * value:.1f}" for name, value in metrics.items()), "(in %)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

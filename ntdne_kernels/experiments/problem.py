@@ -1,0 +1,100 @@
+"""The learning problem that settings describe: which images, and which labels, some of them wrong.
+
+Shapes: N training images, C classes that are trained on.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from ntdne_kernels.experiments import noise
+from ntdne_kernels.experiments.archive import Archive, ImageDataset, open_archive, split, transform
+from ntdne_kernels.experiments.noise import NoisyLabels
+from ntdne_kernels.experiments.settings import Settings
+
+AUTHORS_NOISE_SEED = 42
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Positions of images in the archive, in the parts that a run uses."""
+
+    archive: Archive
+    classes: list[str]
+    """The C classes trained on."""
+    labels: Tensor
+    """True label of each image of the archive in 0..C − 1; −1 where its class is kept out of training."""
+    train: Tensor
+    """(N,) images, and so on."""
+    validation: Tensor
+    test: Tensor
+    unseen: Tensor
+    """All images of the classes that are kept out."""
+    noisy: NoisyLabels
+    """The labels (N,) given to the training images, and which of them are wrong."""
+
+    def dataset(self, images: Tensor, augment: bool = False) -> ImageDataset:
+        """Samples (image, true label, position in `images`)."""
+        return ImageDataset(self.archive, images, self.labels[images], transform(augment))
+
+
+def make_problem(settings: Settings, cache: Path | None = None, download: bool = False) -> Problem:
+    """Open the archive, split it and make labels wrong, all as the settings say.
+
+    Raises:
+        ArchiveError, ValueError: the archive or a setting is bad.
+    """
+    archive = open_archive(
+        settings.data,
+        settings.image_size,
+        cache=cache,
+        skip_unreadable=settings.skip_unreadable,
+        download=download,
+        classes=list(settings.classes) or None,
+    )
+    C = len(archive.classes)
+    if settings.unseen_classes > C - 2:
+        raise ValueError(
+            f"unseen_classes: expected at most {C - 2}, so that 2 of the {C} classes are left to train on, got "
+            f"{settings.unseen_classes}"
+        )
+    generator = torch.Generator().manual_seed(settings.seed)
+    unseen_classes = torch.randperm(C, generator=generator)[: settings.unseen_classes]
+    seen = torch.ones(C, dtype=torch.bool)
+    seen[unseen_classes] = False
+    labels = torch.where(seen, seen.cumsum(0) - 1, -1)[archive.labels]
+    classes = [name for name, kept in zip(archive.classes, seen.tolist(), strict=True) if kept]
+
+    parts = split(archive.labels, settings.split, settings.seed)
+    train, validation, test = (part[labels[part] >= 0] for part in parts)
+    matrix = _matrix(settings, classes)
+    noise_seed = AUTHORS_NOISE_SEED if settings.split == "authors" else settings.seed
+    noisy = noise.corrupt(labels[train], matrix, noise_seed, settings.draw)
+    return Problem(archive, classes, labels, train, validation, test, (labels < 0).nonzero()[:, 0], noisy)
+
+
+def _matrix(settings: Settings, classes: list[str]) -> Tensor:
+    """The transition matrix (C, C), row-stochastic: P(given label | true class)."""
+    if settings.noise == "uniform":
+        return noise.uniform(len(classes), settings.rate)
+    if settings.noise == "none":
+        return noise.uniform(len(classes), 0)
+    if settings.noise == "matrix":
+        return noise.read_matrix(settings.noise_file, len(classes))
+    if settings.noise_file:
+        targets = noise.targets_by_name(classes, _read_targets(settings.noise_file))
+        return noise.one_target(targets, settings.rate)
+    return noise.authors_map(classes, settings.rate)
+
+
+def _read_targets(path: str) -> dict[str, str]:
+    try:
+        targets = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"noise_file: cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(targets, dict):
+        raise ValueError(f"noise_file: expected lines 'true class: wrong class' in {path}")
+    return {str(true): str(wrong) for true, wrong in targets.items()}

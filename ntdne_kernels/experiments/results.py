@@ -1,0 +1,163 @@
+"""What a finished run has learned: its metrics, and the data of its figures, on clean labels.
+
+Shapes: N training images, M test images, D features, C classes.
+"""
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader
+
+import ntdne_kernels
+from ntdne_kernels import NTDNELoss
+from ntdne_kernels.experiments import evaluation, tasks
+from ntdne_kernels.experiments.encoders import make_encoder
+from ntdne_kernels.experiments.noise import dataset_of
+from ntdne_kernels.experiments.problem import Problem
+from ntdne_kernels.experiments.settings import Settings
+
+RESULTS = "results.json"
+FIGURES = "figures.npz"
+FIGURE_POINTS = 2000  # of the t-SNE
+RETRIEVAL_QUERIES = 6
+FEW_SHOT_QUERIES = 15  # of each class; with the shots, the images a class must have for the task
+
+
+@torch.no_grad()
+def embed(encoder: nn.Module, problem: Problem, images: Tensor, batch_size: int, device: str) -> Tensor:
+    """Features (len(images), D) of images of the archive, not normalised; float32, as the encoder evaluates."""
+    encoder = encoder.to(device).eval()
+    features = []
+    for pixels, _, _ in DataLoader(problem.dataset(images), batch_size):
+        pixels = pixels.to(device).contiguous(memory_format=torch.channels_last)
+        features.append(encoder(pixels).float())
+    return torch.cat(features)
+
+
+def leave_one_out_scores(features: Tensor, labels: Tensor, sigma: float = 0.1) -> Tensor:
+    """The score p (N,) of each image's label among all the others (eq. 4), from unit features (N, D)."""
+    criterion = NTDNELoss(labels.to(features.device), features.size(1), sigma=sigma, device=features.device)
+    criterion.memory.update_(features, torch.arange(len(features), device=features.device), momentum=0.0)
+    criterion.refresh_indicator()
+    return criterion.memory.last_log_p.exp()
+
+
+def evaluate(
+    encoder: nn.Module,
+    settings: Settings,
+    problem: Problem,
+    history: list[dict[str, float]],
+    folder: Path,
+    *,
+    variant: str,
+    device: str,
+) -> dict[str, Any]:
+    """Judge a trained encoder; write results.json and figures.npz into its folder.
+
+    The database is the training set with its true labels, the queries are the test set (section IV-A).
+
+    Returns:
+        What results.json holds.
+    """
+    batch = settings.batch_size
+
+    def unit(images: Tensor) -> Tensor:
+        return normalize(embed(encoder, problem, images, batch, device), dim=1)
+
+    train, test = unit(problem.train), unit(problem.test)
+    train_labels, test_labels = (problem.labels[images].to(device) for images in (problem.train, problem.test))
+    given, flipped = problem.noisy.labels, problem.noisy.flipped
+    K = min(10, len(train))
+    nmi, acc = evaluation.clustering(test, test_labels, settings.seed)
+    scores = leave_one_out_scores(train, given).cpu()
+    metrics = {
+        "knn": evaluation.knn_accuracy(test, test_labels, train, train_labels, K=K),
+        "knn_given": evaluation.knn_accuracy(test, test_labels, train, given.to(device), K=K),
+        "nmi": nmi,
+        "acc": acc,
+    }
+    maps = evaluation.mean_average_precision(test, test_labels, train, train_labels, R=20)
+    metrics |= {f"map20_{normaliser}": value for normaliser, value in maps.items()}
+    if 0 < int(flipped.sum()) < len(flipped):
+        metrics["flip_auroc"] = float(roc_auc_score(flipped, -scores))
+    if len(problem.unseen):
+        metrics |= _unseen_metrics(unit(problem.unseen), test, train, train_labels, settings, problem)
+
+    recall, precision = evaluation.precision_recall_curve(test, test_labels, train, train_labels)
+    query, neighbour = evaluation.retrieval_examples(
+        test, train, RETRIEVAL_QUERIES, settings.seed, K=min(5, len(train))
+    )
+    shown = torch.cat([problem.test[query.cpu(), None], problem.train[neighbour.cpu()]], dim=1)
+    figures: dict[str, Any] = {
+        "test_features": test[:FIGURE_POINTS].cpu(),
+        "test_labels": test_labels[:FIGURE_POINTS].cpu(),
+        "scores": scores,
+        "flipped": flipped,
+        "pr_recall": recall,
+        "pr_precision": precision,
+        "retrieval_images": problem.archive.images[shown.numpy()],
+        "retrieval_labels": problem.labels[shown],
+    }
+    if settings.dim == 2:  # shown as they are, before and after training
+        torch.manual_seed(settings.seed)
+        untrained = make_encoder(settings.encoder, 2, settings.weights)
+        figures["untrained_features"] = embed(untrained, problem, problem.test[:FIGURE_POINTS], batch, device).cpu()
+        figures["test_features"] = embed(encoder, problem, problem.test[:FIGURE_POINTS], batch, device).cpu()
+
+    results = {
+        "settings": dataclasses.asdict(settings),
+        "dataset": dataset_of(problem.archive.classes) or problem.archive.name,
+        "loss": settings.loss,
+        "variant": variant,
+        "noise": settings.noise,
+        "rate": settings.rate,
+        "seed": settings.seed,
+        "epochs": settings.epochs,
+        "classes": problem.classes,
+        "counts": {
+            "train": len(problem.train),
+            "validation": len(problem.validation),
+            "test": len(problem.test),
+            "flipped": int(flipped.sum()),
+            "skipped": len(problem.archive.skipped),
+        },
+        "metrics": {name: float(value) for name, value in metrics.items()},
+        "history": history,
+        "seconds": sum(row["seconds"] for row in history),
+        "versions": {
+            "ntdne_kernels": ntdne_kernels.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        },
+    }
+    np.savez_compressed(folder / FIGURES, **{name: np.asarray(array) for name, array in figures.items()})  # type: ignore[arg-type]
+    partial = folder / f"{RESULTS}.partial"
+    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    partial.replace(folder / RESULTS)  # last: a run with results.json is finished
+    return results
+
+
+def _unseen_metrics(
+    unseen: Tensor, test: Tensor, train: Tensor, train_labels: Tensor, settings: Settings, problem: Problem
+) -> dict[str, float]:
+    """The tasks on classes that were kept out of training: few-shot classification, and being recognised as unknown."""
+    labels = problem.archive.labels[problem.unseen].to(unseen.device)
+    smallest = int(labels.unique(return_counts=True)[1].min())
+    metrics: dict[str, float] = {}
+    for shots in (1, 5):
+        if settings.unseen_classes > 1 and smallest >= shots + FEW_SHOT_QUERIES:
+            accuracy, half_width = tasks.few_shot(
+                unseen, labels, shots=shots, seed=settings.seed, queries=FEW_SHOT_QUERIES
+            )
+            metrics |= {f"few_shot_{shots}": accuracy, f"few_shot_{shots}_ci": half_width}
+    aurocs = tasks.unknown_auroc(test, unseen, train, train_labels, K=min(10, len(train)))
+    return metrics | {f"unknown_auroc_{score}": value for score, value in aurocs.items()}

@@ -1,0 +1,127 @@
+"""A run in its folder: settings.json, last.ckpt and TensorBoard's files from training, results.json and figures.npz.
+
+{output}/settings.json   what the run is; another run is refused
+{output}/last.ckpt       after each epoch
+{output}/results.json    when it is finished
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ntdne_kernels.experiments import results
+from ntdne_kernels.experiments.encoders import make_encoder
+from ntdne_kernels.experiments.problem import make_problem
+from ntdne_kernels.experiments.settings import Settings
+from ntdne_kernels.experiments.training import CHECKPOINT, train
+
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run takes place; its result should not depend on it."""
+
+    cache: Path | None = None
+    download: bool = False
+    workers: int = 0
+    accelerator: str = "auto"
+    devices: int = 1
+
+    @property
+    def evaluation_device(self) -> str:
+        return "cuda" if self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def run(settings: Settings, variant: str, folder: Path, machine: Machine) -> dict[str, Any] | None:
+    """Train and evaluate, from wherever the folder's run got to.
+
+    Args:
+        variant: what reports call a run that differs from the preset by options of its loss, as "k=auto".
+
+    Returns:
+        The results; None in processes of devices other than the first.
+
+    Raises:
+        ValueError: the folder holds another run, or a setting does not fit the archive.
+    """
+    finished = finished_results(settings, folder)
+    if finished is not None:
+        return finished
+    problem = make_problem(settings, machine.cache, machine.download)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_settings(settings, variant, folder)
+    loss = f"{settings.loss} ({variant})" if variant else settings.loss
+    noise = settings.noise if settings.noise in ("none", "matrix") else f"{settings.noise} at rate {settings.rate}"
+    print(f"{folder}: {loss}, noise {noise}, seed {settings.seed}, {settings.epochs} epochs", flush=True)
+    trained = train(
+        settings,
+        problem,
+        folder,
+        workers=machine.workers,
+        accelerator=machine.accelerator,
+        devices=machine.devices,
+    )
+    if trained is None:
+        return None
+    return results.evaluate(
+        trained.encoder, settings, problem, trained.history, folder, variant=variant, device=machine.evaluation_device
+    )
+
+
+def evaluate(folder: Path, machine: Machine) -> dict[str, Any]:
+    """Evaluate anew the encoder that a run has trained so far.
+
+    Raises:
+        ValueError: the folder holds no trained run.
+    """
+    settings, variant = _read_settings(folder)
+    if not (folder / CHECKPOINT).exists():
+        raise ValueError(f"run: {folder} has no {CHECKPOINT}: not one epoch was finished")
+    checkpoint = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
+    problem = make_problem(settings, machine.cache, machine.download)
+    encoder = make_encoder(settings.encoder, settings.dim)
+    prefix = "encoder."
+    state = checkpoint["state_dict"]
+    encoder.load_state_dict({key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)})
+    return results.evaluate(
+        encoder, settings, problem, checkpoint["history"], folder, variant=variant, device=machine.evaluation_device
+    )
+
+
+def finished_results(settings: Settings, folder: Path) -> dict[str, Any] | None:
+    """The results of this run, or None where it is not finished; ValueError where the folder holds another run."""
+    if not (folder / SETTINGS).exists():
+        return None
+    there, _ = _read_settings(folder)
+    differing = [
+        f"{name} {getattr(there, name)!r} there, {value!r} now"
+        for name, value in vars(settings).items()
+        if getattr(there, name) != value
+    ]
+    if differing:
+        raise ValueError(f"output: {folder} holds another run ({'; '.join(differing)}); give another --output")
+    path = folder / results.RESULTS
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found if len(found["history"]) == settings.epochs else None
+
+
+def _write_settings(settings: Settings, variant: str, folder: Path) -> None:
+    partial = folder / f"{SETTINGS}.partial"
+    partial.write_text(json.dumps({"variant": variant, **dataclasses.asdict(settings)}, indent=1) + "\n")
+    partial.replace(folder / SETTINGS)
+
+
+def _read_settings(folder: Path) -> tuple[Settings, str]:
+    try:
+        values = json.loads((folder / SETTINGS).read_text())
+        variant = values.pop("variant")
+        return Settings(**values | {"classes": tuple(values["classes"])}), variant
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"run: {folder} is no folder of a run: {error}") from None

@@ -1,0 +1,111 @@
+"""What defines a run, and the presets it starts from."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ntdne_kernels.experiments.losses import LOSSES
+
+PRESETS = ("paper", "authors", "scratch")
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
+
+
+def _setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run's result depends on. A run that is continued must have the same.
+
+    `data` and each field's help are the arguments of `ntdne train`.
+
+    Raises:
+        ValueError: a value is outside its range or choices.
+    """
+
+    data: str
+    image_size: int = _setting(256, "images are resized to this many pixels squared")
+    classes: tuple[str, ...] = _setting((), "keep only these classes")
+    unseen_classes: int = _setting(
+        0, "classes, drawn by the seed, kept out of training: for the few-shot and unknown-class tasks"
+    )
+    skip_unreadable: bool = _setting(False, "count and leave out images that cannot be read")
+    split: str = _setting(
+        "seeded", "70/10/20 of each class by the seed, or the authors' (with their flips)", ("seeded", "authors")
+    )
+    noise: str = _setting(
+        "uniform", "how training labels are made wrong", ("none", "uniform", "label-dependent", "matrix")
+    )
+    rate: float = _setting(0.5, "noise rate η, the share of wrong labels, from 0 to 1")
+    noise_file: str = _setting(
+        "",
+        "for label-dependent noise a YAML file of true class: wrong class (AID and NWPU-RESISC45 have the authors' map "
+        "built in); for matrix noise a .csv or .npy file, rows P(given label | true class)",
+    )
+    draw: str = _setting(
+        "multinomial", "draw each flip by itself, or exact counts in each class", ("multinomial", "exact")
+    )
+    loss: str = _setting("NTDNE", "the loss", tuple(LOSSES))
+    loss_options: dict[str, Any] = field(default_factory=dict)
+    encoder: str = _setting("resnet18", "the network; small is for tiny images", ("resnet18", "resnet50", "small"))
+    weights: str = _setting("", "imagenet (downloaded by torchvision), or a file with a state dict; else from scratch")
+    dim: int = _setting(128, "D, values of a feature")
+    epochs: int = _setting(100, "passes over the training images")
+    batch_size: int = _setting(256, "images of a step")
+    lr: float = _setting(0.01, "learning rate: the first one; the highest one of one-cycle")
+    schedule: str = _setting("step", "of the learning rate", ("constant", "step", "one-cycle"))
+    lr_step: int = _setting(30, "epochs between the falls of a step schedule")
+    lr_decay: float = _setting(0.5, "factor of each fall")
+    momentum: float = _setting(0.9, "of SGD, with Nesterov")
+    weight_decay: float = _setting(1e-4, "of SGD")
+    augment: bool = _setting(True, "train on augmented images: grey, colour jitter, flip")
+    precision: str = _setting("32-true", "of the encoder, as Lightning names it", ("32-true", "bf16-mixed", "16-mixed"))
+    seed: int = _setting(0, "of splits, flips, first weights, batches and augmentation")
+
+    def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            value, choices = getattr(self, setting.name), setting.metadata.get("choices")
+            kind = type(setting.default) if setting.metadata else type(value)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f"{setting.name}: expected {_KINDS[kind]}, got {value!r}")
+            if choices and value not in choices:
+                raise ValueError(f"{setting.name}: expected one of {', '.join(choices)}, got {value!r}")
+        for name in ("image_size", "dim", "epochs", "batch_size", "lr_step"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("unseen_classes", "seed", "weight_decay"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("lr", "lr_decay"):
+            self._check(name, getattr(self, name) > 0, "a positive number")
+        self._check("rate", 0 <= self.rate <= 1, "a number from 0 to 1")
+        self._check("momentum", 0 < self.momentum < 1, "a number between 0 and 1")
+
+    def _check(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The settings of a preset, one of PRESETS or a YAML file, with `losses`: options by loss.
+
+    Raises:
+        ValueError: there is no such preset or file, or it holds something else than settings.
+    """
+    path = Path(str(resources.files(__package__) / "presets" / f"{name}.yaml")) if name in PRESETS else Path(name)
+    try:
+        preset = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(
+            f"preset: expected one of {', '.join(PRESETS)} or a YAML file, got {name!r} ({error.strerror})"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"preset: {path} is not YAML: {' '.join(str(error).split())}") from None
+    known = {setting.name for setting in dataclasses.fields(Settings)} - {"data", "loss_options"} | {"losses"}
+    if not isinstance(preset, dict) or not preset.keys() <= known:
+        unknown = sorted(set(preset) - known) if isinstance(preset, dict) else [type(preset).__name__]
+        raise ValueError(f"preset: {path} has no use for {', '.join(unknown)}; settings are {', '.join(sorted(known))}")
+    return preset

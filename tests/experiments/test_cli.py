@@ -1,0 +1,219 @@
+"""The command `ntdne` from end to end on tiny archives."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ntdne_kernels.experiments import run as runs
+from tests.experiments.conftest import QUICK
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_train_then_evaluate_then_report(ntdne, photos, capsys):
+    assert ntdne("train", photos, *QUICK, "--rate", 0.3, "--output", "run") == 0
+    printed = capsys.readouterr().out
+    assert "epoch 2/2" in printed
+    first = results_of(Path("run"))
+    assert first["counts"] == {
+        "train": 28,
+        "validation": 4,
+        "test": 8,
+        "flipped": first["counts"]["flipped"],
+        "skipped": 0,
+    }
+    assert 0 < first["counts"]["flipped"] < 28
+    assert first["classes"] == ["bright", "dark"]
+    assert [row["epoch"] for row in first["history"]] == [0, 1]
+    assert f"knn {100 * first['metrics']['knn']:.1f}" in printed
+
+    (Path("run") / "results.json").unlink()
+    assert ntdne("evaluate", "run") == 0
+    assert results_of(Path("run"))["metrics"] == first["metrics"]
+
+    assert ntdne("report", "run", "--output", "report") == 0
+    page = (Path("report") / "report.html").read_text()
+    assert f"{100 * first['metrics']['knn']:.1f}" in page
+
+
+def test_reproduce_runs_what_is_missing(ntdne, photos, capsys, monkeypatch):
+    ran = []
+    original = runs.train
+    monkeypatch.setattr(
+        runs,
+        "train",
+        lambda settings, *rest, **options: (
+            ran.append((settings.loss, settings.rate)),
+            original(settings, *rest, **options),
+        )[1],
+    )
+    grid = ["reproduce", photos, *QUICK, "--losses", "snca", "NTDNE", "--rates", "0.1", "0.5", "--output", "grid"]
+    assert ntdne(*grid) == 0
+    assert ran == [("SNCA", 0.1), ("NTDNE", 0.1), ("SNCA", 0.5), ("NTDNE", 0.5)]
+    assert ntdne(*grid) == 0
+    assert len(ran) == 4
+    assert "4 runs, 4 of them finished before" in capsys.readouterr().out
+    (Path("grid") / "uniform-0.5" / "SNCA" / "seed-0" / "results.json").unlink()
+    assert ntdne(*grid, "--seeds", 0, 1) == 0
+    assert sorted(ran[4:]) == [("NTDNE", 0.1), ("NTDNE", 0.5), ("SNCA", 0.1), ("SNCA", 0.5), ("SNCA", 0.5)]
+
+
+def test_every_loss_of_the_paper_is_run_by_default(ntdne, photos):
+    assert ntdne("reproduce", photos, *QUICK, "--epochs", 1, "--rates", 0.5, "--output", "grid") == 0
+    found = sorted(results_of(path.parent)["loss"] for path in Path("grid").rglob("results.json"))
+    assert found == sorted(["D-CNN", "Triplet", "NSL", "SNCA", "ArcFace", "MAE", "SCE", "t-RNSL", "NTDNE"])
+    assert ntdne("report", "grid") == 0
+    assert (Path("grid") / "report" / "report.html").exists()
+
+
+def test_sensitivity_to_k(ntdne, photos):
+    options = ["--losses", "NTDNE", "--rates", 0.5, "--k", 0.1, "auto", "none", "--output", "grid"]
+    assert ntdne("reproduce", photos, *QUICK, *options) == 0
+    found = {results_of(path.parent)["variant"]: results_of(path.parent) for path in Path("grid").rglob("results.json")}
+    assert {name: results["settings"]["loss_options"]["k"] for name, results in found.items()} == {
+        "k=0.1": 0.1,
+        "k=auto": "auto",
+        "k=none": None,
+    }
+
+
+def test_unseen_classes_are_kept_out_of_training_and_judged(ntdne):
+    assert ntdne("train", "made:160x4", *QUICK, "--unseen-classes", 2, "--output", "run") == 0
+    results = results_of(Path("run"))
+    assert len(results["classes"]) == 2
+    assert results["counts"]["train"] == 56
+    assert {"few_shot_1", "few_shot_5", "unknown_auroc_agreement", "unknown_auroc_similarity"} <= results[
+        "metrics"
+    ].keys()
+
+
+def test_siamese_training_tells_the_digits_3_and_8_apart(ntdne):
+    """Figure 2 of the ecology review: two features of each scan, before and after contrastive training."""
+    options = ["--classes", 3, 8, "--loss", "contrastive", "--dim", 2, "--noise", "none", "--epochs", 10, "--lr", 0.05]
+    assert ntdne("train", "digits", *QUICK, *options, "--output", "run") == 0
+    assert results_of(Path("run"))["metrics"]["knn"] > 0.9
+    figures = np.load(Path("run") / "figures.npz")
+    labels = figures["test_labels"]
+
+    def separation(features):
+        centres = np.stack([features[labels == c].mean(axis=0) for c in (0, 1)])
+        return np.linalg.norm(centres[0] - centres[1]) / np.linalg.norm(features - centres[labels], axis=1).mean()
+
+    assert separation(figures["test_features"]) > 2 * separation(figures["untrained_features"])
+
+
+def test_label_dependent_noise_follows_a_file(ntdne, photos, tmp_path):
+    targets = tmp_path / "targets.yaml"
+    targets.write_text("bright: dark\n")
+    noise = ["--noise", "label-dependent", "--noise-file", targets, "--rate", 1]
+    assert ntdne("train", photos, *QUICK, *noise, "--output", "run", "--loss", "NSL") == 0
+    assert results_of(Path("run"))["counts"]["flipped"] == 14
+
+
+def test_skip_unreadable_counts_what_it_leaves_out(ntdne, photos, capsys):
+    (photos / "dark" / "07.png").write_bytes(b"no image")
+    assert ntdne("train", photos, *QUICK, "--output", "run") == 2
+    assert "07.png" in capsys.readouterr().err
+    assert ntdne("train", photos, *QUICK, "--skip-unreadable", "--output", "run") == 0
+    assert results_of(Path("run"))["counts"]["skipped"] == 1
+    assert "1 unreadable" in capsys.readouterr().out
+
+
+def empty_class(photos: Path) -> None:
+    (photos / "empty").mkdir()
+
+
+def class_of_one(photos: Path) -> None:
+    (photos / "lonely").mkdir()
+    Image.new("RGB", (4, 4)).save(photos / "lonely" / "one.png")
+
+
+def unreadable(photos: Path) -> None:
+    (photos / "dark" / "bad.png").write_bytes(b"no image")
+
+
+def column_stochastic(photos: Path) -> None:
+    (photos.parent / "here" / "matrix.csv").write_text("0.9,0.4\n0.1,0.6\n")
+
+
+def other_run(photos: Path) -> None:
+    (Path("taken")).mkdir()
+    settings = runs.Settings(str(photos), lr=0.3)
+    runs._write_settings(settings, "", Path("taken"))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "said"),
+    [
+        (None, ["train", "no/such/folder"], "no/such/folder"),
+        (None, ["train", "{photos}/dark/00.png"], "00.png"),
+        (empty_class, ["train", "{photos}"], "empty"),
+        (class_of_one, ["train", "{photos}"], "lonely"),
+        (unreadable, ["train", "{photos}"], "bad.png"),
+        (None, ["train", "{photos}", "--rate", "1.5"], "rate: expected a number from 0 to 1, got 1.5"),
+        (None, ["train", "{photos}", "--rate", "half"], "--rate"),
+        (None, ["train", "{photos}", "--loss", "NTDN"], "did you mean 'NTDNE'?"),
+        (None, ["train", "{photos}", "--loss-option", "sigma=0"], "sigma"),
+        (None, ["train", "{photos}", "--loss-option", "sgima=1"], "did you mean 'sigma'?"),
+        (None, ["train", "{photos}", "--loss-option", "k"], "NAME=VALUE"),
+        (None, ["train", "{photos}", "--preset", "papper"], "papper"),
+        (None, ["train", "{photos}", "--epochs", "0"], "epochs: expected at least 1, got 0"),
+        (None, ["train", "{photos}", "--unseen-classes", "1"], "unseen_classes"),
+        (None, ["train", "{photos}", "--classes", "bright", "drak"], "drak"),
+        (None, ["train", "{photos}", "--noise", "label-dependent"], "bright"),
+        (column_stochastic, ["train", "{photos}", "--noise", "matrix", "--noise-file", "matrix.csv"], "column"),
+        (None, ["train", "{photos}", "--noise", "matrix", "--noise-file", "none.csv"], "none.csv"),
+        (None, ["train", "{photos}", "--weights", "none.pt"], "none.pt"),
+        (other_run, ["train", "{photos}", "--output", "taken"], "lr 0.3 there, 0.1 now"),
+        (None, ["evaluate", "no-run"], "no-run"),
+        (None, ["report", "no-run"], "no-run"),
+        (None, ["reproduce", "{photos}", "--loss-option", "k=auto"], "NTDNE.k=auto"),
+        (None, ["reproduce", "{photos}", "--noises", "unifrom"], "unifrom"),
+        (None, ["trian"], "trian"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(ntdne, photos, capsys, prepare, arguments, said):
+    if prepare is not None:
+        prepare(photos)
+    arguments = [argument.format(photos=photos) for argument in arguments]
+    quick = QUICK if arguments[0] in ("train", "reproduce") else []
+    assert ntdne(arguments[0], *arguments[1:2], *quick, *arguments[2:]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ntdne: ")
+    assert error.count("\n") == 1
+    assert said in error
+    assert not list(Path().rglob("last.ckpt"))
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["reproduce"], ["report"]])
+def test_help_names_every_argument(ntdne, capsys, command):
+    assert ntdne(*command, "--help") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: {' '.join(['ntdne', *command])} ")
+    assert "None" not in said
+
+
+def test_the_installed_command_exits_with_2():
+    ended = subprocess.run(
+        [Path(sys.executable).with_name("ntdne"), "train", "nowhere"], capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith(f"ntdne: {Path('nowhere').resolve()}: No such file")
+
+
+def test_the_smallest_archive_that_can_be_split(ntdne, tmp_path):
+    for name in ("one", "two", "three"):
+        (tmp_path / "tiny" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (4, 4), (80 * i, 40, 90)).save(tmp_path / "tiny" / name / f"{i}.png")
+    assert ntdne("train", tmp_path / "tiny", *QUICK, "--unseen-classes", 1, "--output", "run") == 0
+    assert results_of(Path("run"))["counts"]["train"] == 4
+    assert ntdne("report", "run") == 0
