@@ -253,8 +253,9 @@ class NTDNELoss(_NeighbourhoodLoss):
         sigma: temperature σ > 0 (eq. 3).
         q: exponent in (0, 1].
         k: pruning threshold in (0, 1); None prunes nothing. "auto" is chance: an image is pruned whose last score says
-            that no more of its neighbours carry its label than of all other images do. That holds from an encoder that
-            starts from nothing, all of whose scores are low, to a trained one.
+            that no more of its neighbours carry its label than of all other images do. That also works while an encoder
+            that starts from nothing gives all images low scores. It does not see wrong labels that agree with each
+            other: where half of a class is called by one other name, these score far above chance.
         warmup_epochs: first epoch that prunes: T of the paper.
         momentum: weight m in [0, 1] of the old bank row (eq. 15; 1 − λ).
         indicator: which score decides on pruning: "current", that of this forward (eq. 14), or "stored", the image's
@@ -334,7 +335,7 @@ class NTDNELoss(_NeighbourhoodLoss):
     @property
     def pruned(self) -> Tensor:
         """(N,) bool: images whose last score is at most the threshold; not those never scored, none for k=None."""
-        return (self.memory.last_log_p <= self._log_threshold(self.memory.labels)) & (self.k is not None)
+        return self.memory.last_log_p <= self._log_threshold(self.memory.labels)
 
     def extra_repr(self) -> str:
         return (
@@ -351,19 +352,22 @@ class NTDNELoss(_NeighbourhoodLoss):
 
     def _log_threshold(self, labels: Tensor) -> Tensor | float:
         """log k of images with these labels (B,); k="auto" is the share of the other images that carry the label."""
-        if not isinstance(self.k, str):
-            return -math.inf if self.k is None else math.log(self.k)
         memory = self.memory
+        if self.k is None or len(memory.classes) == 0:
+            return math.nan  # nothing is at most that
+        if not isinstance(self.k, str):
+            return math.log(self.k)
         place = torch.searchsorted(memory.classes, labels).clamp(max=len(memory.classes) - 1)
         others = memory.offsets.diff()[place] - 1
-        return torch.log(others.to(memory.scores.dtype) / max(len(memory) - 1, 1))
+        return torch.log(others.double() / max(len(memory) - 1, 1))  # half precision ends at 65,504 images
 
     def _indicator(self, index: Tensor) -> Tensor | None:
-        if self.indicator == "current" and self.k != "auto":
+        auto = isinstance(self.k, str)
+        if not self.pruning or (self.indicator == "current" and not auto):
             return None
         images = index.clamp(0, len(self.memory) - 1)
         stored = self.memory.scores[images]
-        if self.k == "auto":
+        if auto:
             stored = torch.where(stored <= self._log_threshold(self.memory.labels[images]), -torch.inf, torch.inf)
         kept_unless_known = stored.nan_to_num(nan=torch.inf, neginf=-torch.inf)
         return torch.where(index >= 0, kept_unless_known, torch.nan)
@@ -375,9 +379,13 @@ class NTDNELoss(_NeighbourhoodLoss):
             return
         self._pruning_much_was_said = True
         median = float(self.memory.last_log_p.nanmedian().exp())
+        if isinstance(self.k, str):
+            threshold, advice = "chance", "are the labels those of these images, and does the encoder learn?"
+        else:
+            threshold, advice = f"k = {self.k}", 'try k="auto", a lower k or more warmup_epochs'
         warnings.warn(
-            f"{pruned} of the {scored} images scored so far have a score of at most k = {self.k} and stop training the "
-            f"encoder (the median score is {median:.2g}); try k=\"auto\", a lower k or more warmup_epochs",
+            f"{pruned} of the {scored} images scored so far have a score of at most {threshold} and stop training the "
+            f"encoder (the median score is {median:.2g}); {advice}",
             stacklevel=3,
         )
 

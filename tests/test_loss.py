@@ -196,6 +196,21 @@ def test_auto_follows_the_size_of_a_class_and_new_labels():
     assert criterion.pruned.tolist() == [False] * 2 + [True] * 8
 
 
+def test_auto_without_any_label_prunes_nothing():
+    criterion = NTDNELoss(torch.full((5,), -1), D, k="auto", warmup_epochs=0)
+    criterion(torch.randn(3, D), torch.arange(3))
+    criterion.set_epoch(1)
+    assert not criterion.pruned.any()
+
+
+def test_auto_of_a_large_class_survives_half_precision():
+    criterion = NTDNELoss(torch.arange(140_000) % 2, 1, k="auto").half()
+    criterion.memory.last_log_p.fill_(math.log(0.9))
+    assert not criterion.pruned.any()
+    criterion.memory.last_log_p.fill_(math.log(0.1))
+    assert criterion.pruned.all()
+
+
 def test_pruned_are_the_images_whose_last_score_is_at_most_k():
     criterion = filled(k=0.5)
     assert not criterion.pruned.any()
@@ -207,14 +222,14 @@ def test_pruned_are_the_images_whose_last_score_is_at_most_k():
     assert not criterion.pruned.any()
 
 
-@pytest.mark.parametrize("k", [0.3, "auto"])
-def test_pruning_nearly_everything_warns_once(k):
+@pytest.mark.parametrize(("k", "said"), [(0.3, 'k = 0.3 .*try k="auto"'), ("auto", "chance .*does the encoder learn")])
+def test_pruning_nearly_everything_warns_once(k, said):
     criterion = filled(k=k, warmup_epochs=1)
     criterion.memory.last_log_p[:] = math.log(0.01)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         criterion.set_epoch(0)
-    with pytest.warns(UserWarning, match='40 of the 40 images scored so far have a score of at most k = .*k="auto"'):
+    with pytest.warns(UserWarning, match=f"40 of the 40 images scored so far have a score of at most {said}"):
         criterion.set_epoch(1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
