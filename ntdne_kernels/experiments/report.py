@@ -1,0 +1,119 @@
+"""A report of finished runs: tables and figures beside the paper's numbers, and one page that holds all."""
+
+import base64
+import csv
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from tqdm import tqdm
+
+from ntdne_kernels.experiments.figures import KINDS, line_styles
+from ntdne_kernels.experiments.page import as_html, as_markdown
+from ntdne_kernels.experiments.paper import published
+from ntdne_kernels.experiments.runs import NOISES, Run, grouped, place, read_runs, text
+from ntdne_kernels.experiments.tables import (
+    METRICS,
+    beside_the_paper,
+    common_settings,
+    data_table,
+    metric_table,
+    missing_cells,
+    run_table,
+    unlike_the_paper,
+)
+
+GUIDE = (
+    "All values are in percent, and higher is better. In bold: the best of ours in a row. Of several seeds: mean ± "
+    "standard deviation, with their number n. –: not run, or not measured."
+)
+GUIDE_TO_PAPER = (
+    'Rows "paper" hold the numbers that the paper prints. Those marked "other settings" are not like with like: they '
+    "show the order of the losses, not a level to be met. What the paper leaves open, as first weights and momentum, "
+    "is taken from its authors' code. Where ours differ:"
+)
+DPI = 110
+
+
+def write_report(root: Path, output: Path) -> list[Path]:
+    """Write tables, figures and one page of all finished runs in a folder.
+
+    Args:
+        root: folder with runs at any depth, each with results.json and, for its figures, figures.npz.
+        output: folder that gets report.html (which holds all), tables.md, results.csv (a row for each run and metric,
+            values as shares of 1) and a PNG of each figure. Files of those names are replaced.
+
+    Returns:
+        The files, the page first.
+
+    Raises:
+        ValueError: there is no finished run, or a file of one is broken.
+    """
+    runs = read_runs(root)
+    output.mkdir(parents=True, exist_ok=True)
+    page, tables, values = (output / name for name in ("report.html", "tables.md", "results.csv"))
+    sections, pictures = _draw(runs, output)
+    content = {
+        "runs": runs,
+        "guide": GUIDE,
+        "guide_to_paper": GUIDE_TO_PAPER,
+        "unlike": unlike_the_paper(runs, beside_the_paper(runs)),
+        "metrics": [table for metric in METRICS if (table := metric_table(metric, runs))],
+        "missing": missing_cells(runs),
+        "data": data_table(runs),
+        "noises": {noise: NOISES[noise] for noise in dict.fromkeys(run.noise for run in runs)},
+        "table_of_runs": run_table(runs),
+        "settings": common_settings(runs),
+        "versions": sorted({f"made with {text(run.versions)}" for run in runs if run.versions}),
+        "sections": sections,
+    }
+    page.write_text(as_html(content), encoding="utf-8")
+    tables.write_text(as_markdown(content), encoding="utf-8")
+    _write_values(runs, values)
+    return [page, tables, values, *pictures]
+
+
+def _draw(runs: list[Run], output: Path) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Draw all figures: what the page shows of them, by kind, and their files."""
+    styles = line_styles(runs)
+    sections: list[dict[str, Any]] = []
+    paths: list[Path] = []
+    for kind in tqdm(KINDS, "Drawing", unit="kind", disable=None):
+        pictures = []
+        for where, same in _by_place(runs, parts=3 if kind.one_rate else 2).items():
+            with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):  # a name may hold a $
+                figure = kind.draw(same, styles)
+                if figure is None:
+                    continue
+                path = output / f"{_file_name('-'.join([kind.slug, *where]))}.png"
+                figure.savefig(path, dpi=DPI)
+            data = base64.b64encode(path.read_bytes()).decode()
+            pictures.append({"data": data, "place": ", ".join(where), "file": path.name})
+            paths.append(path)
+        if pictures:
+            sections.append({"kind": kind, "pictures": pictures})
+    return sections, paths
+
+
+def _by_place(runs: list[Run], parts: int) -> dict[tuple[str, ...], list[Run]]:
+    """The runs by dataset and noise, or by dataset, noise and rate."""
+    return grouped(runs, lambda run: tuple(filter(None, place(run.cell)[:parts])))
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in name)
+
+
+def _write_values(runs: list[Run], path: Path) -> None:
+    paper = {metric.key: metric.paper for metric in METRICS}
+    compared = beside_the_paper(runs)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["dataset", "noise", "rate", "loss", "variant", "seed", "epochs", "metric", "value", "paper_value"]
+        )
+        for run in runs:
+            variant = ", ".join(filter(None, [run.variant, run.apart]))
+            for key, value in run.metrics.items():
+                theirs = published(paper.get(key, ""), *run.cell, run.loss) if run.name in compared else None
+                writer.writerow([*place(run.cell), run.loss, variant, run.seed, run.epochs, key, value, theirs])

@@ -1,0 +1,233 @@
+"""Finished runs, read from the files that `results.evaluate` writes.
+
+Shapes: N training images, M test images, D features.
+"""
+
+import dataclasses
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntdne_kernels.experiments.results import FIGURES, RESULTS
+
+METHODS = ("D-CNN", "Triplet", "NSL", "SNCA", "ArcFace", "MAE", "SCE", "t-RNSL", "NTDNE")  # as the paper orders them
+NOISES = {
+    "none": "all training labels are right",
+    "uniform": "a wrong label is any other class, all alike",
+    "label-dependent": "a wrong label is one of a few classes that resemble the true one",
+    "matrix": "wrong labels by a given matrix of probabilities",
+}
+NO_RATE = ("none", "matrix")
+PLACE = ("loss", "loss_options", "noise", "rate", "seed")  # settings that the row and column of a table tell
+SWEEP = 3  # values of k
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: what its results.json holds, and where it lies.
+
+    `rate` is 0 where the noise has none. `apart` names the settings in which runs of one dataset, noise, rate, loss and
+    variant differ.
+    """
+
+    folder: Path
+    dataset: str
+    loss: str
+    variant: str
+    noise: str
+    rate: float
+    seed: int
+    epochs: int
+    settings: dict[str, Any]
+    classes: list[str]
+    counts: dict[str, int]
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    apart: str = ""
+
+    @property
+    def cell(self) -> tuple[str, str, float]:
+        """The row of the tables: dataset, noise and rate."""
+        return self.dataset, self.noise, self.rate
+
+    @property
+    def name(self) -> str:
+        """The column of the tables: loss, variant and what sets the run apart."""
+        return f"{self.loss} {', '.join(filter(None, [self.variant, self.apart]))}".strip()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the loss."""
+        options: dict[str, Any] = self.settings.get("loss_options", {})
+        return options
+
+    @property
+    def k(self) -> float | str | None:
+        """Threshold of a run that is the plain loss, or differs from it in k alone; None for any other."""
+        match = re.fullmatch("k=([^,]+)", self.variant)
+        if not match and (self.variant or "k" not in self.options):
+            return None
+        k = match[1] if match else text(self.options["k"])
+        return float(k) if re.fullmatch(r"\d*\.?\d+(e-?\d+)?", k) else k
+
+    def array(self, name: str) -> NDArray[Any] | None:
+        """An array of figures.npz, None where it is not there; ValueError where the file is broken."""
+        path = self.folder / FIGURES
+        if not path.exists():
+            return None
+        try:
+            with np.load(path) as arrays:
+                return np.asarray(arrays[name]) if name in arrays else None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def read_runs(root: Path) -> list[Run]:
+    """All finished runs in a folder, at any depth, ordered as in the tables: rows, the paper's columns, others, seeds.
+
+    Raises:
+        ValueError: there is none, one is broken, or two are the same run.
+    """
+    paths = sorted(root.rglob(RESULTS))
+    if not paths:
+        raise ValueError(f"runs: no {RESULTS} in {root} or its folders, so no run has finished there")
+    runs = _set_apart([_read(path) for path in paths])
+    for same in grouped(runs, lambda run: (run.cell, run.name, run.seed)).values():
+        if len(same) > 1:
+            raise ValueError(f"runs: {same[0].folder} and {same[1].folder} hold the same run; report on one of them")
+    noises = list(NOISES)
+    return sorted(runs, key=lambda run: (run.dataset, noises.index(run.noise), run.rate, column(run), run.seed))
+
+
+def column(run: Run) -> tuple[Any, ...]:
+    """What columns of tables are sorted by: the paper's losses, their variants, others."""
+    known = METHODS.index(run.loss) if run.loss in METHODS else len(METHODS)
+    return run.variant != "" or run.loss not in METHODS, known, run.name
+
+
+def grouped(runs: Iterable[Run], key: Callable[[Run], Key]) -> dict[Key, list[Run]]:
+    """The runs by key, in the order in which they come."""
+    groups: dict[Key, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
+def columns(runs: Iterable[Run]) -> list[Run]:
+    """The first run of each name, in the order of the tables."""
+    return sorted((same[0] for same in grouped(runs, lambda run: run.name).values()), key=column)
+
+
+def place(cell: tuple[str, str, float]) -> list[str]:
+    """A row's dataset, noise and rate as words; no rate where the noise has none."""
+    dataset, noise, rate = cell
+    return [dataset, noise, "" if noise in NO_RATE else f"{rate:g}"]
+
+
+def without_sweeps(runs: Iterable[Run]) -> list[Run]:
+    """Leave out a loss's numeric values of k where a cell has three or more of them beside the plain loss."""
+    runs = list(runs)
+    swept = set()
+    for same in grouped(runs, lambda run: (run.cell, run.loss)).values():
+        names = {run.name for run in same if run.variant and isinstance(run.k, float)}
+        if len(names) >= SWEEP and any(not run.variant for run in same):
+            swept |= {(same[0].cell, name) for name in names}
+    return [run for run in runs if (run.cell, run.name) not in swept]
+
+
+def flat_settings(run: Run) -> dict[str, str]:
+    """Settings that no place in a table tells, as text, with the loss's options one by one."""
+    settings = {name: value for name, value in run.settings.items() if name not in PLACE}
+    return {name: text(value) for name, value in (settings | loss_settings(run.options)).items()}
+
+
+def loss_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a loss under names that no other setting has."""
+    return {f"loss {name}": value for name, value in options.items()}
+
+
+def text(value: Any) -> str:
+    """A setting as a person reads it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        value = ", ".join(f"{name}={text(each)}" for name, each in value.items())
+    elif isinstance(value, list):
+        value = ", ".join(map(text, value)) or "all"  # of classes, the one list
+    return "none" if value in (None, "") else str(value)
+
+
+def differing(settings: list[dict[str, str]]) -> list[str]:
+    """Names under which the settings are not all the same, in their order."""
+    names = dict.fromkeys(name for each in settings for name in each)
+    return [name for name in names if len({each.get(name) for each in settings}) > 1]
+
+
+def _set_apart(runs: list[Run]) -> list[Run]:
+    """Name in `apart` the settings that differ between runs which tables would else take for one run's seeds."""
+    apart: dict[tuple[str, str], dict[str, None]] = {}
+    for (_, loss, variant), same in grouped(runs, lambda run: (run.cell, run.loss, run.variant)).items():
+        apart.setdefault((loss, variant), {}).update(dict.fromkeys(differing([flat_settings(run) for run in same])))
+
+    def named(run: Run) -> Run:
+        settings = flat_settings(run)
+        names = [f"{name}={settings.get(name, 'default')}" for name in apart[run.loss, run.variant]]
+        return dataclasses.replace(run, apart=", ".join(names))
+
+    return [named(run) for run in runs]
+
+
+NUMBER = (int, float)
+CONTENT: dict[str, Any] = {
+    "dataset": str,
+    "loss": str,
+    "variant": str,
+    "noise": str,
+    "rate": NUMBER,
+    "seed": int,
+    "epochs": int,
+    "settings": dict,
+    "classes": list,
+    "counts": dict,
+    "metrics": dict,
+    "history": list,
+}
+
+
+def _read(path: Path) -> Run:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected the results of a run, got {type(found).__name__}")
+    for name, kind in CONTENT.items():
+        if not isinstance(found.get(name), kind):
+            kinds = "number" if kind is NUMBER else kind.__name__
+            raise ValueError(f"{path}: expected {name} of type {kinds}, got {found.get(name)!r}")
+    if found["noise"] not in NOISES:
+        raise ValueError(f"{path}: expected noise to be one of {', '.join(NOISES)}, got {found['noise']!r}")
+    for part in ("counts", "metrics"):
+        for name, value in found[part].items():
+            if not isinstance(value, NUMBER):
+                raise ValueError(f"{path}: expected a number as {name} in {part}, got {value!r}")
+    for name in ("train", "validation", "test", "flipped"):
+        if name not in found["counts"]:
+            raise ValueError(f"{path}: expected {name} in counts, got {', '.join(found['counts']) or 'nothing'}")
+    if not all(isinstance(row, dict) and "epoch" in row for row in found["history"]):
+        raise ValueError(f"{path}: expected an epoch in each row of history")
+    optional = {name: found[name] for name in ("seconds", "versions") if name in found}
+    rate = 0.0 if found["noise"] in NO_RATE else float(found["rate"])
+    return Run(path.parent, **({name: found[name] for name in CONTENT} | {"rate": rate} | optional))
