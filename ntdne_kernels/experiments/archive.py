@@ -443,13 +443,20 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         index: (n,) images of the archive, in the order of the dataset.
         labels: (n,) label of each of these.
         transform: from an image (H, W, 3) uint8 to (3, H, W), see `transform`.
+        seed: of what the transform draws: with its position it decides on a sample, whichever process makes it. None
+            leaves that to PyTorch's generator.
 
     Raises:
         ValueError: index and labels differ in length, or an image is not in the archive.
     """
 
     def __init__(
-        self, archive: Archive, index: Tensor, labels: Tensor, transform: Callable[[NDArray[np.uint8]], Tensor]
+        self,
+        archive: Archive,
+        index: Tensor,
+        labels: Tensor,
+        transform: Callable[[NDArray[np.uint8]], Tensor],
+        seed: int | None = None,
     ) -> None:
         if index.shape != labels.shape or index.dim() != 1:
             raise ValueError(
@@ -464,6 +471,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         self.index = index
         self.labels = labels
         self.transform = transform
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.index)
@@ -471,6 +479,10 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
         position = range(len(self))[position]
         image = np.array(self.images[int(self.index[position])])
+        if self.seed is not None:
+            # Mixed, because PyTorch's generator takes but 32 bits of a seed.
+            mixed = np.random.SeedSequence([self.seed, position]).generate_state(1)
+            torch.default_generator.manual_seed(int(mixed[0]))
         return self.transform(image), int(self.labels[position]), position
 
     # A memory map would be pickled as its bytes.

@@ -3,15 +3,24 @@
 import argparse
 import dataclasses
 import itertools
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ntdne_kernels.experiments.losses import LOSSES, loss_name, loss_options
-from ntdne_kernels.experiments.settings import PRESETS, Settings, read_preset
+from ntdne_kernels.experiments.paper import METHODS
+from ntdne_kernels.experiments.run import Machine, evaluate, finished_results, run
+from ntdne_kernels.experiments.settings import PRESETS, RATELESS, Settings, read_preset
+from ntdne_kernels.experiments.training import make_criterion
+
+PAPER_RATES = [0.1, 0.3, 0.5, 0.7]
+USERS_ERRORS = (ValueError, OSError, MisconfigurationException)  # what the person at the keyboard can mend
 
 DESCRIPTION = """\
 Train image encoders on archives with wrong labels, with NTDNE and the losses it is compared with, and judge them.
@@ -60,16 +69,17 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_settings(reproduce, exclude={"loss", "noise", "rate", "seed"})
-    grid = reproduce.add_argument_group("grid")
-    grid.add_argument("--losses", nargs="+", default=list(LOSSES)[:9], metavar="LOSS", help="default: the paper's nine")
+    grid = reproduce.add_argument_group("grid", "a run for each combination")
+    grid.add_argument("--losses", nargs="+", default=METHODS, metavar="LOSS", help=f"default: {', '.join(METHODS)}")
+    noises = next(setting for setting in dataclasses.fields(Settings) if setting.name == "noise").metadata["choices"]
+    grid.add_argument("--noises", nargs="+", choices=noises, help="default: that of the preset, else uniform")
     grid.add_argument(
-        "--noises", nargs="+", default=["uniform"], help="none, uniform, label-dependent, matrix (uniform)"
+        "--rates", nargs="+", type=float, help="noise rates; default: that of the preset, else the paper's"
     )
+    grid.add_argument("--seeds", nargs="+", type=int, help="default: that of the preset, else 0")
     grid.add_argument(
-        "--rates", nargs="+", type=float, default=[0.1, 0.3, 0.5, 0.7], help="noise rates (0.1 0.3 0.5 0.7)"
+        "--k", nargs="+", type=_value, help="NTDNE once for each of these thresholds: numbers, auto, none (fig. 6)"
     )
-    grid.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run for each (0)")
-    grid.add_argument("--k", nargs="+", type=_value, help="NTDNE once for each threshold: numbers, auto, none (fig. 6)")
     reproduce.add_argument("--output", type=Path, help="folder of the runs (default: runs/ARCHIVE)")
     _add_machine(reproduce)
 
@@ -89,7 +99,11 @@ def _losses_and_options() -> str:
 
 
 def _add_settings(command: argparse.ArgumentParser, exclude: set[str]) -> None:
-    command.add_argument("data", help="folder of class folders, or eurosat, resisc45, digits, made:N, made:NxC")
+    command.add_argument(
+        "data",
+        help="folder of class folders; or eurosat, resisc45 (libraries' archives); digits (scikit-learn's scans); "
+        "made:NxC (N made images in C classes, to try things out)",
+    )
     command.add_argument(
         "--preset", default="paper", help=f"settings to start from: {', '.join(PRESETS)}, or a YAML file (paper)"
     )
@@ -98,7 +112,8 @@ def _add_settings(command: argparse.ArgumentParser, exclude: set[str]) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an option of the loss, as k=auto; with several losses LOSS.NAME=VALUE; may be repeated",
+        help="an option of the loss from the list below, as k=auto or k=none; for one of several LOSS.NAME=VALUE; "
+        "may be repeated",
     )
     group = command.add_argument_group("settings", "each overrides the preset; without either: the value in brackets")
     for setting in dataclasses.fields(Settings):
@@ -126,7 +141,7 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("machine")
     group.add_argument("--cache", type=Path, help="folder for decoded images (default: in the user's cache folder)")
     group.add_argument("--download", action="store_true", help="let torchvision or torchgeo download its archive")
-    group.add_argument("--accelerator", default="auto", help="cpu, gpu, ... as Lightning names it (auto)")
+    group.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="where to train (auto)")
     if command.prog.split()[-1] != "evaluate":
         group.add_argument("--workers", type=int, default=0, help="processes that load images (0)")
         group.add_argument("--devices", type=int, default=1, help="GPUs or processes to train on (1)")
@@ -138,17 +153,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {"train": _train, "evaluate": _evaluate, "reproduce": _reproduce, "report": _report}[arguments.command]
     try:
         command(arguments)
-    except (ValueError, OSError) as error:
-        print(f"ntdne: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except USERS_ERRORS as error:
+        return _fail(error)
     return 0
 
 
-def _train(arguments: argparse.Namespace) -> None:
-    from ntdne_kernels.experiments.run import run
+def _fail(error: BaseException | str) -> int:
+    print(f"ntdne: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
-    loss = arguments.loss or read_preset(arguments.preset).get("loss", "NTDNE")
-    settings, variant = _settings(arguments, {"loss": loss})
+
+def _train(arguments: argparse.Namespace) -> None:
+    settings, variant = _settings(arguments, {})
     folder = arguments.output or _archive_folder(arguments.data) / _cell(settings, variant)
     results = run(settings, variant, folder, _machine(arguments))
     if results is not None:
@@ -157,36 +173,53 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from ntdne_kernels.experiments.run import evaluate
-
     _print_metrics(evaluate(arguments.run, _machine(arguments)))
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
-    from ntdne_kernels.experiments.run import finished_results, run
-
     output = arguments.output or _archive_folder(arguments.data)
-    losses = [loss_name(loss) for loss in arguments.losses]
-    cells = []
-    for noise, rate, loss, seed in itertools.product(arguments.noises, arguments.rates, losses, arguments.seeds):
-        for k in arguments.k if arguments.k and loss == "NTDNE" else [...]:
-            options = {} if k is ... else {"k": k}
-            values = {"loss": loss, "noise": noise, "rate": rate, "seed": seed}
-            settings, variant = _settings(arguments, values, options)
-            cells.append((settings, variant, output / _cell(settings, variant)))
-    done = [finished_results(settings, folder) is not None for settings, _, folder in cells]
-    print(f"{output}: {len(cells)} runs, {sum(done)} of them finished before", flush=True)
-    for number, ((settings, variant, folder), finished) in enumerate(zip(cells, done, strict=True), start=1):
-        if not finished:
-            print(f"run {number} of {len(cells)}:", flush=True)
+    cells = _cells(arguments, output)
+    for settings, _, _ in cells:  # before hours are spent on the cells before it
+        make_criterion(settings, torch.tensor([0, 1]))
+    missing = [cell for cell in cells if finished_results(cell[0], cell[2]) is None]
+    print(f"{output}: {len(cells)} runs, {len(cells) - len(missing)} of them finished before", flush=True)
+    failed = []
+    for number, (settings, variant, folder) in enumerate(missing, start=1):
+        print(f"run {number} of {len(missing)}", flush=True)
+        try:
             results = run(settings, variant, folder, _machine(arguments))
-            if results is not None:
-                _print_metrics(results)
+        except USERS_ERRORS as error:
+            _fail(f"{folder}: {error}")
+            failed.append(folder)
+            continue
+        if results is not None:
+            _print_metrics(results)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(missing)} runs failed, see above; the others are finished")
     print(f"next: ntdne report {output}")
 
 
+def _cells(arguments: argparse.Namespace, output: Path) -> list[tuple[Settings, str, Path]]:
+    """Settings, variant and folder of each run of the grid; noise that has no rate comes once."""
+    preset = read_preset(arguments.preset)
+    losses = list(dict.fromkeys(map(loss_name, arguments.losses)))
+    noises = arguments.noises or [preset.get("noise", "uniform")]
+    rates = arguments.rates or ([preset["rate"]] if "rate" in preset else PAPER_RATES)
+    seeds = [preset.get("seed", 0)] if arguments.seeds is None else arguments.seeds
+    if arguments.k and "NTDNE" not in losses:
+        raise ValueError("--k: expected NTDNE among --losses, whose threshold it is")
+    cells = {}
+    for noise, rate, loss, seed in itertools.product(noises, rates, losses, seeds):
+        values = {"loss": loss, "noise": noise, "rate": 0.0 if noise in RATELESS else rate, "seed": seed}
+        for options in [{"k": k} for k in arguments.k] if arguments.k and loss == "NTDNE" else [{}]:
+            settings, variant = _settings(arguments, values, options)
+            folder = output / _cell(settings, variant)
+            cells[folder] = settings, variant, folder
+    return list(cells.values())
+
+
 def _report(arguments: argparse.Namespace) -> None:
-    from ntdne_kernels.experiments.report import write_report
+    from ntdne_kernels.experiments.report import write_report  # draws, which the other commands do not
 
     for path in write_report(arguments.runs, arguments.output or arguments.runs / "report"):
         print(path)
@@ -197,39 +230,53 @@ def _settings(
 ) -> tuple[Settings, str]:
     """Settings of a run, and the name of its variant: what its loss has that differs from the preset.
 
-    Values of the run come before the command line's, and these before the preset's.
+    Values and options of the run come before the command line's, and these before the preset's.
     """
     preset = read_preset(arguments.preset)
-    preset_options = preset.pop("losses", {})
+    preset_options = preset.pop("losses")
     names = {setting.name for setting in dataclasses.fields(Settings)}
     given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
-    values = preset | given | values
+    values = {"loss": "NTDNE"} | preset | given | values
     values["loss"] = loss_name(values["loss"])
-    values["classes"] = tuple(values.get("classes", ()))
-    overrides = dict(options or {})
-    for text in arguments.loss_option:
-        name, equals, value = text.partition("=")
-        loss, dot, option = name.rpartition(".")
-        if not equals or (arguments.command == "reproduce" and not dot):
-            expected = (
-                "LOSS.NAME=VALUE, as NTDNE.k=auto" if arguments.command == "reproduce" else "NAME=VALUE, as k=auto"
-            )
-            raise ValueError(f"--loss-option: expected {expected}, got {text!r}")
-        if not dot or loss_name(loss) == values["loss"]:
-            overrides.setdefault(option, _value(value))
+    values["classes"] = tuple(values["classes"])
+    for name in ("data", "weights", "noise_file"):  # so that a run is the same one from any folder
+        if Path(values.get(name, "")).exists() and values.get(name):
+            values[name] = str(Path(values[name]).resolve())
+    overrides = _overrides(arguments, values["loss"]) | (options or {})
     values["loss_options"] = preset_options.get(values["loss"], {}) | overrides
     variant = ", ".join(f"{name}={'none' if value is None else value}" for name, value in overrides.items())
     return Settings(**values), variant
 
 
+def _overrides(arguments: argparse.Namespace, loss: str) -> dict[str, Any]:
+    """What --loss-option says of a loss."""
+    several = arguments.command == "reproduce"
+    among = list(map(loss_name, arguments.losses)) if several else [loss]
+    overrides = {}
+    for text in arguments.loss_option:
+        name, equals, value = text.partition("=")
+        owner, dot, option = name.rpartition(".")
+        if not equals or (several and not dot):
+            expected = "LOSS.NAME=VALUE, as NTDNE.k=auto" if several else "NAME=VALUE, as k=auto"
+            raise ValueError(f"--loss-option: expected {expected}, got {text!r}")
+        if dot and loss_name(owner) not in among:
+            raise ValueError(f"--loss-option: {text!r} is for {loss_name(owner)}, which is not trained here")
+        if not dot or loss_name(owner) == loss:
+            overrides[option] = _value(value)
+    return overrides
+
+
 def _value(text: str) -> Any:
-    """A value as YAML reads it; none is no value."""
-    return None if text.lower() == "none" else yaml.safe_load(text)
+    """A number, none for no value, or what else YAML makes of it."""
+    if text.lower() == "none":
+        return None
+    try:
+        return float(text) if re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", text, re.IGNORECASE) else yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--loss-option: expected a number, auto or none, got {text!r}") from None
 
 
-def _machine(arguments: argparse.Namespace) -> Any:
-    from ntdne_kernels.experiments.run import Machine
-
+def _machine(arguments: argparse.Namespace) -> Machine:
     names = {setting.name for setting in dataclasses.fields(Machine)}
     return Machine(**{name: value for name, value in vars(arguments).items() if name in names})
 
@@ -239,7 +286,7 @@ def _archive_folder(data: str) -> Path:
 
 
 def _cell(settings: Settings, variant: str) -> Path:
-    noise = settings.noise if settings.noise == "none" else f"{settings.noise}-{settings.rate}"
+    noise = settings.noise if settings.noise in RATELESS else f"{settings.noise}-{settings.rate}"
     return Path(noise) / " ".join([settings.loss, *([variant] if variant else [])]) / f"seed-{settings.seed}"
 
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from ntdne_kernels.experiments.paper import published
-from ntdne_kernels.experiments.runs import METHODS, NO_RATE, Run, column, columns, grouped, without_sweeps
+from ntdne_kernels.experiments.finished import Run, column, columns, grouped, without_sweeps
+from ntdne_kernels.experiments.paper import METHODS, published
+from ntdne_kernels.experiments.settings import RATELESS
 
 POINTS = 600  # of a t-SNE map
 BINS = np.linspace(0, 1, 26).tolist()  # of the scores
@@ -326,7 +327,7 @@ def _rates(runs: Iterable[Run]) -> list[float]:
 
 
 def _rate_text(run: Run, separator: str = "") -> str:
-    return "" if run.noise in NO_RATE else f"{separator}η = {run.rate:g}"
+    return "" if run.noise in RATELESS else f"{separator}η = {run.rate:g}"
 
 
 def _title(runs: list[Run]) -> str:

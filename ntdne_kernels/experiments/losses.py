@@ -13,6 +13,7 @@ otherwise.
 import difflib
 import inspect
 import math
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, TypeAlias
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from ntdne_kernels import NTDNELoss, SNCALoss
 from ntdne_kernels.functional import check_number
 from ntdne_kernels.label_index import check_labels
+from ntdne_kernels.loss import NEARLY_ALL
 from ntdne_kernels.ops.losses import ntdne
 
 INFINITY = float("inf")
@@ -253,6 +255,8 @@ class TRNSLLoss(NSLLoss):
     Options: sigma, σ > 0; q in (0, 1]; k in (0, 1); warmup_epochs ≥ 0.
     """
 
+    counts: Tensor
+
     def __init__(
         self,
         labels: Tensor,
@@ -271,13 +275,39 @@ class TRNSLLoss(NSLLoss):
         self.k = k
         self.warmup_epochs = warmup_epochs
         self.epoch = 0
+        # Images seen in this epoch, and those of them with p ≤ k.
+        self.register_buffer("counts", torch.zeros(2, device=labels.device), persistent=False)
+        self._truncating_much_was_said = False
+
+    @property
+    def truncating(self) -> bool:
+        return self.epoch >= self.warmup_epochs
+
+    @property
+    def truncated_share(self) -> float:
+        """Of the images seen in this epoch, the share whose loss is truncated. Synchronises."""
+        seen, low = self.counts.tolist()
+        return low / seen if self.truncating and seen else 0.0
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         log_p = -F.cross_entropy(self.softmax.get_logits(features), labels, reduction="none")
-        return ntdne(log_p, self.q, self.k if self.epoch >= self.warmup_epochs else None).mean()
+        self.counts += torch.stack([torch.ones_like(log_p), (log_p <= math.log(self.k)).to(log_p)]).detach().sum(dim=1)
+        return ntdne(log_p, self.q, self.k if self.truncating else None).mean()
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the loss which epoch begins, from 0; from epoch `warmup_epochs` on it truncates."""
+        """Tell the loss which epoch begins, from 0; from epoch `warmup_epochs` on it truncates.
+
+        Warns, once, where it truncated nearly everything in the epoch before.
+        """
+        share = self.truncated_share
+        if share > NEARLY_ALL and not self._truncating_much_was_said:
+            self._truncating_much_was_said = True
+            warnings.warn(
+                f"{100 * share:.0f} % of the images had p of at most k = {self.k} in epoch {self.epoch} and did not "
+                "train the encoder; try a lower k or more warmup_epochs",
+                stacklevel=2,
+            )
+        self.counts.zero_()
         self.epoch = epoch
 
     def get_extra_state(self) -> dict[str, int]:
@@ -363,13 +393,21 @@ class NTDNEBroadcastLoss(NTDNELoss):
             loss = loss * self.w[index.long()].sum() / max(len(index), 1)
         return (loss, scores) if return_scores else loss
 
+    @property
+    def pruned(self) -> Tensor:
+        """(N,) bool: images whose w is 0."""
+        return self.w[:-1] == 0
+
     def set_epoch(self, epoch: int) -> None:
         """Tell the loss which epoch begins, from 0; refreshes w where it is due."""
-        super().set_epoch(epoch)
         due = epoch + 1 >= self.warmup_epochs and (epoch + 1) % REFRESH_EVERY == 0
         if due and int(self.refreshed) != epoch:
             self.w[:-1] = ~(self.memory.last_log_p <= math.log(self.stored_k))  # NaN, never scored, is kept
             self.refreshed.fill_(epoch)
+        super().set_epoch(epoch)
+
+    def _note_pruned_share(self) -> None:
+        """Nothing: here every image goes on training the encoder."""
 
 
 Criterion: TypeAlias = BatchLoss | NTDNELoss | SNCALoss

@@ -15,6 +15,8 @@ import csv
 from functools import cache
 from importlib.resources import files
 
+METHODS = ("D-CNN", "Triplet", "NSL", "SNCA", "ArcFace", "MAE", "SCE", "t-RNSL", "NTDNE")  # in the order of the tables
+
 
 def published(metric: str, dataset: str, noise: str, rate: float, method: str) -> float | None:
     """A number of the paper as a share of 1, or None where it has none.

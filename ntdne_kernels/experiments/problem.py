@@ -3,6 +3,7 @@
 Shapes: N training images, C classes that are trained on.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +37,16 @@ class Problem:
     noisy: NoisyLabels
     """The labels (N,) given to the training images, and which of them are wrong."""
 
-    def dataset(self, images: Tensor, augment: bool = False) -> ImageDataset:
-        """Samples (image, true label, position in `images`)."""
-        return ImageDataset(self.archive, images, self.labels[images], transform(augment))
+    def dataset(self, images: Tensor, augment_by: int | None = None) -> ImageDataset:
+        """Samples (image, true label, position in `images`), augmented by a seed or not at all."""
+        augmentation = transform(augment=augment_by is not None)
+        return ImageDataset(self.archive, images, self.labels[images], augmentation, augment_by)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training images and their given labels: another one is another problem."""
+        files = [self.archive.files[image] for image in self.train.tolist()]
+        return hashlib.sha256(repr((files, self.classes, self.noisy.labels.tolist())).encode()).hexdigest()
 
 
 def make_problem(settings: Settings, cache: Path | None = None, download: bool = False) -> Problem:

@@ -9,9 +9,9 @@ import matplotlib
 from tqdm import tqdm
 
 from ntdne_kernels.experiments.figures import KINDS, line_styles
+from ntdne_kernels.experiments.finished import NOISES, Run, grouped, place, read_runs, text
 from ntdne_kernels.experiments.page import as_html, as_markdown
 from ntdne_kernels.experiments.paper import published
-from ntdne_kernels.experiments.runs import NOISES, Run, grouped, place, read_runs, text
 from ntdne_kernels.experiments.tables import (
     METRICS,
     beside_the_paper,

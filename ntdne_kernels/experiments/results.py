@@ -20,9 +20,11 @@ import ntdne_kernels
 from ntdne_kernels import NTDNELoss
 from ntdne_kernels.experiments import evaluation, tasks
 from ntdne_kernels.experiments.encoders import make_encoder
+from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.noise import dataset_of
 from ntdne_kernels.experiments.problem import Problem
 from ntdne_kernels.experiments.settings import Settings
+from ntdne_kernels.experiments.training import NEIGHBOURS
 
 RESULTS = "results.json"
 FIGURES = "figures.npz"
@@ -75,11 +77,13 @@ def evaluate(
     train, test = unit(problem.train), unit(problem.test)
     train_labels, test_labels = (problem.labels[images].to(device) for images in (problem.train, problem.test))
     given, flipped = problem.noisy.labels, problem.noisy.flipped
-    K = min(10, len(train))
+    K = min(NEIGHBOURS, len(train))
     nmi, acc = evaluation.clustering(test, test_labels, settings.seed)
     scores = leave_one_out_scores(train, given).cpu()
     metrics = {
         "knn": evaluation.knn_accuracy(test, test_labels, train, train_labels, K=K),
+        "knn_distance": evaluation.knn_accuracy(test, test_labels, train, train_labels, "distance", K),
+        "knn_softmax": evaluation.knn_accuracy(test, test_labels, train, train_labels, "softmax", K),
         "knn_given": evaluation.knn_accuracy(test, test_labels, train, given.to(device), K=K),
         "nmi": nmi,
         "acc": acc,
@@ -96,9 +100,11 @@ def evaluate(
         test, train, RETRIEVAL_QUERIES, settings.seed, K=min(5, len(train))
     )
     shown = torch.cat([problem.test[query.cpu(), None], problem.train[neighbour.cpu()]], dim=1)
+    # The parts are class by class.
+    points = torch.randperm(len(test), generator=torch.Generator().manual_seed(settings.seed))[:FIGURE_POINTS]
     figures: dict[str, Any] = {
-        "test_features": test[:FIGURE_POINTS].cpu(),
-        "test_labels": test_labels[:FIGURE_POINTS].cpu(),
+        "test_features": test.cpu()[points],
+        "test_labels": test_labels.cpu()[points],
         "scores": scores,
         "flipped": flipped,
         "pr_recall": recall,
@@ -109,8 +115,8 @@ def evaluate(
     if settings.dim == 2:  # shown as they are, before and after training
         torch.manual_seed(settings.seed)
         untrained = make_encoder(settings.encoder, 2, settings.weights)
-        figures["untrained_features"] = embed(untrained, problem, problem.test[:FIGURE_POINTS], batch, device).cpu()
-        figures["test_features"] = embed(encoder, problem, problem.test[:FIGURE_POINTS], batch, device).cpu()
+        figures["untrained_features"] = embed(untrained, problem, problem.test[points], batch, device).cpu()
+        figures["test_features"] = embed(encoder, problem, problem.test[points], batch, device).cpu()
 
     results = {
         "settings": dataclasses.asdict(settings),
@@ -139,10 +145,10 @@ def evaluate(
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         },
     }
-    np.savez_compressed(folder / FIGURES, **{name: np.asarray(array) for name, array in figures.items()})  # type: ignore[arg-type]
-    partial = folder / f"{RESULTS}.partial"
-    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    partial.replace(folder / RESULTS)  # last: a run with results.json is finished
+    arrays: dict[str, Any] = {name: np.asarray(array) for name, array in figures.items()}
+    write_whole(folder / FIGURES, lambda file: np.savez_compressed(file, **arrays))
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    write_whole(folder / RESULTS, lambda file: file.write(text.encode()))
     return results
 
 
@@ -159,5 +165,5 @@ def _unseen_metrics(
                 unseen, labels, shots=shots, seed=settings.seed, queries=FEW_SHOT_QUERIES
             )
             metrics |= {f"few_shot_{shots}": accuracy, f"few_shot_{shots}_ci": half_width}
-    aurocs = tasks.unknown_auroc(test, unseen, train, train_labels, K=min(10, len(train)))
+    aurocs = tasks.unknown_auroc(test, unseen, train, train_labels, K=min(NEIGHBOURS, len(train)))
     return metrics | {f"unknown_auroc_{score}": value for score, value in aurocs.items()}

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
 from ntdne_kernels.experiments import results
 from ntdne_kernels.experiments.encoders import make_encoder
+from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.problem import make_problem
-from ntdne_kernels.experiments.settings import Settings
+from ntdne_kernels.experiments.settings import RATELESS, Settings
 from ntdne_kernels.experiments.training import CHECKPOINT, train
 
-SETTINGS = "settings.json"
+SETTINGS = "settings.yaml"
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,7 @@ def run(settings: Settings, variant: str, folder: Path, machine: Machine) -> dic
     if finished is not None:
         return finished
     problem = make_problem(settings, machine.cache, machine.download)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_settings(settings, variant, folder)
-    loss = f"{settings.loss} ({variant})" if variant else settings.loss
-    noise = settings.noise if settings.noise in ("none", "matrix") else f"{settings.noise} at rate {settings.rate}"
-    print(f"{folder}: {loss}, noise {noise}, seed {settings.seed}, {settings.epochs} epochs", flush=True)
+    _announce(settings, variant, folder)
     trained = train(
         settings,
         problem,
@@ -95,7 +94,7 @@ def evaluate(folder: Path, machine: Machine) -> dict[str, Any]:
 
 def finished_results(settings: Settings, folder: Path) -> dict[str, Any] | None:
     """The results of this run, or None where it is not finished; ValueError where the folder holds another run."""
-    if not (folder / SETTINGS).exists():
+    if not (folder / CHECKPOINT).exists():
         return None
     there, _ = _read_settings(folder)
     differing = [
@@ -112,16 +111,22 @@ def finished_results(settings: Settings, folder: Path) -> dict[str, Any] | None:
     return found if len(found["history"]) == settings.epochs else None
 
 
-def _write_settings(settings: Settings, variant: str, folder: Path) -> None:
-    partial = folder / f"{SETTINGS}.partial"
-    partial.write_text(json.dumps({"variant": variant, **dataclasses.asdict(settings)}, indent=1) + "\n")
-    partial.replace(folder / SETTINGS)
+@rank_zero_only
+def _announce(settings: Settings, variant: str, folder: Path) -> None:
+    """Write what the run is, and say it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = dataclasses.asdict(settings) | {"classes": list(settings.classes), "variant": variant}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    write_whole(folder / SETTINGS, lambda file: file.write(text.encode()))
+    loss = f"{settings.loss} ({variant})" if variant else settings.loss
+    noise = settings.noise if settings.noise in RATELESS else f"{settings.noise} at rate {settings.rate}"
+    print(f"{folder}: {loss}, noise {noise}, seed {settings.seed}, {settings.epochs} epochs", flush=True)
 
 
 def _read_settings(folder: Path) -> tuple[Settings, str]:
     try:
-        values = json.loads((folder / SETTINGS).read_text())
+        values = yaml.safe_load((folder / SETTINGS).read_text())
         variant = values.pop("variant")
         return Settings(**values | {"classes": tuple(values["classes"])}), variant
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"run: {folder} is no folder of a run: {error}") from None

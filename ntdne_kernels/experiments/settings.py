@@ -8,9 +8,11 @@ from typing import Any
 
 import yaml
 
-from ntdne_kernels.experiments.losses import LOSSES
+from ntdne_kernels.experiments.losses import LOSSES, loss_name
 
 PRESETS = ("paper", "authors", "scratch")
+RATELESS = ("none", "matrix")  # noise that the rate says nothing of
+SMALLEST_IMAGE = 4  # pixels: what the pooling of every encoder leaves something of
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
 
 
@@ -61,7 +63,7 @@ class Settings:
     schedule: str = _setting("step", "of the learning rate", ("constant", "step", "one-cycle"))
     lr_step: int = _setting(30, "epochs between the falls of a step schedule")
     lr_decay: float = _setting(0.5, "factor of each fall")
-    momentum: float = _setting(0.9, "of SGD, with Nesterov")
+    momentum: float = _setting(0.9, "of SGD, with Nesterov; one-cycle moves it from 0.95 to 0.85 and back instead")
     weight_decay: float = _setting(1e-4, "of SGD")
     augment: bool = _setting(True, "train on augmented images: grey, colour jitter, flip")
     precision: str = _setting("32-true", "of the encoder, as Lightning names it", ("32-true", "bf16-mixed", "16-mixed"))
@@ -75,8 +77,9 @@ class Settings:
                 raise ValueError(f"{setting.name}: expected {_KINDS[kind]}, got {value!r}")
             if choices and value not in choices:
                 raise ValueError(f"{setting.name}: expected one of {', '.join(choices)}, got {value!r}")
-        for name in ("image_size", "dim", "epochs", "batch_size", "lr_step"):
+        for name in ("dim", "epochs", "batch_size", "lr_step"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("image_size", self.image_size >= SMALLEST_IMAGE, f"at least {SMALLEST_IMAGE}")
         for name in ("unseen_classes", "seed", "weight_decay"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         for name in ("lr", "lr_decay"):
@@ -90,7 +93,7 @@ class Settings:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The settings of a preset, one of PRESETS or a YAML file, with `losses`: options by loss.
+    """The settings of a preset, one of PRESETS or a YAML file, with `losses`: options by loss's name.
 
     Raises:
         ValueError: there is no such preset or file, or it holds something else than settings.
@@ -106,6 +109,14 @@ def read_preset(name: str) -> dict[str, Any]:
         raise ValueError(f"preset: {path} is not YAML: {' '.join(str(error).split())}") from None
     known = {setting.name for setting in dataclasses.fields(Settings)} - {"data", "loss_options"} | {"losses"}
     if not isinstance(preset, dict) or not preset.keys() <= known:
-        unknown = sorted(set(preset) - known) if isinstance(preset, dict) else [type(preset).__name__]
+        unknown = sorted(map(str, set(preset) - known)) if isinstance(preset, dict) else [type(preset).__name__]
         raise ValueError(f"preset: {path} has no use for {', '.join(unknown)}; settings are {', '.join(sorted(known))}")
-    return preset
+    losses, classes = preset.get("losses", {}), preset.get("classes", [])
+    if not isinstance(losses, dict) or not all(isinstance(options, dict) for options in losses.values()):
+        raise ValueError(f"preset: expected losses in {path} as 'loss: {{option: value}}' for each")
+    if not isinstance(classes, list):
+        raise ValueError(f"preset: expected a list of classes in {path}, got {classes!r}")
+    return preset | {
+        "losses": {loss_name(loss): options for loss, options in losses.items()},
+        "classes": tuple(map(str, classes)),
+    }

@@ -4,9 +4,7 @@ from collections.abc import Callable
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from ntdne_kernels.experiments.paper import published
-from ntdne_kernels.experiments.runs import (
-    METHODS,
+from ntdne_kernels.experiments.finished import (
     Run,
     columns,
     differing,
@@ -17,6 +15,7 @@ from ntdne_kernels.experiments.runs import (
     text,
     without_sweeps,
 )
+from ntdne_kernels.experiments.paper import METHODS, published
 from ntdne_kernels.experiments.settings import read_preset
 
 

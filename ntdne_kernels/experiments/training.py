@@ -1,19 +1,19 @@
 """Training with Lightning: one run from first weights to last, killed and continued at will.
 
-A run that is killed at any moment continues from the end of its last whole epoch and gives the same numbers as one that
-never was: an epoch's batches and augmentations follow from the seed and the epoch alone, and the checkpoint, written
-under another name and then renamed, holds encoder, loss (bank and scores included), optimiser, schedule and history.
+A run that is killed at any moment continues from the end of its last whole epoch and, on the same machine, gives the
+same numbers as one that never was (on a GPU as far as PyTorch's kernels repeat themselves): an epoch's batches and
+augmentations follow from the seed and the epoch alone, and the checkpoint, written under another name and then renamed,
+holds encoder, loss (bank and scores included), optimiser, schedule and history.
 
 Shapes: B images of a batch, N training images, D features, C classes.
 """
 
 import logging
 import math
-import os
 import sys
 import time
 import warnings
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,20 @@ from lightning.pytorch.strategies import DDPStrategy
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from ntdne_kernels import NTDNELoss, SNCALoss
 from ntdne_kernels.experiments.encoders import make_encoder
 from ntdne_kernels.experiments.evaluation import knn_accuracy
-from ntdne_kernels.experiments.losses import make_loss
+from ntdne_kernels.experiments.files import write_whole
+from ntdne_kernels.experiments.losses import Criterion, TRNSLLoss, make_loss
 from ntdne_kernels.experiments.problem import Problem
 from ntdne_kernels.experiments.settings import Settings
 
 CHECKPOINT = "last.ckpt"
+NEIGHBOURS = 10  # K of K-NN
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-K = 10
 
 
 class Training(LightningModule):
@@ -56,14 +57,12 @@ class Training(LightningModule):
         super().__init__()
         self.settings, self.problem, self.workers = settings, problem, workers
         self.batch_size = settings.batch_size // devices
-        self.steps_per_epoch = math.ceil(math.ceil(len(problem.train) / devices) / self.batch_size)
+        self.steps_per_epoch = len(Batches(range(math.ceil(len(problem.train) / devices)), self.batch_size))
         torch.manual_seed(settings.seed)
         self.encoder = make_encoder(settings.encoder, settings.dim, settings.weights)
-        options = dict(settings.loss_options)
-        self.bank_momentum = options.get("momentum")
-        if isinstance(self.bank_momentum, dict):
-            options["momentum"] = self.bank_momentum[0]
-        self.criterion = make_loss(settings.loss, problem.noisy.labels, settings.dim, **options)
+        self.criterion = make_criterion(settings, problem.noisy.labels)
+        momentum = settings.loss_options.get("momentum")
+        self.bank_momentum: dict[int, float] = momentum if isinstance(momentum, dict) else {}
         self.history: list[dict[str, float]] = []
         self.first_epoch = 0
         # Each image's feature when it was last trained on: what validation searches, at no further pass.
@@ -76,22 +75,16 @@ class Training(LightningModule):
         Nothing here may depend on how often it is asked for or iterated: at the start of a continued run Lightning does
         both twice, once while its epoch still counts as 0.
         """
-        dataset = self.problem.dataset(self.problem.train, self.settings.augment)
-        seed = 1_000_003 * self.settings.seed
-        epoch = max(self.current_epoch, self.first_epoch)
-        torch.manual_seed(seed + epoch)  # augmentation, where no worker does it
+        seed = 1_000_003 * self.settings.seed + max(self.current_epoch, self.first_epoch)
+        dataset = self.problem.dataset(self.problem.train, augment_by=seed if self.settings.augment else None)
         order: DistributedSampler[Any] = DistributedSampler(
             dataset, self.trainer.world_size, self.trainer.global_rank, seed=seed
         )
-        order.set_epoch(epoch)
         return DataLoader(
             dataset,
-            self.batch_size,
-            sampler=order,
+            batch_sampler=Batches(order, self.batch_size),
             num_workers=self.workers,
-            worker_init_fn=partial(_seed_worker, seed + epoch),
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # what iterating draws is not drawn from the augmentation's
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -116,10 +109,10 @@ class Training(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.criterion.set_epoch(self.current_epoch)
-        if isinstance(self.bank_momentum, dict):
-            past = [epoch for epoch in self.bank_momentum if epoch <= self.current_epoch]
-            self.criterion.momentum = self.bank_momentum[max(past)]
+        if self.bank_momentum:
+            self.criterion.momentum = self.bank_momentum[max(e for e in self.bank_momentum if e <= self.current_epoch)]
         self._losses: list[Tensor] = []
+        self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         self._epoch_began = time.perf_counter()
 
     def training_step(self, batch: list[Tensor]) -> dict[str, Tensor]:
@@ -150,10 +143,15 @@ class Training(LightningModule):
         self._validation.append((normalize(features, dim=1), labels))
 
     def on_train_epoch_end(self) -> None:
-        row = {"loss": float(torch.stack(self._losses).mean()), "lr": self.trainer.optimizers[0].param_groups[0]["lr"]}
+        loss = self.trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss of epoch {self.current_epoch + 1} is {float(loss)}: training diverged; try a lower --lr"
+            )
+        row = {"loss": float(loss), "lr": self._lr}  # the epoch's first learning rate
         row |= self._validation_metrics() | self._score_metrics()
         row["seconds"] = time.perf_counter() - self._epoch_began
-        self.log_dict(row)
+        self.log_dict(row, rank_zero_only=True)
         self.history.append({"epoch": self.current_epoch, **row})
         if self.trainer.is_global_zero:
             self._print_last_row()
@@ -177,7 +175,7 @@ class Training(LightningModule):
         features, labels = (torch.cat(part) for part in zip(*self._validation, strict=True))
         self._validation.clear()
         noisy, true = self.problem.noisy.labels, self.problem.labels[self.problem.train]
-        nearest = min(K, len(true))
+        nearest = min(NEIGHBOURS, len(true))
         return {
             "val_knn": knn_accuracy(features, labels, self.train_features, true.to(labels.device), K=nearest),
             "val_knn_given": knn_accuracy(features, labels, self.train_features, noisy.to(labels.device), K=nearest),
@@ -185,45 +183,71 @@ class Training(LightningModule):
 
     def _score_metrics(self) -> dict[str, float]:
         """Quantiles of the leave-one-out scores p, the share that is pruned, and AUROC of low p for wrong labels."""
+        if isinstance(self.criterion, TRNSLLoss):
+            return {"pruned_share": self.criterion.truncated_share}
         if not isinstance(self.criterion, NTDNELoss | SNCALoss):
             return {}
-        log_p = self.criterion.memory.last_log_p.cpu()
+        p = self.criterion.memory.last_log_p.exp().cpu()
         row = {
             f"p{round(100 * share)}": float(q)
-            for share, q in zip(QUANTILES, log_p.exp().quantile(torch.tensor(QUANTILES)), strict=True)
+            for share, q in zip(QUANTILES, p.quantile(torch.tensor(QUANTILES)), strict=True)
         }
         if isinstance(self.criterion, NTDNELoss):
             row["pruned_share"] = float(self.criterion.pruned.float().mean()) if self.criterion.pruning else 0.0
         flipped = self.problem.noisy.flipped
         if 0 < int(flipped.sum()) < len(flipped):
-            row["flip_auroc"] = float(roc_auc_score(flipped, -log_p))
+            row["flip_auroc"] = float(roc_auc_score(flipped, -p))
         return row
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["history"] = self.history
+        checkpoint |= {"history": self.history, "problem": self.problem.fingerprint}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = checkpoint["history"]
 
 
-def _seed_worker(seed: int, worker: int) -> None:
-    torch.manual_seed(seed + 1000 * worker)
+class Batches(Sampler[list[int]]):
+    """Batches of B in the order of a sampler; a last one of a single image, of which BatchNorm has no variance, is
+    joined to the one before.
+    """
+
+    def __init__(self, order: Sampler[int] | range, B: int) -> None:
+        self.order, self.B = order, B
+
+    def __len__(self) -> int:
+        n = len(self.order)  # type: ignore[arg-type]
+        return max(1, n // self.B + (n % self.B > (1 if self.B > 1 else 0)))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.order)
+        for batch in range(len(self)):
+            yield order[batch * self.B : (batch + 1) * self.B if batch < len(self) - 1 else None]
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the checkpoint and renames: whatever moment a run is killed at, the file there is whole.
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole whatever moment a run is killed at.
 
-    Lightning's own goes through the system's folder for temporary files, which may lie on another disk, where a rename
+    Lightning's own go through the system's folder for temporary files, which may lie on another disk, where a rename
     becomes a copy.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        partial = Path(f"{path}.partial")
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(Path(path), lambda file: torch.save(checkpoint, file))
+
+
+def make_criterion(settings: Settings, labels: Tensor) -> Criterion:
+    """The loss of some settings for given labels (N,); ValueError where an option is bad.
+
+    A bank's momentum may be a number, or {epoch: momentum from then on} with an epoch 0.
+    """
+    options = dict(settings.loss_options)
+    momentum = options.get("momentum")
+    if isinstance(momentum, dict):
+        numbers = [isinstance(m, float | int) and 0 <= m <= 1 for m in momentum.values()]
+        if 0 not in momentum or not all(numbers) or not all(type(epoch) is int for epoch in momentum):
+            raise ValueError(f"momentum: expected {{0: number in [0, 1], later epoch: number, ...}}, got {momentum}")
+        options["momentum"] = momentum[0]
+    return make_loss(settings.loss, labels, settings.dim, **options)
 
 
 def train(
@@ -249,6 +273,8 @@ def train(
     Raises:
         ValueError: the batch cannot be shared among the devices, or an option of the loss is bad.
     """
+    if devices < 1 or workers < 0:
+        raise ValueError(f"devices, workers: expected at least 1 and 0, got {devices} and {workers}")
     if settings.batch_size % devices:
         raise ValueError(f"batch_size: expected a multiple of the {devices} devices, got {settings.batch_size}")
     _quiet()
@@ -266,7 +292,8 @@ def train(
             *([TQDMProgressBar(leave=False)] if sys.stderr.isatty() else []),
         ],
         enable_progress_bar=sys.stderr.isatty(),
-        plugins=[AtomicCheckpointIO()],
+        plugins=[WholeCheckpoints()],
+        use_distributed_sampler=False,  # training has its own, and every rank validates with all images
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
@@ -275,7 +302,10 @@ def train(
     )
     continued = checkpoint.exists()
     if continued:
-        training.first_epoch = len(torch.load(checkpoint, mmap=True, weights_only=True)["history"])
+        there = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+        if there["problem"] != problem.fingerprint:
+            raise ValueError(f"data: the run in {folder} had other images or given labels; give another --output")
+        training.first_epoch = len(there["history"])
     trainer.fit(training, ckpt_path=checkpoint if continued else None, weights_only=True)
     return training if trainer.is_global_zero else None
 

@@ -65,6 +65,55 @@ def test_reproduce_runs_what_is_missing(ntdne, photos, capsys, monkeypatch):
     assert sorted(ran[4:]) == [("NTDNE", 0.1), ("NTDNE", 0.5), ("SNCA", 0.1), ("SNCA", 0.5), ("SNCA", 0.5)]
 
 
+def test_noise_without_a_rate_is_run_once(ntdne, photos):
+    assert ntdne("reproduce", photos, *QUICK, "--losses", "NSL", "--noises", "none", "uniform", "--output", "grid") == 0
+    found = sorted(
+        (results_of(path.parent)["noise"], results_of(path.parent)["rate"])
+        for path in Path("grid").rglob("results.json")
+    )
+    assert found == [("none", 0), ("uniform", 0.1), ("uniform", 0.3), ("uniform", 0.5), ("uniform", 0.7)]
+
+
+def test_the_grid_is_the_presets_where_the_command_says_nothing(ntdne, photos):
+    Path("mine.yaml").write_text("rate: 0.2\nseed: 3\nepochs: 1\nlosses: {ntdne: {k: 0.4}}\n")
+    quick = [*QUICK[2:], "--preset", "mine.yaml", "--epochs", 1]
+    assert ntdne("reproduce", photos, *quick, "--losses", "NTDNE", "--output", "grid") == 0
+    (path,) = Path("grid").rglob("results.json")
+    results = results_of(path.parent)
+    assert (results["rate"], results["seed"], results["settings"]["loss_options"]) == (0.2, 3, {"k": 0.4})
+
+
+def test_a_run_that_fails_leaves_the_others_to_finish(ntdne, photos, capsys):
+    grid = ["reproduce", photos, *QUICK, "--losses", "MAE", "SCE", "--rates", 0.5, "--lr", 1e30, "--output", "grid"]
+    assert ntdne(*grid) == 2
+    said = capsys.readouterr()
+    assert "run 2 of 2" in said.out
+    assert said.err.count("training diverged") == 2
+    assert said.err.splitlines()[-1] == "ntdne: 2 of 2 runs failed, see above; the others are finished"
+
+
+def test_the_authors_preset_is_continued_and_known_again(ntdne, photos, capsys):
+    """Its momentum is a schedule, whose epochs have to come back as numbers."""
+    command = ["train", photos, *QUICK[2:], "--preset", "authors", "--output", "run"]
+    for _ in range(2):
+        assert ntdne(*command) == 0
+    assert capsys.readouterr().out.count("epoch 2/2") == 1
+
+
+def test_a_mistaken_setting_does_not_take_the_folder(ntdne, photos):
+    Path("no.pt").write_bytes(b"nothing")
+    assert ntdne("train", photos, *QUICK, "--weights", "no.pt", "--output", "run") == 2
+    assert ntdne("train", photos, *QUICK, "--output", "run") == 0
+
+
+def test_a_run_is_the_same_from_another_folder(ntdne, photos, monkeypatch):
+    assert ntdne("train", photos, *QUICK, "--output", "run") == 0
+    folder = Path("run").resolve()
+    monkeypatch.chdir(photos.parent)
+    assert ntdne("train", "photos/", *QUICK, "--output", folder) == 0
+    assert ntdne("evaluate", folder) == 0
+
+
 def test_every_loss_of_the_paper_is_run_by_default(ntdne, photos):
     assert ntdne("reproduce", photos, *QUICK, "--epochs", 1, "--rates", 0.5, "--output", "grid") == 0
     found = sorted(results_of(path.parent)["loss"] for path in Path("grid").rglob("results.json"))
@@ -144,9 +193,9 @@ def column_stochastic(photos: Path) -> None:
 
 
 def other_run(photos: Path) -> None:
-    (Path("taken")).mkdir()
     settings = runs.Settings(str(photos), lr=0.3)
-    runs._write_settings(settings, "", Path("taken"))
+    runs._announce(settings, "", Path("taken"))
+    Path("taken", "last.ckpt").write_bytes(b"")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +225,17 @@ def other_run(photos: Path) -> None:
         (None, ["report", "no-run"], "no-run"),
         (None, ["reproduce", "{photos}", "--loss-option", "k=auto"], "NTDNE.k=auto"),
         (None, ["reproduce", "{photos}", "--noises", "unifrom"], "unifrom"),
+        (None, ["reproduce", "{photos}", "--losses", "NSL", "NTDNE", "--loss-option", "NTDNE.sgima=1"], "sgima"),
+        (
+            None,
+            ["reproduce", "{photos}", "--losses", "NSL", "--loss-option", "NTDNE.k=0.2"],
+            "which is not trained here",
+        ),
+        (None, ["reproduce", "{photos}", "--losses", "NSL", "--k", "0.2"], "--k: expected NTDNE"),
+        (None, ["train", "{photos}", "--loss-option", "NSL.sigma=1"], "which is not trained here"),
+        (None, ["train", "{photos}", "--loss-option", "k=["], "expected a number, auto or none"),
+        (None, ["train", "{photos}", "--devices", "0"], "devices"),
+        (None, ["train", "{photos}", "--accelerator", "tpu"], "invalid choice: 'tpu'"),
         (None, ["trian"], "trian"),
     ],
 )
@@ -189,7 +249,7 @@ def test_what_is_wrong_is_said_in_one_line(ntdne, photos, capsys, prepare, argum
     assert error.startswith("ntdne: ")
     assert error.count("\n") == 1
     assert said in error
-    assert not list(Path().rglob("last.ckpt"))
+    assert not list(Path().rglob("results.json"))
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["reproduce"], ["report"]])

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ntdne_kernels.experiments import figures
+from ntdne_kernels.experiments.finished import Run, read_runs
+from ntdne_kernels.experiments.paper import METHODS
 from ntdne_kernels.experiments.report import write_report
-from ntdne_kernels.experiments.runs import METHODS, Run, read_runs
 from ntdne_kernels.experiments.settings import read_preset
 from ntdne_kernels.experiments.tables import METRICS, Table, metric_table, missing_cells, run_table, unlike_the_paper
 

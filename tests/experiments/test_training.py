@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ntdne_kernels.experiments.problem import make_problem
 from ntdne_kernels.experiments.settings import Settings, read_preset
-from ntdne_kernels.experiments.training import AtomicCheckpointIO, Training, train
+from ntdne_kernels.experiments.training import Batches, Training, WholeCheckpoints, make_criterion, train
 from tests.experiments.conftest import QUICK
 
 COMMAND = [sys.executable, "-m", "ntdne_kernels.experiments.cli", "train", "made:400x5", *QUICK, "--accelerator", "cpu"]
@@ -116,21 +116,84 @@ def test_the_momentum_of_the_bank_follows_its_epochs(tmp_path):
 def test_a_step_schedule_halves_the_learning_rate(tmp_path):
     settings = small_settings(epochs=4, lr=0.08, lr_step=2, loss="NSL", loss_options={})
     trained = train(settings, make_problem(settings, tmp_path / "cache"), tmp_path / "run", accelerator="cpu")
-    # Logged after the epoch's last step: the rate of the next epoch.
-    assert [row["lr"] for row in trained.history] == pytest.approx([0.08, 0.04, 0.04, 0.02])
+    assert [row["lr"] for row in trained.history] == pytest.approx([0.08, 0.08, 0.04, 0.04])
 
 
 def test_a_checkpoint_whose_writing_fails_leaves_the_one_before(tmp_path):
     path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"epoch": 1}, path)
+    WholeCheckpoints().save_checkpoint({"epoch": 1}, path)
 
     class Breaks:
         def __reduce__(self) -> None:
             raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        AtomicCheckpointIO().save_checkpoint({"epoch": 2, "much": torch.zeros(1000), "then": Breaks()}, path)
+        WholeCheckpoints().save_checkpoint({"epoch": 2, "much": torch.zeros(1000), "then": Breaks()}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 1}
+
+
+def test_a_class_with_a_single_given_label_is_no_obstacle(tmp_path):
+    """Its score is 0, and log p −∞."""
+    settings = small_settings(data="made:12x4", epochs=1)
+    problem = make_problem(settings, tmp_path / "cache")
+    problem.noisy.labels.copy_(torch.tensor([0, 1, 1, 1, 2, 2, 3, 3]))
+    problem.noisy.flipped.copy_(problem.noisy.labels != problem.labels[problem.train])
+    trained = train(settings, problem, tmp_path / "run", accelerator="cpu")
+    assert trained.criterion.memory.last_log_p[0] == -torch.inf
+    assert trained.history[0]["p10"] >= 0
+
+
+def test_a_last_batch_of_one_image_joins_the_one_before():
+    def batches(n: int, B: int) -> list[int]:
+        found = list(Batches(range(n), B))
+        assert len(found) == len(Batches(range(n), B))
+        assert [i for batch in found for i in batch] == list(range(n))
+        return [len(batch) for batch in found]
+
+    assert batches(9, 4) == [4, 5]
+    assert batches(10, 4) == [4, 4, 2]
+    assert batches(8, 4) == [4, 4]
+    assert batches(3, 4) == [3]
+    assert batches(1, 4) == [1]
+    assert batches(3, 1) == [1, 1, 1]
+
+
+def test_samples_do_not_depend_on_who_makes_them(tmp_path):
+    problem = make_problem(small_settings(), tmp_path / "cache")
+    images = problem.train[:8]
+    first, again = problem.dataset(images, augment_by=5), problem.dataset(images, augment_by=5)
+    forwards = [first[i][0] for i in range(8)]
+    backwards = [again[i][0] for i in reversed(range(8))][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
+    others = problem.dataset(images, augment_by=6)
+    assert not any(torch.equal(a, others[i][0]) for i, a in enumerate(forwards))
+
+
+def test_a_run_is_not_continued_on_other_images_or_labels(tmp_path):
+    settings = small_settings()
+    train(settings, make_problem(settings, tmp_path / "cache"), tmp_path / "run", accelerator="cpu")
+    other = make_problem(small_settings(rate=0.3), tmp_path / "cache")
+    with pytest.raises(ValueError, match="had other images or given labels"):
+        train(settings, other, tmp_path / "run", accelerator="cpu")
+
+
+def test_a_diverged_run_says_so(tmp_path):
+    settings = small_settings(lr=1e30, loss="MAE", loss_options={})
+    with pytest.raises(ValueError, match="training diverged; try a lower --lr"):
+        train(settings, make_problem(settings, tmp_path / "cache"), tmp_path / "run", accelerator="cpu")
+
+
+def test_truncating_nearly_everything_is_logged_and_warned_of(tmp_path):
+    settings = small_settings(loss="t-RNSL", loss_options={"k": 0.99, "sigma": 1, "warmup_epochs": 0})
+    with pytest.warns(UserWarning, match="100 % of the images had p of at most k = 0.99 in epoch 0"):
+        trained = train(settings, make_problem(settings, tmp_path / "cache"), tmp_path / "run", accelerator="cpu")
+    assert [row["pruned_share"] for row in trained.history] == [1, 1]
+
+
+@pytest.mark.parametrize("momentum", [{1: 0.5}, {0: 2.0}, {0: 0.5, "late": 0.9}, {0: "half"}])
+def test_bad_schedules_of_the_momentum_are_refused(momentum):
+    with pytest.raises(ValueError, match="momentum: expected {0: number in"):
+        make_criterion(small_settings(loss_options={"momentum": momentum}), torch.tensor([0, 1]))
 
 
 def test_two_processes_keep_the_same_bank(tmp_path):

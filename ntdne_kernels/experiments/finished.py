@@ -16,16 +16,16 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ntdne_kernels.experiments.paper import METHODS
 from ntdne_kernels.experiments.results import FIGURES, RESULTS
+from ntdne_kernels.experiments.settings import RATELESS
 
-METHODS = ("D-CNN", "Triplet", "NSL", "SNCA", "ArcFace", "MAE", "SCE", "t-RNSL", "NTDNE")  # as the paper orders them
 NOISES = {
     "none": "all training labels are right",
     "uniform": "a wrong label is any other class, all alike",
     "label-dependent": "a wrong label is one of a few classes that resemble the true one",
     "matrix": "wrong labels by a given matrix of probabilities",
 }
-NO_RATE = ("none", "matrix")
 PLACE = ("loss", "loss_options", "noise", "rate", "seed")  # settings that the row and column of a table tell
 SWEEP = 3  # values of k
 
@@ -133,7 +133,7 @@ def columns(runs: Iterable[Run]) -> list[Run]:
 def place(cell: tuple[str, str, float]) -> list[str]:
     """A row's dataset, noise and rate as words; no rate where the noise has none."""
     dataset, noise, rate = cell
-    return [dataset, noise, "" if noise in NO_RATE else f"{rate:g}"]
+    return [dataset, noise, "" if noise in RATELESS else f"{rate:g}"]
 
 
 def without_sweeps(runs: Iterable[Run]) -> list[Run]:
@@ -229,5 +229,5 @@ def _read(path: Path) -> Run:
     if not all(isinstance(row, dict) and "epoch" in row for row in found["history"]):
         raise ValueError(f"{path}: expected an epoch in each row of history")
     optional = {name: found[name] for name in ("seconds", "versions") if name in found}
-    rate = 0.0 if found["noise"] in NO_RATE else float(found["rate"])
+    rate = 0.0 if found["noise"] in RATELESS else float(found["rate"])
     return Run(path.parent, **({name: found[name] for name in CONTENT} | {"rate": rate} | optional))
