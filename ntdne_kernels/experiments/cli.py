@@ -7,20 +7,22 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from ntdne_kernels.experiments.losses import LOSSES, loss_name, loss_options
 from ntdne_kernels.experiments.paper import METHODS
-from ntdne_kernels.experiments.run import Machine, evaluate, finished_results, run
 from ntdne_kernels.experiments.settings import PRESETS, RATELESS, Settings, read_preset
-from ntdne_kernels.experiments.training import make_criterion
+
+if TYPE_CHECKING:
+    from ntdne_kernels.experiments.run import Machine
+
+# What trains and draws is imported where it is needed: Lightning alone takes as long to import as torch.
 
 PAPER_RATES = [0.1, 0.3, 0.5, 0.7]
-USERS_ERRORS = (ValueError, OSError, MisconfigurationException)  # what the person at the keyboard can mend
+USERS_ERRORS = (ValueError, OSError)  # what the person at the keyboard can mend
 
 DESCRIPTION = """\
 Train image encoders on archives with wrong labels, with NTDNE and the losses it is compared with, and judge them.
@@ -164,6 +166,8 @@ def _fail(error: BaseException | str) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from ntdne_kernels.experiments.run import run
+
     settings, variant = _settings(arguments, {})
     folder = arguments.output or _archive_folder(arguments.data) / _cell(settings, variant)
     results = run(settings, variant, folder, _machine(arguments))
@@ -173,10 +177,15 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from ntdne_kernels.experiments.run import evaluate
+
     _print_metrics(evaluate(arguments.run, _machine(arguments)))
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
+    from ntdne_kernels.experiments.run import finished_results, run
+    from ntdne_kernels.experiments.training import make_criterion
+
     output = arguments.output or _archive_folder(arguments.data)
     cells = _cells(arguments, output)
     for settings, _, _ in cells:  # before hours are spent on the cells before it
@@ -219,7 +228,7 @@ def _cells(arguments: argparse.Namespace, output: Path) -> list[tuple[Settings, 
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from ntdne_kernels.experiments.report import write_report  # draws, which the other commands do not
+    from ntdne_kernels.experiments.report import write_report
 
     for path in write_report(arguments.runs, arguments.output or arguments.runs / "report"):
         print(path)
@@ -276,7 +285,9 @@ def _value(text: str) -> Any:
         raise ValueError(f"--loss-option: expected a number, auto or none, got {text!r}") from None
 
 
-def _machine(arguments: argparse.Namespace) -> Machine:
+def _machine(arguments: argparse.Namespace) -> "Machine":
+    from ntdne_kernels.experiments.run import Machine
+
     names = {setting.name for setting in dataclasses.fields(Machine)}
     return Machine(**{name: value for name, value in vars(arguments).items() if name in names})
 

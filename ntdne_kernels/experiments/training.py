@@ -87,8 +87,10 @@ class Training(LightningModule):
             pin_memory=self.device.type == "cuda",
         )
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.problem.dataset(self.problem.validation), self.batch_size, num_workers=self.workers)
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        if len(self.problem.validation) == 0:  # an archive of tiny classes
+            return []
+        return [DataLoader(self.problem.dataset(self.problem.validation), self.batch_size, num_workers=self.workers)]
 
     def configure_optimizers(self) -> Any:
         settings = self.settings
@@ -171,7 +173,7 @@ class Training(LightningModule):
     def _validation_metrics(self) -> dict[str, float]:
         """K-NN accuracy of the validation images among the training images, by true and by given labels."""
         if not self._validation:
-            return {}  # an archive of tiny classes
+            return {}
         features, labels = (torch.cat(part) for part in zip(*self._validation, strict=True))
         self._validation.clear()
         noisy, true = self.problem.noisy.labels, self.problem.labels[self.problem.train]
@@ -275,6 +277,8 @@ def train(
     """
     if devices < 1 or workers < 0:
         raise ValueError(f"devices, workers: expected at least 1 and 0, got {devices} and {workers}")
+    if accelerator == "gpu" and not torch.accelerator.is_available():
+        raise ValueError("accelerator: expected auto or cpu, because no GPU is visible; got gpu")
     if settings.batch_size % devices:
         raise ValueError(f"batch_size: expected a multiple of the {devices} devices, got {settings.batch_size}")
     _quiet()

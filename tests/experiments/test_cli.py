@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ntdne_kernels.experiments import run as runs
@@ -236,6 +237,12 @@ def other_run(photos: Path) -> None:
         (None, ["train", "{photos}", "--loss-option", "k=["], "expected a number, auto or none"),
         (None, ["train", "{photos}", "--devices", "0"], "devices"),
         (None, ["train", "{photos}", "--accelerator", "tpu"], "invalid choice: 'tpu'"),
+        pytest.param(
+            None,
+            ["train", "{photos}", "--accelerator", "gpu"],
+            "no GPU is visible",
+            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="a GPU is visible"),
+        ),
         (None, ["trian"], "trian"),
     ],
 )
