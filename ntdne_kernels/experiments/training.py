@@ -318,6 +318,7 @@ def _quiet() -> None:
     """Leave out what Lightning says of itself; its warnings about users' mistakes stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", ".*(broadcast_buffers|all_gather).* is deprecated", FutureWarning)
