@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # What trains and draws is imported where it is needed: Lightning alone takes as long to import as torch.
 
 PAPER_RATES = [0.1, 0.3, 0.5, 0.7]
+WORDS = ("eurosat", "resisc45", "digits", "imagenet")  # that are no paths, whatever lies in the folder
 USERS_ERRORS = (ValueError, OSError)  # what the person at the keyboard can mend
 
 DESCRIPTION = """\
@@ -249,8 +250,9 @@ def _settings(
     values["loss"] = loss_name(values["loss"])
     values["classes"] = tuple(values["classes"])
     for name in ("data", "weights", "noise_file"):  # so that a run is the same one from any folder
-        if Path(values.get(name, "")).exists() and values.get(name):
-            values[name] = str(Path(values[name]).resolve())
+        path = values.get(name)
+        if path and path not in WORDS and Path(path).exists():
+            values[name] = str(Path(path).resolve())
     overrides = _overrides(arguments, values["loss"]) | (options or {})
     values["loss_options"] = preset_options.get(values["loss"], {}) | overrides
     variant = ", ".join(f"{name}={'none' if value is None else value}" for name, value in overrides.items())

@@ -115,6 +115,12 @@ def test_a_run_is_the_same_from_another_folder(ntdne, photos, monkeypatch):
     assert ntdne("evaluate", folder) == 0
 
 
+def test_a_folder_that_is_called_like_an_archive_does_not_take_its_place(ntdne):
+    Path("digits").mkdir()
+    assert ntdne("train", "digits", *QUICK, "--epochs", 1, "--loss", "NSL", "--output", "run") == 0
+    assert results_of(Path("run"))["dataset"] == "digits"
+
+
 def test_every_loss_of_the_paper_is_run_by_default(ntdne, photos):
     assert ntdne("reproduce", photos, *QUICK, "--epochs", 1, "--rates", 0.5, "--output", "grid") == 0
     found = sorted(results_of(path.parent)["loss"] for path in Path("grid").rglob("results.json"))
