@@ -29,7 +29,7 @@ def published(metric: str, dataset: str, noise: str, rate: float, method: str) -
         method: as the paper writes it, "D-CNN" or "NTDNE" say.
     """
     percent = _rows().get((metric, dataset, noise, rate), {}).get(method)
-    return float(percent) / 100 if percent else None
+    return round(float(percent) / 100, 4) if percent else None
 
 
 @cache

@@ -27,13 +27,14 @@ def history_of(checkpoint: dict) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in checkpoint["history"]]
 
 
-def kill_in_epoch(command: list[object], epoch: int, environment: dict[str, str]) -> None:
-    """Start a command and kill it while it works on an epoch, from 1."""
-    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True, env=environment) as process:
-        for line in process.stdout:
-            if line.startswith(f"epoch {epoch - 1}/"):
-                time.sleep(0.3)
+def kill_after_epoch(command: list[object], folder: Path, epoch: int, environment: dict[str, str]) -> None:
+    """Start a command and kill it once its checkpoint holds an epoch, from 1: so in the middle of the next one."""
+    with subprocess.Popen([*map(str, command)], env=environment) as process:
+        while process.poll() is None:
+            if (folder / "last.ckpt").exists() and len(checkpoint_of(folder)["history"]) >= epoch:
                 process.send_signal(signal.SIGKILL)
+                process.wait()
+            time.sleep(0.01)
     assert process.returncode == -signal.SIGKILL
 
 
@@ -50,7 +51,7 @@ def test_a_run_killed_in_an_epoch_continues_as_if_it_never_was(tmp_path, options
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [*COMMAND, *options, "--epochs", "5", "--image-size", "16"]
     subprocess.run([*command, "--output", tmp_path / "whole"], check=True, env=environment)
-    kill_in_epoch([*command, "--output", tmp_path / "killed"], 3, environment)
+    kill_after_epoch([*command, "--output", tmp_path / "killed"], tmp_path / "killed", 2, environment)
     assert 2 <= len(checkpoint_of(tmp_path / "killed")["history"]) < 5
     assert not (tmp_path / "killed" / "results.json").exists()
     subprocess.run([*command, "--output", tmp_path / "killed"], check=True, env=environment)
