@@ -248,7 +248,7 @@ def _settings(
     given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     values = {"loss": "NTDNE"} | preset | given | values
     values["loss"] = loss_name(values["loss"])
-    values["classes"] = tuple(values["classes"])
+    values["classes"] = tuple(map(str, values.get("classes", ())))
     for name in ("data", "weights", "noise_file"):  # so that a run is the same one from any folder
         path = values.get(name)
         if path and path not in WORDS and Path(path).exists():

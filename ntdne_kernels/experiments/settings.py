@@ -111,12 +111,9 @@ def read_preset(name: str) -> dict[str, Any]:
     if not isinstance(preset, dict) or not preset.keys() <= known:
         unknown = sorted(map(str, set(preset) - known)) if isinstance(preset, dict) else [type(preset).__name__]
         raise ValueError(f"preset: {path} has no use for {', '.join(unknown)}; settings are {', '.join(sorted(known))}")
-    losses, classes = preset.get("losses", {}), preset.get("classes", [])
+    losses = preset.get("losses", {})
     if not isinstance(losses, dict) or not all(isinstance(options, dict) for options in losses.values()):
         raise ValueError(f"preset: expected losses in {path} as 'loss: {{option: value}}' for each")
-    if not isinstance(classes, list):
-        raise ValueError(f"preset: expected a list of classes in {path}, got {classes!r}")
-    return preset | {
-        "losses": {loss_name(loss): options for loss, options in losses.items()},
-        "classes": tuple(map(str, classes)),
-    }
+    if "classes" in preset and not isinstance(preset["classes"], list):
+        raise ValueError(f"preset: expected a list of classes in {path}, got {preset['classes']!r}")
+    return preset | {"losses": {loss_name(loss): options for loss, options in losses.items()}}

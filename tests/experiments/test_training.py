@@ -240,3 +240,20 @@ def test_a_preset_with_a_setting_that_does_not_exist_is_refused(tmp_path):
     (tmp_path / "mine.yaml").write_text("epochs: 3\nlearning_rate: 0.1\n")
     with pytest.raises(ValueError, match="has no use for learning_rate; settings are .*lr,"):
         read_preset(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("losses: [NTDNE]\n", "expected losses in .* as 'loss: {option: value}'"),
+        ("losses: {NTDNE: 5}\n", "expected losses in .* as 'loss: {option: value}'"),
+        ("losses: {NTDN: {k: 0.3}}\n", "did you mean 'NTDNE'"),
+        ("classes: 3\n", "expected a list of classes in .*, got 3"),
+        ("[1, 2]\n", "has no use for list"),
+        ("epochs: [", "is not YAML"),
+    ],
+)
+def test_presets_that_are_none_are_refused(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_preset(str(tmp_path / "mine.yaml"))
