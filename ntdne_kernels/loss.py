@@ -373,9 +373,11 @@ class NTDNELoss(_NeighbourhoodLoss):
         return torch.where(index >= 0, kept_unless_known, torch.nan)
 
     def _note_pruned_share(self) -> None:
+        if self._pruning_much_was_said:
+            return
         scored = int((~self.memory.last_log_p.isnan()).sum())
         pruned = int(self.pruned.sum())
-        if self._pruning_much_was_said or pruned <= NEARLY_ALL * scored:
+        if pruned <= NEARLY_ALL * scored:
             return
         self._pruning_much_was_said = True
         median = float(self.memory.last_log_p.nanmedian().exp())

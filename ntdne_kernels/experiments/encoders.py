@@ -33,7 +33,7 @@ def make_encoder(name: str, dim: int, weights: str = "") -> nn.Module:
         encoder = resnet
     if weights not in ("", "imagenet"):
         _load(encoder, Path(weights))
-    return encoder.to(memory_format=torch.channels_last)  # 1.2 to 1.4 times as fast a step for ResNet18 on a CPU
+    return encoder.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
 
 
 def _small(dim: int) -> nn.Module:
