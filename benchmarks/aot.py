@@ -1,8 +1,10 @@
-"""Compile the kernels that visit the bank for a GPU that need not be here, and read what the compiler says of them.
+"""Compile the kernels for a GPU that need not be here, and read what the compiler says of them.
 
-`python -m benchmarks.aot CAPABILITY` does so for every entry of the table of tile shapes: one JSON object per line.
+`python -m benchmarks.aot CAPABILITY` does so with those that visit the bank for every entry of the table of tile
+shapes, and with those that merge its splits: one JSON object per line.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -17,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ntdne_kernels.ops.triton import FOLD_ROWS, PRECISION, kernels
-from ntdne_kernels.ops.triton.configs import TABLE, Config, columns
+from ntdne_kernels.ops.triton.configs import MERGE_WARPS, TABLE, Config, columns, merge_blocks
 
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that a program can have, by compute capability (CUDA C++ Programming Guide)."""
@@ -26,10 +28,13 @@ BANKS = {"16-bit": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",), "fp64
 _POINTERS = {
     "queries": "bank", "bank": "bank", "order": "i64", "bank_labels": "i64", "places": "i64",
     "totals": "sum", "maxima": "sum", "vectors": "sum", "log_p": "sum", "log_sum_all": "sum",
-    "grad_log_p": "sum", "gradient": "bank",
+    "grad_log_p": "sum", "gradient": "bank", "direction": "sum",
+    "log_same": "fp64", "log_other": "fp64", "mean_same": "sum", "mean_other": "sum",
 }  # fmt: skip
 _NUMBERS = {"scale": "fp64", "sigma": "fp64", "rows_per_split": "i64"}
-_ALIGNED = ("queries", "bank", "totals", "vectors", "gradient", "bank_stride")
+_ALIGNED = (
+    "queries", "bank", "totals", "vectors", "gradient", "bank_stride", "direction", "mean_same", "mean_other",
+)  # fmt: skip
 
 
 class Resources(NamedTuple):
@@ -55,6 +60,9 @@ class Variant(NamedTuple):
 
 KERNELS = {"range": kernels.stream, "labels": kernels.stream, "gradient": kernels.gradient_to_bank}
 """By their names in the table of tile shapes."""
+MERGES = {"log scores": kernels.merge_to_log_scores, "class sums": kernels.merge_to_class_sums}
+_MERGE = Config(block_b=128, block_n=0, num_warps=MERGE_WARPS, num_stages=3, shared=48 << 10)
+"""Queries stand in blocks, no bank row is visited, stages are Triton's default; any program can have 48 KB."""
 
 
 def checks(kernel: str, arithmetic: str, width: int) -> list[tuple[int, Variant]]:
@@ -74,28 +82,22 @@ def checks(kernel: str, arithmetic: str, width: int) -> list[tuple[int, Variant]
 
 def compile_for(kernel: str, capability: int, arithmetic: str, D: int, config: Config, variant: Variant) -> Resources:
     """One variant of a kernel for sm_`capability`."""
-    constants: dict[str, Any] = {"BLOCK_B": config.block_b, "BLOCK_N": config.block_n}
-    if kernel != "gradient":
-        shift = 14 if variant.tracked else 0
-        constants |= {"TRACKED": variant.tracked, "SHIFT": shift, "WEIGHTED": variant.weighted, "FOLD_ROWS": FOLD_ROWS}
-    return _compile(KERNELS[kernel], capability, arithmetic, D, config, variant, constants)
-
-
-def _compile(
-    kernel: Any, capability: int, arithmetic: str, D: int, config: Config, variant: Variant, constants: dict[str, Any]
-) -> Resources:
-    names = kernel.arg_names
-    element = {"bank": variant.bank, "sum": "fp64" if variant.bank == "fp64" else "fp32", "i64": "i64"}
+    function = (KERNELS | MERGES)[kernel]
+    names = function.arg_names
+    element = {"bank": variant.bank, "sum": "fp64" if variant.bank == "fp64" else "fp32"}
     D1, D2 = columns(D)
-    constants |= {
-        "D": D, "D1": D1, "D2": D2, "BY_RANGE": variant.by_range, "GATHER": variant.gather,
-        "PRECISION": PRECISION[arithmetic],
+    constants: dict[str, Any] = merge_blocks(D, 8 if variant.bank == "fp64" else 4) | {
+        "D": D, "D1": D1, "D2": D2, "BLOCK_B": config.block_b, "BLOCK_N": config.block_n,
+        "BY_RANGE": variant.by_range, "GATHER": variant.gather, "TRACKED": variant.tracked,
+        "SHIFT": 14 if variant.tracked else 0, "WEIGHTED": variant.weighted, "PRECISION": PRECISION[arithmetic],
+        "FOLD_ROWS": FOLD_ROWS,
     }  # fmt: skip
+    constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: _NUMBERS.get(name, "i32") for name in names}
-    signature |= {name: f"*{element[kind]}" for name, kind in _POINTERS.items() if name in names}
+    signature |= {name: f"*{element.get(kind, kind)}" for name, kind in _POINTERS.items() if name in names}
     signature |= dict.fromkeys(constants, "constexpr")
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in _ALIGNED}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
+    source = ASTSource(function, signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = _resource_usage(compiled.asm["cubin"])
@@ -120,15 +122,19 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def entries(capability: int) -> list[tuple[str, int, str, int, Config, Variant]]:
-    """What to compile: each entry of the table in one of the ways it has to serve, which take turns."""
+    """What to compile: each entry of the table in one of the ways it has to serve, which take turns, and each merge."""
     found = []
-    for kernel, by_arithmetic in TABLE["86" if capability == 89 else str(capability)].items():
+    tables = TABLE["86" if capability == 89 else str(capability)]
+    for kernel, by_arithmetic in tables.items():
         for arithmetic, by_width in by_arithmetic.items():
             for width, configs in by_width.items():
                 choices = checks(kernel, arithmetic, int(width))
                 for config in map(Config._make, configs):
                     D, variant = choices[len(found) % len(choices)]
                     found.append((kernel, capability, arithmetic, D, config, variant))
+    for kernel, arithmetic in itertools.product(MERGES, ("16-bit", "fp64")):
+        for width in map(int, tables["range"][arithmetic]):  # tracked needs more registers
+            found.append((kernel, capability, arithmetic, width, _MERGE, Variant(BANKS[arithmetic][-1], tracked=True)))
     return found
 
 

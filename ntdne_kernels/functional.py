@@ -19,18 +19,11 @@ from torch import Tensor
 
 from ntdne_kernels.label_index import LabelIndex, check_labels
 from ntdne_kernels.ops import losses, reference
+from ntdne_kernels.ops.backends import BACKENDS, triton_misses
 from ntdne_kernels.ops.bank_update import accumulator_dtype
-from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED, Backend, LeaveOneOutLoss
-from ntdne_kernels.ops.streaming import STREAMING
+from ntdne_kernels.ops.chunked import CHUNKED
+from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED, LeaveOneOutLoss
 
-try:
-    from ntdne_kernels.ops import triton
-except ImportError:  # Triton exists for Linux
-    triton = None  # type: ignore[assignment]
-
-BACKENDS: dict[str, Backend | None] = {"reference": None, "streaming": STREAMING}
-if triton is not None:
-    BACKENDS["triton"] = triton.TRITON
 _said: set[str] = set()
 BANK_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -54,7 +47,8 @@ def ntdne_loss(
 
     Args:
         features: (B, D) unit rows of any float dtype.
-        bank: (N, D) unit rows; its dtype decides the arithmetic (float64 or float32 sums).
+        bank: (N, D) unit rows; its dtype decides the arithmetic (float64 or float32 sums). All else may be on a GPU and
+            the bank in host memory, pinned for speed: it is read in chunks, and gets no gradient.
         labels: (B,) integer class of each query; −1 is unlabelled.
         bank_labels: (N,) integer class of each bank row, or their `LabelIndex`, which is faster.
         index: (B,) bank row of each query, which is left out of its neighbours; −1 or None: it is in no row.
@@ -146,22 +140,23 @@ def loss_and_log_scores(
         if len(bank_labels) != N:
             raise ValueError(f"bank_labels: expected one label for each of the bank's {N} rows, got {len(bank_labels)}")
         labels_device = bank_labels.device
-    B = _check_features(features, bank)
+    B = _check_features(features, bank, bank_may_be_on_host=True)
     if _can_look_inside(features):
         _check_unit("features", features.detach())
-    labels = _check_per_query("labels", labels, B, bank)
-    _check_device("bank_labels", labels_device, bank)
+    labels = _check_per_query("labels", labels, B, features)
+    _check_device("bank_labels", labels_device, features)
     if index is None:
         index = labels.new_full((B,), NOT_IN_BANK)
     else:
-        index = _check_per_query("index", index, B, bank)
+        index = _check_per_query("index", index, B, features)
         check_range("index", index, N)
     if _can_look_inside(labels) and bool((labels < UNLABELLED).any()):
         row = int((labels < UNLABELLED).nonzero()[0])
         raise ValueError(f"labels: expected -1 (unlabelled) or a class from 0, got {int(labels[row])} at row {row}")
 
     classes = bank_labels.tensors() if isinstance(bank_labels, LabelIndex) else [bank_labels]
-    chosen = _backend(backend, bank)
+    name = choose_backend(backend, bank, features.device)
+    chosen = BACKENDS[name] if bank.device == features.device else CHUNKED[name]
     if chosen is None:
         log_p = reference.log_scores(features, bank, labels, index, classes, sigma)
         return (log_p, log_p) if loss is None else (losses.value(log_p, indicator, loss), log_p.detach())
@@ -201,17 +196,13 @@ def update_bank_(
             not finite (the message names its row).
         IndexError: an index lies outside the bank.
     """
-    check_number("momentum", momentum, 0, 1, lower_included=True, upper_included=True)
     N = _check_bank(bank)
     if not bank.is_contiguous():
         raise ValueError(
             f"bank: expected a contiguous tensor, got strides {bank.stride()} for shape {tuple(bank.shape)}"
         )
     features = features.detach() if isinstance(features, Tensor) else features
-    index = _check_per_query("index", index, _check_features(features, bank), bank)
-    if validate:
-        check_range("index", index, N, look=True)
-        _check_directions(features, index, bank)
+    index = check_update(bank, features, index, momentum, N, look=validate)
     if not torch.compiler.is_compiling() and features.untyped_storage().data_ptr() == bank.untyped_storage().data_ptr():
         features = features.clone()  # rows of the bank itself: an update must not read what another one wrote
     with torch.no_grad():
@@ -224,6 +215,19 @@ def update_bank_(
                 _check_directions(features, index, bank)
             raise
     return bank
+
+
+def check_update(bank: Tensor, features: Tensor, index: Tensor, momentum: float, N: int, *, look: bool) -> Tensor:
+    """The index as int64 (B,), of features (B, D) for a bank of N rows; the errors of `update_bank_`.
+
+    Looks at values if told to.
+    """
+    check_number("momentum", momentum, 0, 1, lower_included=True, upper_included=True)
+    index = _check_per_query("index", index, _check_features(features, bank), bank)
+    if look:
+        check_range("index", index, N, look=True)
+        _check_directions(features, index, bank)
+    return index
 
 
 def check_number(
@@ -255,27 +259,27 @@ def check_range(name: str, index: Tensor, N: int, *, look: bool = False) -> None
         raise IndexError(f"{name}: expected -1 or a bank row from 0 to {N - 1}, got {int(index[row])} at row {row}")
 
 
-def _backend(name: str | None, bank: Tensor) -> Backend | None:
-    if name is None:
-        return _fastest(bank)
-    check_choice("backend", name, tuple(BACKENDS))
-    missing = triton.missing(bank) if name == "triton" else None
-    if missing is not None:
-        raise ValueError(f"backend: 'triton' needs {missing}")
-    return BACKENDS[name]
+def choose_backend(name: str | None, bank: Tensor, device: torch.device) -> str:
+    """The backend's name, on the device of the features; for None the fastest: Triton where it serves, else streaming.
 
-
-def _fastest(bank: Tensor) -> Backend:
-    """Triton on the GPUs it serves; streaming elsewhere, which is said once per reason where there is a GPU."""
+    Where there is a GPU that Triton does not serve, that is said once per reason.
+    """
+    bank = bank.new_empty((0, bank.size(1)), device=device)
+    if name is not None:
+        check_choice("backend", name, tuple(BACKENDS))
+        missing = triton_misses(bank) if name == "triton" else None
+        if missing is not None:
+            raise ValueError(f"backend: 'triton' needs {missing}")
+        return name
     if bank.device.type != "cuda":
-        return STREAMING
-    missing = "the triton package" if triton is None else triton.missing(bank)
+        return "streaming"
+    missing = triton_misses(bank)
     if missing is None:
-        return triton.TRITON
+        return "triton"
     if missing not in _said and not torch.compiler.is_compiling():
         _said.add(missing)
         warnings.warn(f"the loss streams through PyTorch: the Triton kernels need {missing}", stacklevel=4)
-    return STREAMING
+    return "streaming"
 
 
 def _can_look_inside(tensor: Tensor) -> bool:
@@ -292,13 +296,15 @@ def _check_bank(bank: Tensor) -> int:
     return len(bank)
 
 
-def _check_features(features: Tensor, bank: Tensor) -> int:
+def _check_features(features: Tensor, bank: Tensor, *, bank_may_be_on_host: bool = False) -> int:
     _check_matrix("features", features, "(B, D)")
     if features.dtype not in BANK_DTYPES:
         raise TypeError(f"features: expected float64, float32, float16 or bfloat16, got {features.dtype}")
     if features.size(1) != bank.size(1):
         raise ValueError(f"features: expected {bank.size(1)} columns as in the bank, got shape {tuple(features.shape)}")
-    _check_device("features", features.device, bank)
+    on_host = bank.device.type == "cpu" and features.device.type == "cuda"
+    if not (bank_may_be_on_host and on_host and not bank.requires_grad):
+        _check_device("features", features.device, bank)
     return len(features)
 
 
@@ -311,17 +317,17 @@ def _check_matrix(name: str, matrix: Tensor, shape: str) -> None:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(matrix.shape)}")
 
 
-def _check_per_query(name: str, values: Tensor, B: int, bank: Tensor) -> Tensor:
+def _check_per_query(name: str, values: Tensor, B: int, like: Tensor) -> Tensor:
     values = check_labels(values, name)
     if len(values) != B:
         raise ValueError(f"{name}: expected one value for each of the {B} features, got {len(values)}")
-    _check_device(name, values.device, bank)
+    _check_device(name, values.device, like)
     return values
 
 
-def _check_device(name: str, device: torch.device, bank: Tensor) -> None:
-    if device != bank.device:
-        raise ValueError(f"{name}: expected the bank's device, {bank.device}, got {device}")
+def _check_device(name: str, device: torch.device, like: Tensor) -> None:
+    if device != like.device:
+        raise ValueError(f"{name}: expected the bank's device, {like.device}, got {device}")
 
 
 def _check_unit(name: str, rows: Tensor) -> None:

@@ -81,6 +81,9 @@ def _grad_log_p(log_p: Tensor, slope: Tensor | None, grad: Tensor) -> Tensor:
     return torch.where(log_p == -torch.inf, 0, grad if slope is None else grad * slope)
 
 
+ClassSumsFunction = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Backend:
     """What a device does best in its own way; labels, index and classes as in `neighbours_of`."""
@@ -90,6 +93,8 @@ class Backend:
 
     log p (B,), ∂log p/∂f (B, D) or (0, D), log Σ_all (B,).
     """
+    class_sums: ClassSumsFunction
+    """(features, bank, labels, index, classes, sigma, need_means) → what `ClassSums` holds, over a part of a bank."""
     bank_gradient: Callable[..., Tensor]
     """(features, bank, labels, index, classes, sigma, log_p, log_sum_all, grad_log_p) → gradient of the bank (N, D)."""
     loss_and_slope: Callable[..., tuple[Tensor, Tensor]] = losses.loss_and_slope
@@ -168,6 +173,22 @@ def log_scores_fake(
         bank.new_empty((B if need_direction else 0, D), dtype=wide),
         bank.new_empty(B, dtype=wide),
     )
+
+
+def class_sums_fake(
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: list[Tensor],
+    sigma: float,
+    need_means: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of `Backend.class_sums`."""
+    B, D = features.shape
+    log_sum = bank.new_empty(B, dtype=torch.float64)
+    mean = bank.new_empty((B if need_means else 0, D), dtype=accumulator_dtype(bank.dtype))
+    return log_sum, torch.empty_like(log_sum), mean, torch.empty_like(mean)
 
 
 def bank_gradient_fake(features: Tensor, bank: Tensor, *rest: Any) -> Tensor:

@@ -16,10 +16,17 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ntdne_kernels.ops.bank_update import accumulator_dtype
-from ntdne_kernels.ops.leave_one_out import Backend, bank_gradient_fake, log_scores_fake, neighbours_of
+from ntdne_kernels.ops.class_sums import ClassSums, log_scores_of
+from ntdne_kernels.ops.leave_one_out import (
+    Backend,
+    bank_gradient_fake,
+    class_sums_fake,
+    log_scores_fake,
+    neighbours_of,
+)
 from ntdne_kernels.ops.products import exp_, scaled_scores_, weighted_rows
 
 SMALLEST_PLAIN_SIGMA = 0.03  # exp(1.02/0.03) · 10^9 rows = 6·10^23, float32 ends at 3·10^38
@@ -41,6 +48,7 @@ class _Sums:
         double = torch.float32 if queries.device.type == "mps" else torch.float64  # what a device has
         self.total = queries.new_zeros(len(queries), dtype=double)
         self.vector = torch.zeros_like(queries, dtype=double) if weighted else None
+        self.dim = queries.size(1)
 
     def add(self, weights: Tensor, tile: Tensor, rows: slice, tracked: bool) -> None:
         """Bank rows `tile` (n, D) with their weights (b, n) for the queries `rows`; tracked: with their logits."""
@@ -55,8 +63,9 @@ class _Sums:
         return torch.log(self.total) + self.maximum if tracked else torch.log(self.total)
 
     def mean(self) -> Tensor:
-        """v/Σ (B, D); 0 where no row was seen."""
-        assert self.vector is not None
+        """v/Σ (B, D); 0 where no row was seen. (0, D) where it was not asked for."""
+        if self.vector is None:
+            return self.total.new_empty((0, self.dim))
         return self.vector / torch.where(self.total == 0, 1, self.total).unsqueeze(1)
 
     def _raise_maximum(self, logits: Tensor, rows: slice) -> Tensor:
@@ -71,17 +80,16 @@ class _Sums:
         return finite
 
 
-@torch.library.custom_op("ntdne_kernels::streaming_log_scores", mutates_args=())
-def log_scores(
+def _class_sums(
     features: Tensor,
     bank: Tensor,
     labels: Tensor,
     index: Tensor,
     classes: list[Tensor],
     sigma: float,
-    need_direction: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`Backend.log_scores` in tiles."""
+    need_means: bool,
+) -> ClassSums:
+    """The sums of the queries over the bank, and their means, in tiles; all float64."""
     with torch.autocast(bank.device.type, enabled=False):
         queries = features.to(bank.dtype).contiguous()
         same, bank_labels, order, excluded = neighbours_of(labels, index, classes)
@@ -92,7 +100,7 @@ def log_scores(
             queries, same, excluded = queries[arrangement], same[arrangement], excluded[arrangement]
             runs = _class_runs(same)
             begins, stops = [run[2] for run in runs], [run[3] for run in runs]
-        same_rows, other_rows = _Sums(queries, need_direction), _Sums(queries, need_direction)
+        same_rows, other_rows = _Sums(queries, need_means), _Sums(queries, need_means)
         tracked = sigma < SMALLEST_PLAIN_SIGMA
         nothing = -torch.inf if tracked else 0  # what a row that does not count holds
 
@@ -115,24 +123,46 @@ def log_scores(
                 weights.masked_fill_(~others, nothing)
             other_rows.add(weights, tile, rows, tracked)
 
-        log_odds = torch.log(other_rows.total / same_rows.total)
-        if tracked:
-            log_odds += torch.where(other_rows.total > 0, other_rows.maximum - same_rows.maximum, 0)
-        has_positive = same_rows.total != 0  # NaN counts, and stays NaN
-        log_p = torch.where(has_positive, nn.functional.logsigmoid(-log_odds), -torch.inf)
-        log_sum_all = torch.logaddexp(same_rows.log_total(tracked), other_rows.log_total(tracked))
-        if need_direction:
-            direction = torch.sigmoid(log_odds).unsqueeze(1) * (same_rows.mean() - other_rows.mean()) / sigma
-            direction = torch.where(has_positive.unsqueeze(1), direction, 0)
-        else:
-            direction = log_p.new_empty((0, queries.size(1)))
-        if by_class:
-            place = torch.empty_like(arrangement)
-            place[arrangement] = torch.arange(len(place))
-            log_p, log_sum_all = log_p[place], log_sum_all[place]
-            direction = direction[place] if need_direction else direction
-        wide = accumulator_dtype(bank.dtype)
-        return log_p.to(wide), direction.to(wide), log_sum_all.to(wide)
+        sums = ClassSums(
+            same_rows.log_total(tracked), other_rows.log_total(tracked), same_rows.mean(), other_rows.mean()
+        )
+        if not by_class:
+            return sums
+        place = torch.empty_like(arrangement)
+        place[arrangement] = torch.arange(len(place))
+        return ClassSums(*(x[place] if len(x) else x for x in sums))
+
+
+@torch.library.custom_op("ntdne_kernels::streaming_class_sums", mutates_args=())
+def class_sums(
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: list[Tensor],
+    sigma: float,
+    need_means: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`Backend.class_sums` in tiles."""
+    wide = accumulator_dtype(bank.dtype)
+    log_same, log_other, *means = _class_sums(features, bank, labels, index, classes, sigma, need_means)
+    return log_same, log_other, means[0].to(wide), means[1].to(wide)
+
+
+@torch.library.custom_op("ntdne_kernels::streaming_log_scores", mutates_args=())
+def log_scores(
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: list[Tensor],
+    sigma: float,
+    need_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Backend.log_scores` in tiles."""
+    return log_scores_of(
+        _class_sums(features, bank, labels, index, classes, sigma, need_direction), sigma, accumulator_dtype(bank.dtype)
+    )
 
 
 @torch.library.custom_op("ntdne_kernels::streaming_bank_gradient", mutates_args=())
@@ -214,7 +244,8 @@ def _other_class(same: Tensor, bank_labels: Tensor | None, start: int, length: i
     return (j < same[:, :1]) | (j >= same[:, 1:])
 
 
+class_sums.register_fake(class_sums_fake)
 log_scores.register_fake(log_scores_fake)
 bank_gradient.register_fake(bank_gradient_fake)
 
-STREAMING = Backend(log_scores, bank_gradient)
+STREAMING = Backend(log_scores, class_sums, bank_gradient)

@@ -18,11 +18,13 @@ from tests.ops.test_leave_one_out import arguments
 
 
 def launch_all(B: int, D: int, dtype: torch.dtype, by: str) -> None:
-    """Every launch of a step: with and without gradient, three losses, both gradients."""
+    """Every launch of a step: with and without gradient, of a whole bank and a part, three losses, both gradients."""
     features, bank, labels, bank_labels, index = arguments(Archive(B, 4000, D, 7, dtype=dtype), by)
     classes = bank_labels.tensors() if isinstance(bank_labels, LabelIndex) else [bank_labels]
     batch = (features, bank, labels, index, classes, 0.1)
     triton.log_scores(*batch, False)
+    triton.class_sums(*batch, False)
+    triton.class_sums(*batch, True)
     log_p, direction, log_sum_all = triton.log_scores(*batch, True)
     for q, k, reduction in ((0.7, 0.3, "mean"), (None, None, "sum"), (0.7, None, "none")):
         value, slope = triton.loss_and_slope(log_p, None, q, k, reduction)

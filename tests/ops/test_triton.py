@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntdne_kernels import LabelIndex, functional
 from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, ntdne_loss, snca_loss
-from ntdne_kernels.ops import losses, streaming, triton
+from ntdne_kernels.ops import losses, triton
 from ntdne_kernels.ops.triton import configs, kernels
 from ntdne_kernels.ops.triton.configs import Config, Device, choose, columns, split_count
 from tests.conftest import Archive, served
-from tests.ops.test_leave_one_out import arguments
+from tests.ops.test_leave_one_out import arguments, op_arguments
 
 H200 = Device(capability=90, multiprocessors=132, shared=232_448)
 needs_interpreter = pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -134,7 +134,15 @@ class _Recorded:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict]]:
     """The kernels that are launched, in order, with what is compiled into them."""
     notes: list[tuple[str, dict]] = []
-    for name in ("prepare", "stream", "merge", "loss_and_slope", "gradient_to_features", "gradient_to_bank"):
+    for name in (
+        "prepare",
+        "stream",
+        "merge_to_log_scores",
+        "merge_to_class_sums",
+        "loss_and_slope",
+        "gradient_to_features",
+        "gradient_to_bank",
+    ):
         monkeypatch.setattr(kernels, name, _Recorded(name, notes))
     return notes
 
@@ -153,7 +161,9 @@ def test_six_launches_from_features_to_their_gradient(by, reduction, launches, k
         ntdne_loss(features, *rest, k=0.3, reduction=reduction, backend="triton").backward()
     others = [name for name in seen.operators if not any(word in name for word in NO_LAUNCH)]
     assert others == ["aten.ones_like.default"]  # where autograd begins
-    assert [name for name, _ in launches] == ["prepare", "stream", "merge", "loss_and_slope", "gradient_to_features"]
+    assert [name for name, _ in launches] == [
+        "prepare", "stream", "merge_to_log_scores", "loss_and_slope", "gradient_to_features",
+    ]  # fmt: skip
 
 
 def test_without_gradients_half_the_work_is_left_out(launches, kernel_device):
@@ -162,9 +172,20 @@ def test_without_gradients_half_the_work_is_left_out(launches, kernel_device):
         with torch.no_grad():
             leave_one_out_log_scores(features.requires_grad_(requires_grad), *rest, backend="triton")
     leave_one_out_log_scores(features, *rest, backend="triton")
-    assert [given["WEIGHTED"] for name, given in launches if name in ("stream", "merge")] == [False] * 6
+    assert [given["WEIGHTED"] for name, given in launches if "WEIGHTED" in given] == [False] * 6
     leave_one_out_log_scores(features.requires_grad_(), *rest, backend="triton")
     assert [given["WEIGHTED"] for name, given in launches[-2:]] == [True, True]
+
+
+@pytest.mark.parametrize("need_means", [True, False])
+def test_three_launches_for_a_part_of_a_bank_and_none_for_a_part_without_rows(need_means, launches, kernel_device):
+    features, bank, labels, index, classes = op_arguments(Archive(device=kernel_device), "sorted index")
+    triton.class_sums(features, bank[:0], labels, index, [classes[0], classes[1] * 0], 0.1, need_means)
+    triton.class_sums(features[:0], bank, labels[:0], index[:0], classes, 0.1, need_means)
+    assert launches == []
+    triton.class_sums(features, bank, labels, index, classes, 0.1, need_means)
+    assert [name for name, _ in launches] == ["prepare", "stream", "merge_to_class_sums"]
+    assert [given["WEIGHTED"] for _, given in launches[1:]] == [need_means] * 2
 
 
 @pytest.mark.parametrize("by", ["labels", "sorted index"])
@@ -205,7 +226,8 @@ def test_a_changing_batch_is_no_new_kernel():
     for kernel in (
         kernels.prepare,
         kernels.stream,
-        kernels.merge,
+        kernels.merge_to_log_scores,
+        kernels.merge_to_class_sums,
         kernels.loss_and_slope,
         kernels.gradient_to_features,
     ):
@@ -272,9 +294,11 @@ def test_every_device_has_tiles_that_fit_it_up_to_its_largest_width(capability, 
         assert 0 < choose(device, kernel, arithmetic, D, rows).shared <= device.shared
 
 
-def bank_of(device: str, dtype: torch.dtype = torch.float32, D: int = 128) -> SimpleNamespace:
-    """As much of a bank as the choice of a backend looks at."""
-    return SimpleNamespace(device=torch.device(device), dtype=dtype, size=lambda _: D)
+def chosen(name: str | None, device: str, D: int = 128) -> str:
+    """The backend for a float32 bank on a device that need not be here: as much of one as the choice looks at."""
+    bank = SimpleNamespace(device=torch.device(device), dtype=torch.float32, size=lambda _: D)
+    bank.new_empty = lambda *_, **__: bank
+    return functional.choose_backend(name, bank, bank.device)
 
 
 @pytest.fixture
@@ -294,35 +318,33 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(("major", "minor"), [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
 def test_gpus_with_tensor_core_code_take_triton(major, minor, gpu):
     gpu(major, minor)
-    assert functional._backend(None, bank_of("cuda")) is triton.TRITON
-    assert functional._backend("triton", bank_of("cuda")) is triton.TRITON
+    assert chosen(None, "cuda") == chosen("triton", "cuda") == "triton"
 
 
 def test_older_gpus_take_streaming_which_is_said_once(gpu):
     gpu(7, 5)
     with pytest.warns(UserWarning, match=r"streams through PyTorch.*8\.0 or newer, got 7\.5"):
-        assert functional._backend(None, bank_of("cuda")) is streaming.STREAMING
-    assert functional._backend(None, bank_of("cuda")) is streaming.STREAMING  # a warning would be an error here
+        assert chosen(None, "cuda") == "streaming"
+    assert chosen(None, "cuda") == "streaming"  # a warning would be an error here
     with pytest.raises(
         ValueError, match=r"backend: 'triton' needs a GPU of compute capability 8\.0 or newer, got 7\.5"
     ):
-        functional._backend("triton", bank_of("cuda"))
+        chosen("triton", "cuda")
 
 
 def test_more_columns_than_the_kernels_have_take_streaming(gpu):
     gpu(9, 0)
     with pytest.warns(UserWarning, match=r"at most \d+ columns of torch.float32 on this device, got 2000"):
-        assert functional._backend(None, bank_of("cuda", D=2000)) is streaming.STREAMING
+        assert chosen(None, "cuda", D=2000) == "streaming"
 
 
 def test_cpu_tensors_take_streaming_and_triton_only_in_the_interpreter(monkeypatch):
-    bank = torch.ones(3, 4)
-    assert functional._backend(None, bank) is streaming.STREAMING
+    assert chosen(None, "cpu") == "streaming"
     monkeypatch.setattr(triton, "INTERPRETED", True)
-    assert functional._backend("triton", bank) is triton.TRITON
+    assert chosen("triton", "cpu") == "triton"
     monkeypatch.setattr(triton, "INTERPRETED", False)
     with pytest.raises(ValueError, match="backend: 'triton' needs an NVIDIA GPU .*, got cpu"):
-        functional._backend("triton", bank)
+        chosen("triton", "cpu")
 
 
 def test_float32_products_follow_pytorchs_own_setting():

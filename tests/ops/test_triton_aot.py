@@ -1,4 +1,4 @@
-"""Every entry of the table of tile shapes, compiled for its GPU: that needs the compiler and no device.
+"""Every entry of the table of tile shapes and every merge, compiled for its GPU: that needs the compiler, no device.
 
 It runs in a process of its own, because this one may have the interpreter.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.aot import SHARED_LIMIT
+from benchmarks.aot import KERNELS, MERGES, SHARED_LIMIT
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,13 +26,17 @@ def output_of(*module: str) -> list[str]:
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
-def test_every_table_entry_compiles_without_spills_within_the_shared_memory_to_tensor_core_code(capability):
+def test_everything_compiles_without_spills_within_the_shared_memory_and_products_to_tensor_core_code(capability):
     rows = [json.loads(line) for line in output_of("benchmarks.aot", str(capability))]
-    assert len(rows) > 40
+    entries = [row for row in rows if row["kernel"] in KERNELS]
+    assert len(entries) > 40
+    assert {row["kernel"] for row in rows} == KERNELS.keys() | MERGES.keys()
     for row in rows:
         used, config = row["used"], row["config"]
         assert used["spilled"] == 0, row
         assert used["shared"] <= config["shared"] <= SHARED_LIMIT[capability], row
+    for row in entries:
+        used, config = row["used"], row["config"]
         if row["arithmetic"] in ("16-bit", "tf32"):
             assert used["wgmma"] or used["mma"], row
             if capability == 90 and row["kernel"] != "gradient" and config["block_b"] >= 64 and row["D"] <= 512:
@@ -48,5 +52,6 @@ def test_launches_compile_as_they_are_and_a_smaller_batch_compiles_nothing_anew(
     again, again_narrow, kernels = output_of("tests.ops.compile_launches")
     assert again == again_narrow == "compiled anew for a smaller batch: 0"
     assert kernels.split() == [
-        "kernels:", "gradient_to_bank", "gradient_to_features", "loss_and_slope", "merge", "prepare", "stream",
+        "kernels:", "gradient_to_bank", "gradient_to_features", "loss_and_slope", "merge_to_class_sums",
+        "merge_to_log_scores", "prepare", "stream",
     ]  # fmt: skip

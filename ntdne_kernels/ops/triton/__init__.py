@@ -12,11 +12,21 @@ import torch
 import triton
 from torch import Tensor
 
-from ntdne_kernels.ops.leave_one_out import Backend, bank_gradient_fake, log_scores_fake
+from ntdne_kernels.ops.bank_update import accumulator_dtype
+from ntdne_kernels.ops.leave_one_out import Backend, bank_gradient_fake, class_sums_fake, log_scores_fake
 from ntdne_kernels.ops.losses import loss_and_slope_fake
 from ntdne_kernels.ops.streaming import SMALLEST_PLAIN_SIGMA
 from ntdne_kernels.ops.triton import kernels
-from ntdne_kernels.ops.triton.configs import SMALLEST_CAPABILITY, Device, choose, columns, largest_D, split_count
+from ntdne_kernels.ops.triton.configs import (
+    MERGE_WARPS,
+    SMALLEST_CAPABILITY,
+    Device,
+    choose,
+    columns,
+    largest_D,
+    merge_blocks,
+    split_count,
+)
 
 # The products of 16-bit rows are exact in either mode; the bank's gradient has float32 factors, which meet as TF32.
 PRECISION = {"16-bit": "tf32", "tf32": "tf32", "ieee": "ieee", "fp64": "ieee"}
@@ -60,43 +70,30 @@ def log_scores(
     need_direction: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Backend.log_scores` in three launches."""
-    B, D = features.shape
-    N = len(bank)
-    log_p, direction, log_sum_all = log_scores_fake(features, bank, labels, index, classes, sigma, need_direction)
-    if B == 0:
-        return log_p, direction, log_sum_all
-    with _on(bank.device):
-        device, arithmetic = describe(bank.device), _arithmetic(bank.dtype)
-        kernel, kinds = ("labels", 2) if len(classes) == 1 else ("range", 1)
-        config = choose(device, kernel, arithmetic, D, B)
-        bank = _with_unit_stride(bank)
-        queries = _Queries.prepare(features, bank, labels, index, classes, config.block_b)
-        splits = split_count(device, config, B, N, D, kinds)
-        blocks = triton.cdiv(B, config.block_b)
-        tracked = sigma < SMALLEST_PLAIN_SIGMA or bank.dtype == torch.float16
-        numbers = {
-            "TRACKED": tracked,
-            "SHIFT": _FLOAT16_SHIFT if bank.dtype == torch.float16 else 0,
-            "WEIGHTED": need_direction,
-        }
-        totals = log_p.new_empty((splits, blocks, 2, config.block_b))
-        maxima = torch.empty_like(totals) if tracked else totals
-        vectors = log_p.new_empty((*totals.shape, D if need_direction else 0))
-        D1, D2 = columns(D)
-        scale = math.log2(math.e) / sigma
-        kernels.stream[(kinds * splits * blocks,)](
-            *queries.of_rows(bank), totals, maxima, vectors,
-            B, N, bank.stride(0), scale, splits, config.block_n * triton.cdiv(triton.cdiv(N, splits), config.block_n),
-            D=D, D1=D1, D2=D2, BLOCK_B=config.block_b, BLOCK_N=config.block_n, BY_RANGE=queries.by_range,
-            GATHER=queries.order is not None, **numbers, PRECISION=PRECISION[arithmetic], FOLD_ROWS=FOLD_ROWS,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-        kernels.merge[(B,)](
-            totals, maxima, vectors, queries.places, log_p, direction, log_sum_all, B, scale, sigma, splits,
-            D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_B=config.block_b, **numbers,
-            BLOCK_K=max(1024 // triton.next_power_of_2(D), 1), num_warps=1,
-        )  # fmt: skip
-    return log_p, direction, log_sum_all
+    out = log_scores_fake(features, bank, labels, index, classes, sigma, need_direction)
+    if len(features) > 0:
+        _sum_up(kernels.merge_to_log_scores, out, features, bank, labels, index, classes, sigma, need_direction)
+    return out
+
+
+@torch.library.custom_op("ntdne_kernels::triton_class_sums", mutates_args=())
+def class_sums(
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: list[Tensor],
+    sigma: float,
+    need_means: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`Backend.class_sums` in three launches."""
+    out = class_sums_fake(features, bank, labels, index, classes, sigma, need_means)
+    if len(features) > 0 and len(bank) > 0:
+        _sum_up(kernels.merge_to_class_sums, out, features, bank, labels, index, classes, sigma, need_means)
+    else:
+        for sums, nothing in zip(out, (-math.inf, -math.inf, 0, 0), strict=True):
+            sums.fill_(nothing)
+    return out
 
 
 @torch.library.custom_op("ntdne_kernels::triton_bank_gradient", mutates_args=())
@@ -167,6 +164,52 @@ def features_gradient(
     return gradient
 
 
+def _sum_up(
+    merge: Any,
+    out: tuple[Tensor, ...],
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: list[Tensor],
+    sigma: float,
+    weighted: bool,
+) -> None:
+    """Sum the splits of the bank up for each query; the kernel `merge` makes `out` of them."""
+    B, D = features.shape
+    N = len(bank)
+    with _on(bank.device):
+        device, arithmetic = describe(bank.device), _arithmetic(bank.dtype)
+        kernel, kinds = ("labels", 2) if len(classes) == 1 else ("range", 1)
+        config = choose(device, kernel, arithmetic, D, B)
+        bank = _with_unit_stride(bank)
+        queries = _Queries.prepare(features, bank, labels, index, classes, config.block_b)
+        splits = split_count(device, config, B, N, D, kinds)
+        blocks = triton.cdiv(B, config.block_b)
+        tracked = sigma < SMALLEST_PLAIN_SIGMA or bank.dtype == torch.float16
+        numbers = {
+            "TRACKED": tracked,
+            "SHIFT": _FLOAT16_SHIFT if bank.dtype == torch.float16 else 0,
+            "WEIGHTED": weighted,
+        }
+        totals = bank.new_empty((splits, blocks, 2, config.block_b), dtype=accumulator_dtype(bank.dtype))
+        maxima = torch.empty_like(totals) if tracked else totals
+        vectors = totals.new_empty((*totals.shape, D if weighted else 0))
+        D1, D2 = columns(D)
+        scale = math.log2(math.e) / sigma
+        kernels.stream[(kinds * splits * blocks,)](
+            *queries.of_rows(bank), totals, maxima, vectors,
+            B, N, bank.stride(0), scale, splits, config.block_n * triton.cdiv(triton.cdiv(N, splits), config.block_n),
+            D=D, D1=D1, D2=D2, BLOCK_B=config.block_b, BLOCK_N=config.block_n, BY_RANGE=queries.by_range,
+            GATHER=queries.order is not None, **numbers, PRECISION=PRECISION[arithmetic], FOLD_ROWS=FOLD_ROWS,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        merge[(B,)](
+            totals, maxima, vectors, queries.places, *out, B, scale, splits,
+            D=D, BLOCK_B=config.block_b, **numbers, **merge_blocks(D, totals.element_size()), num_warps=MERGE_WARPS,
+        )  # fmt: skip
+
+
 class _Queries(NamedTuple):
     """What `kernels.prepare` makes of a batch: its features in the bank's dtype and where its neighbours stand."""
 
@@ -232,6 +275,7 @@ def _with_unit_stride(bank: Tensor) -> Tensor:
 
 
 log_scores.register_fake(log_scores_fake)
+class_sums.register_fake(class_sums_fake)
 bank_gradient.register_fake(bank_gradient_fake)
 loss_and_slope.register_fake(loss_and_slope_fake)
 
@@ -241,4 +285,4 @@ def _(direction: Tensor, log_p: Tensor, slope: Tensor | None, grad: Tensor, dtyp
     return torch.empty_like(direction, dtype=dtype)
 
 
-TRITON = Backend(log_scores, bank_gradient, loss_and_slope, features_gradient)
+TRITON = Backend(log_scores, class_sums, bank_gradient, loss_and_slope, features_gradient)

@@ -32,6 +32,7 @@ _LARGEST_D = {
 # A program's start (queries, first tiles) and end (its sums, and their merge) cost about as much as this many tiles.
 _TILES_PER_START = 4
 _LARGEST_PARTIAL_SUMS = 32 << 20  # bytes
+MERGE_WARPS = 1  # for the 4 KB of one query
 
 
 class Config(NamedTuple):
@@ -70,6 +71,12 @@ def columns(D: int) -> tuple[int, int]:
         return largest, 0
     rest = max(1 << (D - largest - 1).bit_length(), 16)
     return (largest, rest) if rest < largest else (2 * largest, 0)
+
+
+def merge_blocks(D: int, element_size: int) -> dict[str, int]:
+    """What a program that merges splits holds at once: all columns of splits that make 4 KB; 8 KB spill on sm_90."""
+    BLOCK_D = 1 << (D - 1).bit_length()
+    return {"BLOCK_D": BLOCK_D, "BLOCK_K": max(4096 // (BLOCK_D * element_size), 1)}
 
 
 @cache

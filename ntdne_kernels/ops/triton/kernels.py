@@ -7,6 +7,8 @@ over the rows of the query's own class, so that nothing cancels where p is near 
     1/p − 1        = Σ_other/Σ_same
     ∂log p_i/∂f_i  = (1 − p)·(v_same/Σ_same − v_other/Σ_other)/σ      = (μ_same − μ_all)/σ
 
+A launch over the whole bank ends in these two, one over a part of it in log Σ and v/Σ of both sums.
+
 How rows of a query's class are told apart, and what it costs in products (one pass over the bank is 1):
 
 - The bank in class order, or visited in it through `order`: a class is one range of rows, and queries stand sorted by
@@ -310,10 +312,10 @@ def stream(
 
 @_part
 def _merge_splits(
-    totals, maxima, vectors, first, stride, splits, d,
-    D: tl.constexpr, TRACKED: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr,
+    totals, maxima, vectors, first, stride, splits, scale, d,
+    D: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Σ, its maximum and v (BLOCK_D,) over the slots first, first + stride, ..., one of each split."""
+    """log Σ and μ = v/Σ (BLOCK_D,) over the slots first, first + stride, ... of the splits; −inf and 0 of no row."""
     k = tl.arange(0, BLOCK_K)
     total = tl.full((), 0, totals.dtype.element_ty)
     vector = tl.full(d.shape, 0, totals.dtype.element_ty)
@@ -337,39 +339,48 @@ def _merge_splits(
             here = (part != 0)[:, None] & (d < D)[None, :]
             rows = tl.load(vectors + slot[:, None] * D + d[None, :], mask=here, other=0.0)
             vector += tl.sum(rows * factor[:, None], 0)
-    return total, highest, vector
+    # A handful of float64 operations per query: the GPU's fast float32 logarithm is wrong by 2e-7 near 1.
+    log_total = tl.log(total.to(tl.float64))
+    offset = scale
+    if TRACKED:
+        offset = tl.where(total != 0, (highest - SHIFT).to(tl.float64), 0.0)
+    return log_total + offset * LN_2, vector / tl.where(total != 0, total, 1.0)
+
+
+@_part
+def _merged(
+    totals, maxima, vectors, i, B, scale, splits, d,
+    D: tl.constexpr, BLOCK_B: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """log Σ and μ of the query at place i: over the rows of its class, and over the others."""
+    first = i // BLOCK_B * 2 * BLOCK_B + i % BLOCK_B
+    stride = (first * 0 + tl.cdiv(B, BLOCK_B)) * 2 * BLOCK_B
+    log_other, mean_other = _merge_splits(
+        totals, maxima, vectors, first, stride, splits, scale, d, D, TRACKED, SHIFT, WEIGHTED, BLOCK_K
+    )
+    log_same, mean_same = _merge_splits(
+        totals, maxima, vectors, first + BLOCK_B, stride, splits, scale, d, D, TRACKED, SHIFT, WEIGHTED, BLOCK_K
+    )
+    return log_same, log_other, mean_same, mean_other
 
 
 @triton.jit(do_not_specialize=["B", "splits"])
-def merge(
+def merge_to_log_scores(
     totals, maxima, vectors, places,
     log_p, direction, log_sum_all,  # out (B,), (B, D), (B,)
-    B, scale: tl.float64, sigma: tl.float64, splits,
+    B, scale: tl.float64, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr,
     WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One query: log p, its gradient direction (μ_same − μ_all)/σ, and log Σ_all."""
+    """One query over the whole bank: log p, its gradient direction (μ_same − μ_all)/σ, and log Σ_all."""
     i = tl.program_id(0).to(tl.int64)
     out = tl.load(places + i * 4 + SOURCE)
     d = tl.arange(0, BLOCK_D)
-    first = i // BLOCK_B * 2 * BLOCK_B + i % BLOCK_B
-    stride = (first * 0 + tl.cdiv(B, BLOCK_B)) * 2 * BLOCK_B
-    other, highest_other, v_other = _merge_splits(
-        totals, maxima, vectors, first, stride, splits, d, D, TRACKED, WEIGHTED, BLOCK_K
+    log_same, log_other, mean_same, mean_other = _merged(
+        totals, maxima, vectors, i, B, scale, splits, d, D, BLOCK_B, TRACKED, SHIFT, WEIGHTED, BLOCK_K
     )
-    same, highest_same, v_same = _merge_splits(
-        totals, maxima, vectors, first + BLOCK_B, stride, splits, d, D, TRACKED, WEIGHTED, BLOCK_K
-    )
-    # A handful of float64 operations per query: the GPU's fast float32 logarithm is wrong by 2e-7 near 1.
-    has_positive = same != 0  # NaN counts, and stays NaN
-    log_same = tl.log(same.to(tl.float64))
-    log_other = tl.log(other.to(tl.float64))
-    if TRACKED:
-        log_same += tl.where(has_positive, (highest_same - SHIFT).to(tl.float64) * LN_2, 0.0)
-        log_other += tl.where(other != 0, (highest_other - SHIFT).to(tl.float64) * LN_2, 0.0)
-    else:
-        log_same += scale * LN_2
-        log_other += scale * LN_2
+    has_positive = log_same != float("-inf")  # NaN counts, and stays NaN
     log_odds = log_other - log_same
     # log p = −log(1 + e^log_odds); log Σ_all = log(Σ_same + Σ_other)
     rest = tl.log(1.0 + tl.exp(-tl.abs(log_odds)))
@@ -379,10 +390,30 @@ def merge(
     tl.store(log_sum_all + out, log_all.to(log_sum_all.dtype.element_ty))
     if WEIGHTED:
         one_minus_p = 1.0 / (1.0 + tl.exp(-log_odds))
-        mu_same = v_same / tl.where(has_positive, same, 1.0)
-        mu_other = v_other / tl.where(other != 0, other, 1.0)
-        row = (mu_same - mu_other) * (one_minus_p / sigma).to(mu_same.dtype)
+        row = (mean_same - mean_other) * (one_minus_p * scale * LN_2).to(mean_same.dtype)  # scale·ln 2 = 1/σ
         tl.store(direction + out * D + d, tl.where(has_positive, row, 0.0), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["B", "splits"])
+def merge_to_class_sums(
+    totals, maxima, vectors, places,
+    log_same, log_other, mean_same, mean_other,  # out (B,), (B,), (B, D), (B, D)
+    B, scale: tl.float64, splits,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr,
+    WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One query over a part of the bank: log Σ and μ of both sums, from which parts are merged."""
+    i = tl.program_id(0).to(tl.int64)
+    out = tl.load(places + i * 4 + SOURCE)
+    d = tl.arange(0, BLOCK_D)
+    log_sum_same, log_sum_other, row_same, row_other = _merged(
+        totals, maxima, vectors, i, B, scale, splits, d, D, BLOCK_B, TRACKED, SHIFT, WEIGHTED, BLOCK_K
+    )
+    tl.store(log_same + out, log_sum_same)
+    tl.store(log_other + out, log_sum_other)
+    if WEIGHTED:
+        tl.store(mean_same + out * D + d, row_same, mask=d < D)
+        tl.store(mean_other + out * D + d, row_other, mask=d < D)
 
 
 @triton.jit(do_not_specialize=["B"])

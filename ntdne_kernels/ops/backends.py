@@ -1,0 +1,27 @@
+"""The backends by name, as arguments and custom ops give them."""
+
+from torch import Tensor
+
+from ntdne_kernels.ops import reference
+from ntdne_kernels.ops.leave_one_out import Backend, ClassSumsFunction
+from ntdne_kernels.ops.streaming import STREAMING
+
+try:
+    from ntdne_kernels.ops import triton
+except ImportError:  # Triton exists for Linux
+    triton = None  # type: ignore[assignment]
+
+BACKENDS: dict[str, Backend | None] = {"reference": None, "streaming": STREAMING}
+if triton is not None:
+    BACKENDS["triton"] = triton.TRITON
+
+
+def triton_misses(bank: Tensor) -> str | None:
+    """What the Triton kernels need and do not have here, or None where they can serve the bank."""
+    return "the triton package" if triton is None else triton.missing(bank)
+
+
+def class_sums_of(name: str) -> ClassSumsFunction:
+    """How the backend makes `ClassSums`."""
+    backend = BACKENDS[name]
+    return reference.class_sums if backend is None else backend.class_sums

@@ -1,0 +1,164 @@
+"""Sums over a bank that lives elsewhere than its queries: in host memory or in a mapped file, with queries on a GPU.
+
+The bank comes to the queries' device in chunks, two of which are there at a time: one is copied while the other one is
+summed. What the device holds does not grow with the bank, and a step takes as long as reading the bank once through
+the bus: N·D·(bytes per element) / bandwidth.
+
+Shapes: B queries, N bank rows, n rows of a chunk, D features, C classes.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from ntdne_kernels.ops.backends import BACKENDS, class_sums_of
+from ntdne_kernels.ops.bank_update import accumulator_dtype
+from ntdne_kernels.ops.class_sums import ClassSums, add_part, log_scores_of
+from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, Backend, ClassSumsFunction, log_scores_fake
+from ntdne_kernels.ops.streaming import STREAMING
+
+# A chunk must take longer to copy than its sums take to launch, or the bus waits for the host. Reckoned, not measured:
+# 64 MiB take 1.2 ms at the 55 GB/s of PCIe 5, fifty launches 0.3 ms.
+CHUNK_BYTES = 64 << 20
+
+
+def class_sums(
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: list[Tensor],
+    sigma: float,
+    need_means: bool,
+    backend: str,
+) -> ClassSums:
+    """`Backend.class_sums` of the backend so called, for a bank that may be on another device than all the rest.
+
+    Returns once a bank elsewhere has been read, so that it may then be written; the sums may still be in the making.
+
+    Raises:
+        ValueError: the rows of a bank elsewhere are neither in class order nor given with plain labels.
+    """
+    sum_part = class_sums_of(backend)
+    if bank.device == features.device:
+        return ClassSums(*sum_part(features, bank, labels, index, classes, sigma, need_means))
+    chunks = chunks_of(bank, features.device, max(CHUNK_BYTES // (bank.size(1) * bank.element_size()), 1))
+    return sum_chunks(features, chunks, labels, index, classes, sigma, need_means, sum_part)
+
+
+def sum_chunks(
+    features: Tensor,
+    chunks: Iterable[tuple[int, Tensor]],
+    labels: Tensor,
+    index: Tensor,
+    classes: list[Tensor],
+    sigma: float,
+    need_means: bool,
+    sum_part: ClassSumsFunction,
+) -> ClassSums:
+    """The sums over a bank of which (first row, rows (n, D)) come one after the other, at least one."""
+    sums: ClassSums | None = None
+    for start, chunk in chunks:
+        inside = (index >= start) & (index < start + len(chunk))
+        place = torch.where(inside, index - start, NOT_IN_BANK)
+        here = _classes_of(classes, start, len(chunk))
+        part = sum_part(features, chunk, labels, place, here, sigma, need_means)
+        sums = add_part(sums, ClassSums(*part))
+    assert sums is not None
+    return sums
+
+
+def _classes_of(classes: list[Tensor], start: int, n: int) -> list[Tensor]:
+    """The `classes` of `neighbours_of` for the rows from `start` to `start + n` alone."""
+    if len(classes) == 1:
+        return [classes[0][start : start + n]]
+    if len(classes) == 2:
+        return [classes[0], (classes[1] - start).clamp(0, n)]
+    raise ValueError(
+        "bank_labels: expected an index of rows in class order, or plain labels, for a bank that is not on the device "
+        "of the features; got an index of rows in another order, which would be gathered one by one"
+    )
+
+
+def chunks_of(bank: Tensor, device: torch.device, length: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, rows (n, D) on the device), `length` of them at a time; one empty chunk of an empty bank.
+
+    To a GPU the next chunk is copied while the one before is in use: until the next but one is asked for.
+    """
+    starts = range(0, max(len(bank), 1), length)
+    if device.type != "cuda":
+        for start in starts:
+            yield start, bank[start : start + length].to(device)
+        return
+    main, side = torch.cuda.current_stream(device), _side_stream(device)
+    shape = (min(length, len(bank)), bank.size(1))
+    with torch.cuda.stream(side):  # memory of this stream: who gets it next writes after what is waited for below
+        buffers = [torch.empty(shape, dtype=bank.dtype, device=device) for _ in range(2)]
+    staging = None
+    if not bank.is_pinned():  # the GPU reads pinned memory alone on its own
+        staging = [torch.empty(shape, dtype=bank.dtype, pin_memory=True) for _ in range(2)]
+    copied, used = ([torch.cuda.Event(), torch.cuda.Event()] for _ in range(2))
+    for c, start in enumerate(starts):
+        slot, rows = c % 2, bank[start : start + length]
+        if staging is not None:
+            copied[slot].synchronize()
+            rows = staging[slot][: len(rows)].copy_(rows)
+        with torch.cuda.stream(side):
+            side.wait_event(used[slot])
+            chunk = buffers[slot][: len(rows)].copy_(rows, non_blocking=True)
+            copied[slot].record(side)
+        main.wait_event(copied[slot])
+        yield start, chunk
+        used[slot].record(main)
+    side.wait_stream(main)
+    copied[slot].synchronize()  # the last copy: from here on the bank may be written
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that copies to the device; always the same one, because the memory of its buffers is its own."""
+    return torch.cuda.Stream(device)
+
+
+@torch.library.custom_op("ntdne_kernels::chunked_log_scores", mutates_args=())
+def log_scores(
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: list[Tensor],
+    sigma: float,
+    need_direction: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Backend.log_scores` of the backend so called, for a bank that may be on another device than all the rest."""
+    sums = class_sums(features, bank, labels, index, classes, sigma, need_direction, backend)
+    return log_scores_of(sums, sigma, accumulator_dtype(bank.dtype))
+
+
+@log_scores.register_fake
+def _(
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    classes: list[Tensor],
+    sigma: float,
+    need_direction: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return log_scores_fake(features, features.to(bank.dtype), labels, index, classes, sigma, need_direction)
+
+
+CHUNKED: dict[str, Backend] = {
+    name: replace(
+        backend or STREAMING,
+        log_scores=partial(log_scores, backend=name),
+        class_sums=partial(class_sums, backend=name),
+    )
+    for name, backend in BACKENDS.items()
+}
+"""The backends, by name, for a bank elsewhere. Its gradient they do not make."""
