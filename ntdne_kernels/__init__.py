@@ -3,10 +3,19 @@
 from importlib.metadata import version
 
 from ntdne_kernels import functional
-from ntdne_kernels.bank import MemoryBank, fill_bank
+from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.data import IndexedDataset
+from ntdne_kernels.fill import fill_bank
 from ntdne_kernels.label_index import LabelIndex
 from ntdne_kernels.loss import NTDNELoss, SNCALoss
 
-__all__ = ["IndexedDataset", "LabelIndex", "MemoryBank", "NTDNELoss", "SNCALoss", "fill_bank", "functional"]
+__all__ = [
+    "IndexedDataset",
+    "LabelIndex",
+    "MemoryBank",
+    "NTDNELoss",
+    "SNCALoss",
+    "fill_bank",
+    "functional",
+]
 __version__ = version("ntdne_kernels")

@@ -4,17 +4,24 @@ Shapes: B images of a batch, N images of the archive, D features.
 """
 
 import math
+import os
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import ProcessGroup
 
 from ntdne_kernels import functional
-from ntdne_kernels.bank import MemoryBank, fill_bank
+from ntdne_kernels.bank import MemoryBank
+from ntdne_kernels.distributed import Ranks, ShardedLoss
+from ntdne_kernels.fill import fill_bank
 from ntdne_kernels.functional import check_choice, check_number, check_range
 from ntdne_kernels.label_index import check_labels
+from ntdne_kernels.ops import sharded
 from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED
 from ntdne_kernels.ops.losses import Loss
@@ -39,6 +46,9 @@ class _NeighbourhoodLoss(nn.Module):
         generator: torch.Generator | None,
         device: torch.device | str | None,
         dtype: torch.dtype,
+        process_group: ProcessGroup | DeviceMesh | None,
+        storage: str,
+        path: str | os.PathLike[str] | None,
     ) -> None:
         super().__init__()
         check_number("sigma", sigma, 0, float("inf"))
@@ -49,7 +59,16 @@ class _NeighbourhoodLoss(nn.Module):
         self.reduction = reduction
         self.fused = fused
         self.validate = validate
-        self.memory = MemoryBank(labels, dim, generator=generator, device=device, dtype=dtype)
+        self.memory = MemoryBank(
+            labels,
+            dim,
+            generator=generator,
+            device=device,
+            dtype=dtype,
+            process_group=process_group,
+            storage=storage,
+            path=path,
+        )
         self.epoch = 0
         self._epoch_was_set = False
         self._bank_was_updated = False
@@ -79,19 +98,20 @@ class _NeighbourhoodLoss(nn.Module):
                 GPU only with validate=True, which synchronises.
         """
         memory = self.memory
+        if memory.ranks is not None:
+            return self._forward_over_ranks(memory.ranks, features, index, labels, return_scores)
         self._check_features(features)
-        index, labels = self._images_and_labels(len(features), index, labels)
-        with torch.autocast(features.device.type, enabled=False):
-            wide = features.to(accumulator_dtype(memory.storage.dtype))
-            unit = nn.functional.normalize(wide, dim=1)
+        index, labels = self._check_images(len(features), index, labels)
+        images = index.clamp(0, len(memory) - 1)
+        labels = torch.where(index >= 0, memory.labels[images], labels)
         loss, log_p = functional.loss_and_log_scores(
-            unit,
+            self._unit(features),
             memory.storage,
             labels,
             memory.index,
             memory.places(index),
             self._loss(),
-            self._indicator(index),
+            self._indicator(memory.scores[images], labels, index),
             sigma=self.sigma,
             backend=self._backend,
         )
@@ -100,15 +120,54 @@ class _NeighbourhoodLoss(nn.Module):
             memory.record_(log_p, index)
         return (loss, log_p.exp()) if return_scores else loss
 
+    def _forward_over_ranks(
+        self, ranks: Ranks, features: Tensor, index: Tensor | None, labels: Tensor | None, return_scores: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        memory = self.memory
+
+        given: list[Tensor] = []
+
+        def check() -> int:
+            self._check_features(features)
+            given.extend(self._check_images(len(features), index, labels))
+            return len(features)
+
+        sizes = ranks.counts(check)
+        batch = memory.look_up(given[0], given[1], sizes)
+        loss, log_p = ShardedLoss.apply(
+            self._unit(features),
+            memory.storage,
+            batch.labels,
+            memory.local(batch.places),
+            memory.index.tensors(),
+            float(self.sigma),
+            self._loss(),
+            self._indicator(batch.scores, batch.labels, batch.images),
+            functional.choose_backend(self._backend, memory.storage, memory.device),
+            torch.is_grad_enabled() and features.requires_grad,
+            sizes,
+            ranks,
+        )
+        if self.training:
+            self._note_training(sum(sizes))
+            memory.record_(log_p, batch.images)
+        return (loss, log_p[ranks.own(sizes)].exp()) if return_scores else loss
+
+    def _unit(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return nn.functional.normalize(features.to(accumulator_dtype(self.memory.storage.dtype)), dim=1)
+
     def update_bank(self, features: Tensor, index: Tensor) -> None:
         """Blend the batch into the bank (eq. 15), in place; detaches by itself. See `functional.update_bank_`."""
         self.memory.update_(features, index, self.momentum, validate=self.validate)
         self._bank_was_updated = True
 
-    def fill_bank(self, encoder: nn.Module, loader: Iterable[Any], *, progress: bool = True) -> int:
+    def fill_bank(
+        self, encoder: nn.Module, loader: Iterable[Any], *, progress: bool = True, resume: str | Path | None = None
+    ) -> int:
         """Replace the bank by the encoder's features of the archive; see `ntdne_kernels.fill_bank`."""
         self._bank_was_updated = True
-        return fill_bank(self.memory, encoder, loader, progress=progress)
+        return fill_bank(self.memory, encoder, loader, progress=progress, resume=resume)
 
     @torch.no_grad()
     def refresh_indicator(self) -> None:
@@ -117,19 +176,37 @@ class _NeighbourhoodLoss(nn.Module):
         The rows are those of the last updates; `fill_bank` first brings them up to the encoder as it is.
         """
         memory = self.memory
-        places = torch.arange(len(memory), device=memory.storage.device)
-        ordered_labels = memory.labels[memory.order]
-        for chunk in places.split(REFRESH_CHUNK):
-            log_p = functional.leave_one_out_log_scores(
-                memory.storage[chunk],
-                memory.storage,
-                ordered_labels[chunk],
-                memory.index,
-                chunk,
-                sigma=self.sigma,
-                backend=self._backend,
-            )
-            memory.record_(log_p, memory.order[chunk])
+        n = len(memory.images)
+        most = n if memory.ranks is None else memory.ranks.most(len(memory))
+        for start in range(0, most, REFRESH_CHUNK):  # on each rank as often as on any other
+            rows = torch.arange(min(start, n), min(start + REFRESH_CHUNK, n), device=memory.device)
+            images, labels, places = memory.order[rows], memory.stored_labels(rows), rows + memory.images.start
+            if memory.ranks is None:
+                log_p = functional.leave_one_out_log_scores(
+                    memory.take(rows),
+                    memory.storage,
+                    labels,
+                    memory.index,
+                    places,
+                    sigma=self.sigma,
+                    backend=self._backend,
+                )
+            else:
+                sizes = memory.ranks.counts(rows.__len__)
+                images, labels, places = memory.ranks.gather(torch.stack([images, labels, places], 1), sizes).unbind(1)
+                log_p, _ = sharded.log_scores(
+                    memory.take(rows),
+                    memory.storage,
+                    labels,
+                    memory.local(places),
+                    memory.index.tensors(),
+                    float(self.sigma),
+                    False,
+                    functional.choose_backend(self._backend, memory.storage, memory.device),
+                    sizes,
+                    memory.ranks.name,
+                )
+            memory.record_(log_p, images)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the loss which epoch begins, from 0, as with DistributedSampler.set_epoch."""
@@ -159,8 +236,8 @@ class _NeighbourhoodLoss(nn.Module):
     def _loss(self) -> Loss:
         raise NotImplementedError
 
-    def _indicator(self, index: Tensor) -> Tensor | None:
-        """The log scores (B,) that decide on pruning in place of the current ones."""
+    def _indicator(self, stored: Tensor, labels: Tensor, index: Tensor) -> Tensor | None:
+        """The log scores (B,) that decide on pruning in place of the current ones, from those stored (B,)."""
         return None
 
     def _check_features(self, features: Tensor) -> None:
@@ -168,14 +245,15 @@ class _NeighbourhoodLoss(nn.Module):
         if not isinstance(features, Tensor) or not features.is_floating_point():
             found = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"features: expected a float tensor, got {found}")
-        if features.device != storage.device:
-            raise ValueError(f"features: expected the bank's device, {storage.device}, got {features.device}")
+        if features.device != self.memory.device:
+            raise ValueError(f"features: expected the bank's device, {self.memory.device}, got {features.device}")
         if features.dim() != 2 or features.size(1) != storage.size(1):
             raise ValueError(
                 f"features: expected shape (B, {storage.size(1)}) as in the bank, got {tuple(features.shape)}"
             )
 
-    def _images_and_labels(self, B: int, index: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _check_images(self, B: int, index: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Images, −1 for none, and the labels given (B,), −1 for none, as int64."""
         memory = self.memory
         if index is None and labels is None:
             raise ValueError("index: expected the images of the batch, or labels for features without one; got neither")
@@ -184,8 +262,8 @@ class _NeighbourhoodLoss(nn.Module):
                 continue
             if len(check_labels(given, name)) != B:
                 raise ValueError(f"{name}: expected one value for each of the {B} features, got {len(given)}")
-            if given.device != memory.labels.device:
-                raise ValueError(f"{name}: expected the bank's device, {memory.labels.device}, got {given.device}")
+            if given.device != memory.device:
+                raise ValueError(f"{name}: expected the bank's device, {memory.device}, got {given.device}")
         if index is None:
             index = memory.labels.new_full((B,), NOT_IN_BANK)
         else:
@@ -197,8 +275,7 @@ class _NeighbourhoodLoss(nn.Module):
                 row = int((index == NOT_IN_BANK).nonzero()[0])
                 raise ValueError(f"labels: expected labels, because index is -1 in row {row}; got None")
             labels = torch.full_like(index, UNLABELLED)
-        stored = memory.labels[index.clamp(0, len(memory) - 1)]
-        return index, torch.where(index >= 0, stored, labels.to(torch.int64))
+        return index, labels.to(torch.int64)
 
     def _note_training(self, B: int) -> None:
         """Warn, once each, of ways to train that cannot be meant; not in a compiled criterion."""
@@ -209,10 +286,10 @@ class _NeighbourhoodLoss(nn.Module):
         if 0 < self._images_seen - len(self.memory) <= B:
             self._note_first_pass()
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if first and distributed and torch.distributed.get_world_size() > 1:
+        if first and self.memory.ranks is None and distributed and torch.distributed.get_world_size() > 1:
             warnings.warn(
                 f"each of the {torch.distributed.get_world_size()} ranks keeps a bank of its own, which sees only that "
-                "rank's images: the banks drift apart",
+                "rank's images: the banks drift apart; process_group=torch.distributed.group.WORLD shards one bank",
                 stacklevel=3,
             )
 
@@ -267,6 +344,10 @@ class NTDNELoss(_NeighbourhoodLoss):
         validate: look for bad values on a GPU too, which synchronises.
         generator: source of the bank's random start.
         device, dtype: of the bank. The dtype decides the arithmetic, whatever autocast says.
+        process_group: ranks that share the bank, each holding a part of its rows (a torch.distributed group, or a
+            DeviceMesh of one dimension). Every call is then made by all of them; the batch is that of all ranks, and
+            loss and gradients are those of one process on it, once DistributedDataParallel has averaged the latter.
+        storage, path: "device", "host" or "disk": where the rows live; see `MemoryBank`.
 
     Attributes:
         sigma, q, k, momentum: may be changed between steps, by a schedule say. A compiled criterion is compiled anew
@@ -296,6 +377,9 @@ class NTDNELoss(_NeighbourhoodLoss):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        storage: str = "device",
+        path: str | os.PathLike[str] | None = None,
     ) -> None:
         check_number("q", q, 0, 1, upper_included=True)
         _check_k(k)
@@ -312,6 +396,9 @@ class NTDNELoss(_NeighbourhoodLoss):
             generator=generator,
             device=device,
             dtype=dtype,
+            process_group=process_group,
+            storage=storage,
+            path=path,
         )
         self.q = q
         self.k = k
@@ -361,14 +448,12 @@ class NTDNELoss(_NeighbourhoodLoss):
         others = memory.offsets.diff()[place] - 1
         return torch.log(others.double() / max(len(memory) - 1, 1))  # half precision ends at 65,504 images
 
-    def _indicator(self, index: Tensor) -> Tensor | None:
+    def _indicator(self, stored: Tensor, labels: Tensor, index: Tensor) -> Tensor | None:
         auto = isinstance(self.k, str)
         if not self.pruning or (self.indicator == "current" and not auto):
             return None
-        images = index.clamp(0, len(self.memory) - 1)
-        stored = self.memory.scores[images]
         if auto:
-            stored = torch.where(stored <= self._log_threshold(self.memory.labels[images]), -torch.inf, torch.inf)
+            stored = torch.where(stored <= self._log_threshold(labels), -torch.inf, torch.inf)
         kept_unless_known = stored.nan_to_num(nan=torch.inf, neginf=-torch.inf)
         return torch.where(index >= 0, kept_unless_known, torch.nan)
 
@@ -422,6 +507,9 @@ class SNCALoss(_NeighbourhoodLoss):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        storage: str = "device",
+        path: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(
             labels,
@@ -434,6 +522,9 @@ class SNCALoss(_NeighbourhoodLoss):
             generator=generator,
             device=device,
             dtype=dtype,
+            process_group=process_group,
+            storage=storage,
+            path=path,
         )
 
     def extra_repr(self) -> str:

@@ -1,11 +1,11 @@
-"""MemoryBank and fill_bank: rows by image whatever their storage order, checkpoints that load whole or not."""
+"""MemoryBank: rows by image whatever their storage order, checkpoints that load whole or not."""
+
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from ntdne_kernels import IndexedDataset, MemoryBank, fill_bank
+from ntdne_kernels import MemoryBank, NTDNELoss
 from ntdne_kernels.ops import bank_update
 from tests import formulas
 
@@ -168,57 +168,6 @@ def test_bad_arguments_are_named(call, error, message):
         call()
 
 
-def encoder_and_loader(images: int = 10) -> tuple[nn.Module, DataLoader]:
-    torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6))
-    encoder[1].eval()
-    data = TensorDataset(torch.randn(images, 3), LABELS[:images])
-    return encoder, DataLoader(IndexedDataset(data), batch_size=4, shuffle=True)
-
-
-@pytest.mark.parametrize("progress", [True, False])
-def test_fill_bank_writes_the_features_of_every_image(progress):
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
-    assert fill_bank(bank, encoder, loader, progress=progress) == 10
-    images = loader.dataset.dataset.tensors[0]
-    assert [module.training for module in encoder.modules()] == [True, True, False]
-    expected = nn.functional.normalize(encoder.eval()(images), dim=1)
-    torch.testing.assert_close(bank.rows(torch.arange(10)), expected.detach())
-
-
-def test_fill_bank_restores_the_encoder_after_an_error():
-    bank, (encoder, loader) = bank_of(dim=7), encoder_and_loader()
-    with pytest.raises(ValueError, match="features: expected 7 columns"):
-        fill_bank(bank, encoder, loader, progress=False)
-    assert [module.training for module in encoder.modules()] == [True, True, False]
-
-
-def test_fill_bank_says_which_share_of_the_archive_was_missing():
-    bank, (encoder, loader) = bank_of(), encoder_and_loader(images=8)
-    with pytest.warns(UserWarning, match="2 of 10 images were not in the loader"):
-        assert fill_bank(bank, encoder, loader, progress=False) == 8
-
-
-def test_fill_bank_wants_indices():
-    bank, (encoder, _) = bank_of(), encoder_and_loader()
-    with pytest.raises(TypeError, match="loader: expected batches \\(images, ..., index\\)"):
-        fill_bank(bank, encoder, [torch.zeros(4, 3)], progress=False)
-
-
-def test_fill_bank_refuses_labels_in_place_of_indices():
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
-    before = bank.rows(torch.arange(10))
-    with pytest.raises(ValueError, match="loader: .* got the same index twice; does the batch end with labels"):
-        fill_bank(bank, encoder, DataLoader(loader.dataset.dataset, batch_size=10), progress=False)
-    assert torch.equal(bank.rows(torch.arange(10)), before)
-
-
-def test_fill_bank_reports_progress_line_by_line_where_there_is_no_terminal(capsys):
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
-    fill_bank(bank, encoder, loader)
-    assert "Filling the bank: 3 of 3 batches" in capsys.readouterr().err
-
-
 @pytest.mark.gpu
 def test_skipped_rows_counts_what_a_gpu_left_out():
     bank = bank_of(device="cuda")
@@ -250,3 +199,96 @@ def test_an_index_on_another_device_is_named(method):
     arguments = (index,) if method == "rows" else (torch.ones(1, 6), index)
     with pytest.raises(ValueError, match="index: expected the bank's device, cpu, got meta"):
         getattr(bank_of(), method)(*arguments)
+
+
+def on(storage: str, tmp_path: Path, **options) -> MemoryBank:
+    return bank_of(storage=storage, path=tmp_path / "bank" if storage == "disk" else None, **options)
+
+
+@pytest.mark.parametrize("storage", ["host", "disk"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rows_elsewhere_hold_the_same_numbers(storage, dtype, device, tmp_path):
+    results = []
+    for kind in ("device", storage):
+        made = torch.Generator().manual_seed(0)
+        criterion = NTDNELoss(
+            LABELS, 6, generator=made, dtype=dtype, storage=kind, path=tmp_path / "bank" if kind == "disk" else None
+        ).to(device)
+        assert criterion.memory.storage.device == (device if kind == "device" else torch.device("cpu"))
+        assert criterion.memory.storage.is_pinned() == (kind == "host" and device.type == "cuda")
+        for _ in range(2):
+            features = torch.randn(4, 6, generator=made).to(device).requires_grad_()
+            index = torch.tensor([3, 0, 3, -1], device=device)
+            loss = criterion(features, index, labels=torch.ones_like(index))
+            loss.backward()
+            criterion.update_bank(features, index)
+        criterion.refresh_indicator()
+        criterion.memory.relabel(LABELS.flip(0).to(device))
+        rows = criterion.memory.rows(torch.arange(10, device=device))
+        assert rows.device.type == device.type
+        results.append((loss.detach(), features.grad, rows, criterion.memory.last_log_p))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_a_bank_on_disk_is_taken_up_with_its_rows(tmp_path):
+    bank = on("disk", tmp_path)
+    bank.update_(torch.ones(2, 6), torch.tensor([3, 7]), 0.0)
+    rows = bank.rows(torch.arange(10))
+    del bank
+    assert torch.equal(on("disk", tmp_path, seed=1).rows(torch.arange(10)), rows)
+    with pytest.raises(ValueError, match=r"path: expected the file of this bank, .* labels \(file: .*, here: "):
+        on("disk", tmp_path, labels=LABELS.flip(0))
+    with pytest.raises(ValueError, match=r"shape \(file: \[10, 6\], here: \[10, 5\]\)"):
+        on("disk", tmp_path, dim=5)
+
+
+def test_a_bank_on_disk_that_was_relabelled_is_one_of_its_new_labels(tmp_path):
+    bank = on("disk", tmp_path)
+    bank.relabel(LABELS.flip(0))
+    bank.update_(torch.ones(1, 6), torch.tensor([3]), 0.0)
+    rows = bank.rows(torch.arange(10))
+    del bank
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bank", "bank.json"]
+    with pytest.raises(ValueError, match="path: expected the file of this bank"):
+        on("disk", tmp_path)
+    assert torch.equal(on("disk", tmp_path, labels=LABELS.flip(0)).rows(torch.arange(10)), rows)
+
+
+def test_a_relabel_that_stops_leaves_the_rows_as_they_were(tmp_path, monkeypatch):
+    bank = on("disk", tmp_path)
+    rows = bank.rows(torch.arange(10))
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryBank, "rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            bank.relabel(LABELS.flip(0))
+    assert torch.equal(bank.rows(torch.arange(10)), rows)
+    assert torch.equal(bank.labels, LABELS)
+    bank.relabel(LABELS.flip(0))  # over what that left
+    assert torch.equal(bank.rows(torch.arange(10)), rows)
+
+
+def test_a_start_that_stopped_is_made_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryBank, "_start_at_random", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            on("disk", tmp_path)
+    assert torch.equal(on("disk", tmp_path).rows(torch.arange(10)), bank_of().rows(torch.arange(10)))
+
+
+def test_a_checkpoint_goes_from_one_storage_to_another(tmp_path):
+    bank, other = on("disk", tmp_path, seed=0), on("host", tmp_path, seed=1)
+    other.load_state_dict(bank.state_dict())
+    assert torch.equal(other.rows(torch.arange(10)), bank.rows(torch.arange(10)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"storage": "tape"}, "storage: expected one of 'device', 'host', 'disk', got 'tape'"),
+        ({"storage": "disk"}, "path: expected a file for storage='disk'"),
+        ({"path": "bank"}, "path: expected .* None otherwise, got"),
+    ],
+)
+def test_a_storage_that_cannot_be_meant_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        bank_of(**options)

@@ -1,0 +1,402 @@
+"""Checkpoints of a training run: whole or not there at all, and loaded by any number of processes.
+
+A checkpoint is a folder in the format of torch.distributed.checkpoint (DCP). Tensors that are sharded over the ranks,
+as those of a sharded MemoryBank, are written by the ranks that hold them; everything else is replicated, and rank 0's
+is written. DCP's planners, writer and reader do the work; the ranks' talk is our own, because dcp.save sends exceptions
+pickled, so that one which cannot be pickled leaves the other ranks waiting.
+
+Shapes: W ranks, N images.
+"""
+
+import dataclasses
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+
+from ntdne_kernels.bank import MemoryBank
+from ntdne_kernels.distributed import Ranks
+
+PART = 64 * 2**20  # bytes of a tensor that are written and read at a time
+PROBLEMS_SHOWN = 5
+
+T = TypeVar("T")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be saved or loaded; raised on all ranks, naming the first one that failed and why."""
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    state: Mapping[str, Any],
+    step: int,
+    *,
+    keep: int = 2,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+) -> None:
+    """Write a checkpoint of what a training loop needs to continue, and remove all but the newest ones.
+
+    All ranks call it together, with a folder that all of them see. It is written beside its place and renamed when
+    every file is on the disk, so at any moment a run may be killed, or a disk be full, and the one before is whole.
+
+    Args:
+        folder: of this run's checkpoints, and of no other run's.
+        state: name (without a dot) → module, optimizer, scheduler or anything else with state_dict and load_state_dict.
+            DistributedDataParallel and torch.compile leave no trace in the names. What is no module has to be the same
+            on all ranks: optimizers, that is, of parameters that are replicated.
+        step: number of this checkpoint, larger than those before.
+        keep: how many checkpoints to keep, this one included.
+        process_group: the ranks that save; None: all of them, or this process alone where there is no process group.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        CheckpointError: a rank failed. The older checkpoints are whole, and nothing is left of this one.
+    """
+    items = _items(state)
+    for name, number, least in (("step", step, 0), ("keep", keep, 1)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise ValueError(f"{name}: expected an integer of at least {least}, got {number!r}")
+    ranks = _ranks(process_group)
+    rank = 0 if ranks is None else ranks.rank
+    folder = Path(folder)
+    checkpoint = folder / f"step-{step:08d}"
+    partial = checkpoint.with_suffix(".partial")
+    writer = FileSystemWriter(partial)
+    planner = _InParts(flatten_state_dict=False, flatten_sharded_tensors=False)
+    failed = f"cannot save {checkpoint}"
+    try:
+        with _together(ranks, failed):
+            if rank == 0:
+                _make_room(folder, step)
+        with _together(ranks, failed):
+            entries = _entries({name: item.state_dict() for name, item in items.items()}, items)
+            own = {key: value for key, value in entries.items() if rank == 0 or isinstance(value, DTensor)}
+            planner.set_up_planner(own, is_coordinator=rank == 0)
+            writer.set_up_storage_writer(rank == 0)
+            plan = writer.prepare_local_plan(planner.create_local_plan())
+        plans = _gather(ranks, plan)
+        with _together(ranks, failed):
+            plans, metadata = planner.create_global_plan(plans)
+            plans = writer.prepare_global_plan(plans)
+            written = writer.write_data(planner.finish_plan(plans[rank]), planner).wait()
+        all_written = _gather(ranks, written)
+        with _together(ranks, failed):
+            if rank == 0:
+                writer.finish(metadata, all_written)
+                _check_files(partial, FileSystemReader(partial).read_metadata())
+                _to_disk(partial)
+                partial.rename(checkpoint)
+                _to_disk(folder)
+    except CheckpointError:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    with _together(ranks, f"saved {checkpoint}, but cannot remove an older one"):
+        if rank == 0:
+            _remove_all_but(keep, folder)
+
+
+def load_checkpoint(
+    folder: str | os.PathLike[str],
+    state: Mapping[str, Any],
+    *,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+) -> int | None:
+    """Load the newest checkpoint into what `save_checkpoint` was given, in place; all ranks call it together.
+
+    The number of ranks may be another than when it was saved. Whether the checkpoint is whole and fits is known before
+    anything is changed: every file is there and long enough, every tensor has its shape here, nothing is missing or
+    left over, and the labels are those of the bank. `state` may name less than was saved: an encoder alone, say.
+
+    Args:
+        folder: of this run's checkpoints.
+        state: name → what was saved under that name.
+        process_group: the ranks that load; None: all of them, or this process alone where there is no process group.
+
+    Returns:
+        The step of the checkpoint; None where there is none yet, and nothing was loaded.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        CheckpointError: the checkpoint is damaged or does not fit; the error says that nothing was changed, unless a
+            disk failed while it was read.
+    """
+    items = _items(state)
+    ranks = _ranks(process_group)
+    folder = Path(folder)
+    with _together(ranks, f"cannot look for checkpoints in {folder}"):
+        saved = _saved(folder)
+    saved = _gather(ranks, saved)[0]
+    if not saved:
+        return None
+    step = max(saved)
+    reader = FileSystemReader(saved[step])
+    modules = {name: item for name, item in items.items() if isinstance(item, nn.Module)}
+    others = {name: item for name, item in items.items() if name not in modules}
+
+    refused = f"cannot load {saved[step]}; nothing was changed"
+    with _together(ranks, refused):
+        metadata = reader.read_metadata()
+        _check_files(saved[step], metadata)
+        before = {name: item.state_dict() for name, item in items.items()}
+        entries = _entries(before, items)
+        _check_entries(entries, metadata, items)
+        # DCP loads in place, and a bank's tensors are the bank: what decides on loading is read into copies.
+        banks = _banks(modules)
+        aside: dict[str, Any] = dict.fromkeys(others)
+        for prefix in banks:
+            aside |= {prefix + key: torch.empty_like(entries[prefix + key]) for key in ("labels", "order")}
+        _read(reader, metadata, aside)
+        for prefix, bank in banks.items():
+            problem = bank._own_disagreement(entries | aside, prefix)
+            if problem is not None:
+                raise ValueError(f"{prefix.rstrip('.')}: {problem}")
+    try:
+        with _together(ranks, refused):
+            for name, item in others.items():
+                item.load_state_dict(aside[name])
+    except CheckpointError:
+        for name, item in others.items():
+            item.load_state_dict(before[name])
+        raise
+
+    broken = f"failed in the middle of loading {saved[step]}; what was loaded into is unusable"
+    with _together(ranks, broken):
+        loaded = {key: value for key, value in entries.items() if key not in others}
+        _read(reader, metadata, loaded)
+        for name in modules:
+            before[name].update({key: loaded[f"{name}.{key}"] for key in before[name]})
+    with _together(ranks, broken):
+        for name, module in modules.items():
+            module.load_state_dict(before[name])
+    return step
+
+
+def remove_checkpoints(
+    folder: str | os.PathLike[str], *, process_group: ProcessGroup | DeviceMesh | None = None
+) -> None:
+    """Remove all checkpoints in the folder, of a run that has reached its end; all ranks call it together.
+
+    Raises:
+        CheckpointError: one of them cannot be removed.
+    """
+    ranks = _ranks(process_group)
+    with _together(ranks, f"cannot remove the checkpoints in {folder}"):
+        if ranks is None or ranks.rank == 0:
+            _remove_all_but(0, Path(folder))
+
+
+class _InParts(DefaultSavePlanner):
+    """Cuts large tensors into ranges of rows.
+
+    DCP copies what it writes, from a GPU say, and reads what it loads, one such part at a time: loading a bank of 2 GB
+    takes 0.13 GB more, where a bank in one part takes 2 GB more, and a rank that needs some rows of another's shard
+    reads the parts that have them.
+    """
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        self.parts: dict[MetadataIndex, Tensor] = {}
+        return dataclasses.replace(plan, items=[part for item in plan.items for part in self._cut(item)])
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.parts[index] if index in self.parts else super().lookup_object(index)
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            object = tree_map_only(Tensor, lambda tensor: _on_cpu(write_item.index.fqn, tensor), object)
+        written: Tensor | io.BytesIO = super().transform_object(write_item, object)
+        return written
+
+    def _cut(self, item: WriteItem) -> Iterator[WriteItem]:
+        data, whole = item.tensor_data, self.lookup_object(item.index)
+        if data is None or whole.nbytes <= PART:
+            yield item
+            return
+        row, *rest = data.chunk.offsets
+        for part in whole.split(max(1, PART * len(whole) // whole.nbytes)):
+            offsets = torch.Size((row, *rest))
+            index = MetadataIndex(item.index.fqn, offsets)
+            self.parts[index] = part
+            chunk = ChunkStorageMetadata(offsets, part.shape)
+            yield WriteItem(index, WriteItemType.SHARD, tensor_data=dataclasses.replace(data, chunk=chunk))
+            row += len(part)
+
+
+@contextmanager
+def _together(ranks: Ranks | None, failed: str) -> Iterator[None]:
+    """Goes on after the block on all ranks, or raises CheckpointError on all of them where one failed in it."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    problems = _gather(ranks, error and _reason(error))
+    failing = [rank for rank, problem in enumerate(problems) if problem is not None]
+    if failing:
+        who = "" if ranks is None else f"rank {failing[0]}: "
+        others = "" if len(failing) == 1 else f" (and {len(failing) - 1} more ranks failed)"
+        raise CheckpointError(f"{failed}: {who}{problems[failing[0]]}{others}") from error
+
+
+def _gather(ranks: Ranks | None, value: T) -> list[T]:
+    """The value of each rank."""
+    if ranks is None:
+        return [value]
+    values: list[Any] = [None] * ranks.size
+    distributed.all_gather_object(values, value, group=ranks.group)
+    return values
+
+
+def _reason(error: BaseException) -> str:
+    # Where a disk is full, torch.save raises RuntimeError: unexpected pos 704 vs 598, on top of the reason.
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        error = error.__context__
+    return f"{type(error).__name__}: {error}"
+
+
+def _ranks(process_group: ProcessGroup | DeviceMesh | None) -> Ranks | None:
+    if process_group is None and distributed.is_available() and distributed.is_initialized():
+        process_group = distributed.group.WORLD
+    return None if process_group is None else Ranks(process_group)
+
+
+def _items(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the state names, without the wrappers that give every entry of a module another name."""
+    items = {}
+    for name, item in state.items():
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"state: expected names without a dot, got {name!r}")
+        if not hasattr(item, "state_dict") or not hasattr(item, "load_state_dict"):
+            raise TypeError(
+                f"state[{name!r}]: expected something with state_dict and load_state_dict, got {type(item).__name__}"
+            )
+        while isinstance(item, DistributedDataParallel) or hasattr(item, "_orig_mod"):
+            item = item.module if isinstance(item, DistributedDataParallel) else item._orig_mod
+        items[name] = item
+    return items
+
+
+def _entries(states: dict[str, Any], items: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds: each entry of a module as `name.key`; the state of anything else in one piece."""
+    entries: dict[str, Any] = {}
+    for name, state in states.items():
+        if isinstance(items[name], nn.Module):
+            entries |= {f"{name}.{key}": value for key, value in state.items()}
+        else:
+            entries[name] = state
+    return entries
+
+
+def _banks(modules: dict[str, nn.Module]) -> dict[str, MemoryBank]:
+    """The banks in the modules, by what the names of their entries begin with."""
+    return {
+        ".".join(filter(None, (name, path))) + ".": module
+        for name, root in modules.items()
+        for path, module in root.named_modules()
+        if isinstance(module, MemoryBank)
+    }
+
+
+def _read(reader: FileSystemReader, metadata: Metadata, entries: dict[str, Any]) -> None:
+    """Fill the tensors of `entries` in place, and replace its other values."""
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(entries, metadata)
+    reader.set_up_storage_reader(metadata, is_coordinator=False)
+    reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
+
+
+def _check_files(checkpoint: Path, metadata: Metadata) -> None:
+    """Refuse a checkpoint of which a file is missing or cut off; to see that nothing is read."""
+    needed: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+    for name, size in needed.items():
+        file = checkpoint / name
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing; do all ranks see the same folder?")
+        if file.stat().st_size < size:
+            raise ValueError(f"{file} is cut off: expected {size} bytes, found {file.stat().st_size}")
+
+
+def _check_entries(entries: dict[str, Any], metadata: Metadata, names: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of something else, by the names and shapes of its entries."""
+    saved = {key: entry for key, entry in metadata.state_dict_metadata.items() if key.split(".")[0] in names}
+    problems = [f"{key} is not in the checkpoint" for key in entries if key not in saved]
+    problems += [f"{key} is in the checkpoint only" for key in saved if key not in entries]
+    problems += [
+        f"{key}: the checkpoint holds {_shape(saved[key])}, expected {_shape(entry)}"
+        for key, entry in entries.items()
+        if key in saved and _shape(saved[key]) != _shape(entry)
+    ]
+    if problems:
+        more = len(problems) - PROBLEMS_SHOWN
+        raise ValueError("; ".join(problems[:PROBLEMS_SHOWN]) + (f"; and {more} more" if more > 0 else ""))
+
+
+def _shape(entry: Any) -> str:
+    if isinstance(entry, TensorStorageMetadata):
+        return f"shape {tuple(entry.size)}"
+    return f"shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else "no tensor"
+
+
+def _on_cpu(key: str, tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        raise TypeError(f"{key}: expected a state that is the same on all ranks, found a sharded tensor in it (FSDP?)")
+    return tensor.cpu()
+
+
+def _saved(folder: Path) -> dict[int, Path]:
+    """The checkpoints in the folder, by step."""
+    try:
+        paths = list(folder.iterdir())
+    except FileNotFoundError:
+        return {}
+    return {int(path.name[5:]): path for path in paths if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()}
+
+
+def _make_room(folder: Path, step: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    newest = max(_saved(folder), default=-1)
+    if step <= newest:
+        raise ValueError(f"step: expected more than {newest}, the newest checkpoint in the folder, got {step}")
+    _remove_partial(folder)
+
+
+def _remove_all_but(newest: int, folder: Path) -> None:
+    """Renamed first: where a removal is interrupted, what is left of a checkpoint is none."""
+    saved = _saved(folder)
+    for step in sorted(saved)[: max(len(saved) - newest, 0)]:
+        saved[step].rename(saved[step].with_suffix(".partial"))
+    _remove_partial(folder)
+
+
+def _remove_partial(folder: Path) -> None:
+    for leftover in folder.glob("step-*.partial"):
+        shutil.rmtree(leftover)
+
+
+def _to_disk(folder: Path) -> None:
+    """Make the names in the folder survive a power cut; their files' contents already do."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,213 @@
+"""The ranks that share a bank, and the loss of a batch of which each of them holds a part.
+
+The batch of all ranks is what one process would have seen: the queries of rank 0, then those of rank 1, and so on. Each
+rank looks its images up where they are kept, and learns the scores of the whole batch, so the loss is made of the same
+(B,) numbers by the same code as in one process.
+
+Shapes: W ranks, b queries of this rank, B of all, N images, n of this rank, D features.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import ProcessGroup
+
+from ntdne_kernels.ops import sharded
+from ntdne_kernels.ops.backends import BACKENDS
+from ntdne_kernels.ops.losses import Loss
+from ntdne_kernels.ops.streaming import STREAMING
+
+T = TypeVar("T")
+
+FAILED = -1  # what a rank reports in place of a count
+
+
+class Ranks:
+    """The ranks of a process group, and what they say to each other. Every method is called by all of them.
+
+    Args:
+        process_group: the group, or a DeviceMesh of one dimension.
+
+    Raises:
+        TypeError, ValueError: it is neither, or this process is not in it.
+    """
+
+    def __init__(self, process_group: ProcessGroup | DeviceMesh) -> None:
+        if isinstance(process_group, DeviceMesh):
+            if process_group.ndim != 1:
+                raise ValueError(
+                    f"process_group: expected a DeviceMesh of one dimension, got {process_group.ndim}; take one of "
+                    f"them: mesh[{(process_group.mesh_dim_names or ('dp',))[0]!r}]"
+                )
+            process_group = process_group.get_group()
+        if not isinstance(process_group, ProcessGroup):
+            raise TypeError(
+                "process_group: expected a torch.distributed process group or DeviceMesh that this process is in, got "
+                f"{type(process_group).__name__}"
+            )
+        self.name = process_group.group_name
+        self.size = process_group.size()
+        self.rank = process_group.rank()
+        self.group = process_group
+
+    def shard(self, N: int) -> tuple[int, int]:
+        """The first of N things that this rank holds, and how many, as DTensor's Shard(0) and torch.chunk cut them."""
+        most = self.most(N)
+        first = min(self.rank * most, N)
+        return first, min(most, N - first)
+
+    def most(self, N: int) -> int:
+        """How many of N things the ranks with the most of them hold."""
+        return -(-N // self.size)
+
+    def together(self, call: Callable[[], T]) -> T:
+        """What the call returns, where it succeeds on all ranks.
+
+        Raises:
+            What this rank's call raises; ValueError that names the rank where another's raises.
+        """
+        try:
+            result = call()
+        except Exception as error:
+            self.first_problem(str(error))
+            raise
+        problem = self.first_problem(None)
+        if problem is not None:
+            raise ValueError(problem)
+        return result
+
+    def same_everywhere(self, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The facts that the check finds, where they are the same on all ranks.
+
+        Raises:
+            As `together`; ValueError that names the ranks where they differ from rank 0's.
+        """
+        facts = self.together(check)
+        of_ranks: list[Any] = [None] * self.size
+        distributed.all_gather_object(of_ranks, facts, group=self.group)
+        for name, expected in of_ranks[0].items():
+            differing = [f"rank {r} has {found[name]}" for r, found in enumerate(of_ranks) if found[name] != expected]
+            if differing:
+                raise ValueError(
+                    f"{name}: expected the same on all ranks that share a bank, but rank 0 has {expected}, "
+                    + ", ".join(differing)
+                )
+        return facts
+
+    def first_problem(self, problem: str | None) -> str | None:
+        """The problem of the first rank that has one, naming it where it is another's."""
+        of_ranks: list[str | None] = [None] * self.size
+        distributed.all_gather_object(of_ranks, problem, group=self.group)
+        found = next(((rank, text) for rank, text in enumerate(of_ranks) if text is not None), None)
+        return problem or (found and f"rank {found[0]}: {found[1]}")
+
+    def counts(self, check: Callable[[], int]) -> list[int]:
+        """What each rank's check returns, how many queries it has, say. Synchronises.
+
+        Raises:
+            What this rank's check raises; RuntimeError that names the rank where another's raises.
+        """
+        if torch.compiler.is_compiling():
+            return [check()] * self.size  # sizes unknown to the compiler would break its graph
+        try:
+            own = check()
+        except BaseException:
+            self._exchange(FAILED)  # the others wait for this rank
+            raise
+        counts = self._exchange(own)
+        if FAILED in counts:
+            raise RuntimeError(
+                f"rank {counts.index(FAILED)} was given something wrong and raised an error, which says what; nothing "
+                "was computed or written on any rank"
+            )
+        return counts
+
+    def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
+        """The rows (b, ...) of all ranks (B, ...), given how many each has."""
+        gathered: Tensor = sharded.gather_rows(rows, sizes, self.name)
+        return gathered
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of all ranks at each place of x."""
+        highest: Tensor = sharded.max_over_ranks(x, self.name)
+        return highest
+
+    def own(self, sizes: list[int]) -> slice:
+        """Where this rank's queries stand in the batch of all."""
+        begin = sum(sizes[: self.rank])
+        return slice(begin, begin + sizes[self.rank])
+
+    def as_dtensor(self, part: Tensor, N: int) -> Tensor:
+        """The (N, ...) DTensor of which this rank holds `part` (n, ...)."""
+        from torch.distributed.tensor import DTensor, Shard  # 0.6 s, which users of one process need not wait
+
+        mesh = DeviceMesh.from_group(self.group, part.device.type)
+        shape = torch.Size((N, *part.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+    def part(self, x: Tensor) -> Tensor:
+        """What this rank holds of a DTensor or a tensor (N, ...)."""
+        from torch.distributed.tensor import DTensor
+
+        first, n = self.shard(len(x))
+        return x.to_local() if isinstance(x, DTensor) else x[first : first + n]
+
+    def _exchange(self, number: int) -> list[int]:
+        on_gpu = "nccl" in distributed.get_backend(self.group)
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        numbers: list[int] = self.gather(torch.tensor([number], device=device), [1] * self.size).tolist()
+        return numbers
+
+
+class ShardedLoss(torch.autograd.Function):
+    """As `leave_one_out.LeaveOneOutLoss`, of the batch of all ranks: its loss, and its log p (B,).
+
+    Under "mean" and "sum" the loss is that of the whole batch on every rank, and each rank's gradient is W times that
+    of its own features, so that their average over the ranks, which DistributedDataParallel takes, is the gradient of
+    the loss. Under "none" it is the loss (b,) of the rank's own queries, with its own gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        shard: Tensor,
+        labels: Tensor,
+        index: Tensor,
+        classes: list[Tensor],
+        sigma: float,
+        loss: Loss,
+        indicator: Tensor | None,
+        backend: str,
+        need_direction: bool,
+        sizes: list[int],
+        ranks: Ranks,
+    ) -> tuple[Tensor, Tensor]:
+        log_p, direction = sharded.log_scores(
+            features, shard, labels, index, classes, sigma, need_direction, backend, sizes, ranks.name
+        )
+        ctx.backend = BACKENDS[backend] or STREAMING
+        value, slope = ctx.backend.loss_and_slope(log_p, indicator, loss.q, loss.k, loss.reduction)
+        own = ranks.own(sizes)
+        if loss.reduction == "none":
+            value, slope = value[own].clone(), slope[own]
+        else:
+            slope = ranks.size * slope[own]
+        ctx.mark_non_differentiable(log_p)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(direction, log_p[own].clone(), slope)
+        ctx.features_dtype = features.dtype
+        return value, log_p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 12
+        direction, log_p, slope = ctx.saved_tensors
+        return ctx.backend.features_gradient(direction, log_p, slope, grad, ctx.features_dtype), *(None,) * 11
