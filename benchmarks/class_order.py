@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.memory import _status
+from benchmarks.memory import status
 from ntdne_kernels.label_index import class_order
 
 
@@ -26,13 +26,13 @@ def main() -> None:
     cut = -(-given.N // given.ranks)
     first = given.rank * cut
     class_order(torch.arange(9, -1, -1), 0, 10)  # libraries allocate on first use
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew here
     start = time.perf_counter()
     results = class_order(labels, first, min(cut, max(given.N - first, 0)))
     seconds = time.perf_counter() - start
     kept = sum(part.nbytes for part in results if part is not None)
-    print(f"{seconds:.2f} s, {max(_status('VmHWM') - before - kept, 0) / 2**20:.0f} MiB")
+    print(f"{seconds:.2f} s, {max(status('VmHWM') - before - kept, 0) / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def peak_delta(loss: str, B: int, N: int, D: int, C: int, dtype: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout)
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
@@ -29,10 +29,10 @@ def main(loss: str, *arguments: str) -> None:
     small = problems.make(64, 3000, int(shape[2]), 10, getattr(torch, dtype))
     problems.loss_and_gradient(problems.LOSSES[loss], small)
     problem = problems.make(*map(int, shape), getattr(torch, dtype))
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew here
     problems.loss_and_gradient(problems.LOSSES[loss], problem)
-    print(max(_status("VmHWM") - before, 0))
+    print(max(status("VmHWM") - before, 0))
 
 
 if __name__ == "__main__":
