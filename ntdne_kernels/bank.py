@@ -405,10 +405,11 @@ class MemoryBank(nn.Module):
 
     def disagreement(self, state_dict: dict[str, Any], prefix: str = "") -> str | None:
         """Why a checkpoint's entries under `prefix` do not fit this bank, on any rank; or None."""
-        problem = self._own_disagreement(state_dict, prefix)
+        problem = self.own_disagreement(state_dict, prefix)
         return problem if self.ranks is None else self.ranks.first_problem(problem)
 
-    def _own_disagreement(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+    def own_disagreement(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """As `disagreement`, of this rank alone."""
         names = tuple(self._state())
         missing = [prefix + name for name in names if prefix + name not in state_dict]
         if len(missing) == len(names):

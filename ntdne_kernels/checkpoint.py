@@ -158,16 +158,19 @@ def load_checkpoint(
         before = {name: item.state_dict() for name, item in items.items()}
         entries = _entries(before, items)
         _check_entries(entries, metadata, items)
-        # DCP loads in place, and a bank's tensors are the bank: what decides on loading is read into copies.
-        banks = _banks(modules)
         aside: dict[str, Any] = dict.fromkeys(others)
-        for prefix in banks:
-            aside |= {prefix + key: torch.empty_like(entries[prefix + key]) for key in ("labels", "order")}
         _read(reader, metadata, aside)
-        for prefix, bank in banks.items():
-            problem = bank._own_disagreement(entries | aside, prefix)
-            if problem is not None:
-                raise ValueError(f"{prefix.rstrip('.')}: {problem}")
+    # DCP loads in place, and a bank's tensors are the bank: what decides on loading is read into copies. Labels first,
+    # because one that differs gives ranks another order whose own labels are the same.
+    for key in ("labels", "order"):
+        with _together(ranks, refused):
+            banks = _banks(modules)
+            copies = {prefix + key: torch.empty_like(entries[prefix + key]) for prefix in banks}
+            _read(reader, metadata, copies)
+            for prefix, bank in banks.items():
+                problem = bank.own_disagreement(entries | copies, prefix)
+                if problem is not None:
+                    raise ValueError(f"{prefix.rstrip('.')}: {problem}")
     try:
         with _together(ranks, refused):
             for name, item in others.items():
@@ -258,11 +261,7 @@ def _together(ranks: Ranks | None, failed: str) -> Iterator[None]:
 
 def _gather(ranks: Ranks | None, value: T) -> list[T]:
     """The value of each rank."""
-    if ranks is None:
-        return [value]
-    values: list[Any] = [None] * ranks.size
-    distributed.all_gather_object(values, value, group=ranks.group)
-    return values
+    return [value] if ranks is None else ranks.tell(value)
 
 
 def _reason(error: BaseException) -> str:

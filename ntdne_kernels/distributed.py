@@ -64,6 +64,12 @@ class Ranks:
         """How many of N things the ranks with the most of them hold."""
         return -(-N // self.size)
 
+    def tell(self, value: T) -> list[T]:
+        """The value of each rank, whatever can be pickled."""
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value, group=self.group)
+        return values
+
     def together(self, call: Callable[[], T]) -> T:
         """What the call returns, where it succeeds on all ranks.
 
@@ -87,8 +93,7 @@ class Ranks:
             As `together`; ValueError that names the ranks where they differ from rank 0's.
         """
         facts = self.together(check)
-        of_ranks: list[Any] = [None] * self.size
-        distributed.all_gather_object(of_ranks, facts, group=self.group)
+        of_ranks = self.tell(facts)
         for name, expected in of_ranks[0].items():
             differing = [f"rank {r} has {found[name]}" for r, found in enumerate(of_ranks) if found[name] != expected]
             if differing:
@@ -100,9 +105,7 @@ class Ranks:
 
     def first_problem(self, problem: str | None) -> str | None:
         """The problem of the first rank that has one, naming it where it is another's."""
-        of_ranks: list[str | None] = [None] * self.size
-        distributed.all_gather_object(of_ranks, problem, group=self.group)
-        found = next(((rank, text) for rank, text in enumerate(of_ranks) if text is not None), None)
+        found = next(((rank, text) for rank, text in enumerate(self.tell(problem)) if text is not None), None)
         return problem or (found and f"rank {found[0]}: {found[1]}")
 
     def counts(self, check: Callable[[], int]) -> list[int]:

@@ -306,9 +306,10 @@ class _NeighbourhoodLoss(nn.Module):
         seen = int((~self.memory.last_log_p.isnan()).sum())
         labelled = int((self.memory.labels != UNLABELLED).sum())
         if 0 < seen < labelled // 4:
+            here = "" if self.memory.ranks is None else f" of the {len(self.memory.images)} kept on this rank"
             warnings.warn(
-                f"{len(self.memory)} images were seen, but they were the same {seen}; is `index` the position of each "
-                "image in the archive (IndexedDataset), and not its label?",
+                f"{len(self.memory)} images were seen, but they were the same {seen}{here}; is `index` the position of "
+                "each image in the archive (IndexedDataset), and not its label?",
                 stacklevel=4,
             )
 
@@ -354,7 +355,7 @@ class NTDNELoss(_NeighbourhoodLoss):
             for each new value; torch._dynamo.config.recompile_limit says how often.
         memory: the `MemoryBank`.
         pruning: whether this epoch prunes.
-        pruned: (N,) the images that it prunes, by their last scores.
+        pruned: (N,) the images that it prunes, by their last scores; on ranks, of `memory.images` alone.
 
     Raises:
         TypeError, ValueError: an argument is not as described.

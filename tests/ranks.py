@@ -14,7 +14,7 @@ import torch
 
 # Forked from a server that holds the imports: a rank starts in a tenth of a second, with no thread of the test's.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.ranks", "ntdne_kernels", "torch.distributed.checkpoint"])
+_context.set_forkserver_preload(["tests.ranks", "ntdne_kernels", "torch.distributed.checkpoint", "torch._dynamo"])
 
 
 class RankError(AssertionError):
