@@ -277,8 +277,9 @@ class MemoryBank(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        N, D = self.storage.shape
-        return f"{N} images, {D} values, {len(self.classes)} classes, {self.storage.dtype}"
+        shared = "" if self.ranks is None else f", {len(self.images)} images on this rank of {self.ranks.size}"
+        D = self.storage.size(1)
+        return f"{len(self)} images, {D} values, {len(self.classes)} classes, {self.storage.dtype}{shared}"
 
     def skipped_rows(self) -> int:
         """Features that updates on this bank's GPU have left out so far, for any bank; 0 on a CPU. Synchronises."""
