@@ -3,6 +3,7 @@
 Shapes: B features, N images, D values, C classes.
 """
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,7 @@ class MemoryBank(nn.Module):
         storage: (n, D) the rows in class order, on a CPU for "host" and "disk".
         order: (n,) image of each stored row.
         images: the n images whose labels and scores are kept here.
+        kind, path: the arguments `storage` and `path`, the latter of this rank's own file.
         ranks: the `distributed.Ranks` that share the bank, or None.
 
     Raises:
@@ -83,9 +85,10 @@ class MemoryBank(nn.Module):
     ) -> None:
         super().__init__()
         self.ranks = None if process_group is None else Ranks(process_group)
-        self.kind, self.path = storage, None if path is None else self._own_path(path)
+        self.kind, self.path = storage, None
 
         def check() -> dict[str, Any]:
+            self.path = None if path is None else self._own_path(path)
             _check_bank(labels, dim, dtype)
             return self._facts(labels, dim, dtype)
 
@@ -94,11 +97,11 @@ class MemoryBank(nn.Module):
         self.size = len(labels)
         first, n = (0, self.size) if self.ranks is None else self.ranks.shard(self.size)
         self.images = range(first, first + n)
-        rows = self._together(lambda: allocate(storage, (n, dim), dtype, device, self.path, facts | {"first": first}))
-        self.register_buffer("storage", rows.rows)
         self.register_buffer("labels", labels[first : first + n].to(device, torch.int64, copy=True))
         for name, tensor in self._class_order(labels).items():
             self.register_buffer(name, tensor, persistent=name == "order")
+        rows = self._together(lambda: allocate(storage, (n, dim), dtype, device, self.path, facts | {"first": first}))
+        self.register_buffer("storage", rows.rows)
         # One place more than there are images, where queries that are not kept here write theirs.
         self.register_buffer("scores", torch.full((n + 1,), torch.nan, device=device), persistent=False)
         if rows.fresh:
@@ -190,19 +193,21 @@ class MemoryBank(nn.Module):
         return torch.where(c >= 0, self.classes[c.clamp(min=0)], UNLABELLED)
 
     def rows(self, index: Tensor) -> Tensor:
-        """(b, D) copy of the rows of the images `index` (b,).
+        """(b, D) copy of the rows of the images `index` (b,); on ranks each holds those of all for a moment.
 
         Raises:
-            IndexError: an index is not an image of the bank (checked by PyTorch on a GPU).
+            IndexError: an index is not an image of the bank (on a GPU by PyTorch; there a sharded bank gives NaN).
         """
         if self.ranks is None:
             return self.take(self.position[self._check_images(index)])
         sizes = self.ranks.counts(lambda: len(self._check_images(index)))
         index = index.to(torch.int64)
-        places = self.local(self.look_up(index, index, sizes).places)
+        whole = self.look_up(index, index, sizes).places
+        places, own = self.local(whole), self.ranks.own(sizes)
         rows = torch.full((len(places), self.storage.size(1)), -torch.inf, dtype=self._wide, device=self.device)
         rows[places >= 0] = self.take(places[places >= 0]).to(self._wide)
-        return self.ranks.largest(rows)[self.ranks.own(sizes)].to(self.storage.dtype)  # one rank has each row
+        found = self.ranks.largest(rows)[own]  # one rank has each row
+        return torch.where(whole[own].unsqueeze(1) >= 0, found, torch.nan).to(self.storage.dtype)
 
     def update_(
         self, features: Tensor, index: Tensor, momentum: float = 0.5, *, validate: bool = False
@@ -245,14 +250,17 @@ class MemoryBank(nn.Module):
         rows = self._together(
             lambda: allocate(self.kind, (len(like), like.size(1)), like.dtype, like.device, path, facts)
         ).rows
-        most = len(self) if self.ranks is None else self.ranks.most(len(self))
-        for start in range(0, most, INIT_CHUNK):  # on each rank as often as on any other
-            chunk = slice(start, start + INIT_CHUNK)
+        most, step = len(self), INIT_CHUNK
+        if self.ranks is not None:  # each rank gets the chunks of all
+            most, step = self.ranks.most(len(self)), max(INIT_CHUNK // self.ranks.size, 1)
+        for start in range(0, most, step):  # on each rank as often as on any other
+            chunk = slice(start, start + step)
             rows[chunk] = self.rows(new["order"][chunk]).to(rows.device)
         if path is None or self.path is None:
             self.storage.copy_(rows)
         else:
-            take_place(path, self.path)
+            old = self.path
+            self._together(lambda: take_place(path, old))
             self.storage = rows
         for name, tensor in new.items():
             setattr(self, name, tensor)
@@ -327,13 +335,24 @@ class MemoryBank(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MemoryBank":
         """`.to()` and its like: rows in host memory and on disk stay there."""
         storage = self.storage
-        if self.kind != "device":
-            self._buffers["storage"] = None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.kind != "device":
-            pin = self.kind == "host" and self.device.type == "cuda" and not storage.is_pinned()
-            self._buffers["storage"] = storage.pin_memory() if pin else storage
+        try:
+            if self.kind != "device":
+                self._buffers["storage"] = None
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            if self.kind != "device":
+                self._buffers["storage"] = storage
+        if self.kind == "host" and self.device.type == "cuda" and not storage.is_pinned():
+            self.storage = storage.pin_memory()
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryBank":
+        if self.path is not None:
+            raise TypeError(f"MemoryBank: a bank on disk has the file {self.path} for itself and cannot be copied")
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def _class_order(self, labels: Tensor) -> dict[str, Tensor]:
         """The bank's buffers of that name, given all labels (N,)."""
@@ -398,6 +417,8 @@ class MemoryBank(nn.Module):
         for name in self._state().keys() & {key.removeprefix(prefix) for key in state}:
             state[prefix + name] = self.part(state[prefix + name])
         scores = state.pop(f"{prefix}scores", None)
+        # Into the buffers, also where the caller said assign=True: rows stay in their file, or in this rank's memory.
+        local_metadata = local_metadata | {"assign_to_params_buffers": False}
         super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if scores is not None:
             self.last_log_p.copy_(scores)
@@ -418,6 +439,8 @@ class MemoryBank(nn.Module):
         if missing:
             return f"the checkpoint lacks {', '.join(missing)}"
         storage, labels, order, scores = (state_dict[prefix + name] for name in names)
+        if self.ranks is None and hasattr(storage, "full_tensor"):
+            return "the checkpoint's tensors are sharded; load_checkpoint loads what save_checkpoint wrote on any ranks"
         N, D = len(self), self.storage.size(1)
         if storage.shape != (N, D):
             return f"expected {N} images of {D} values, the checkpoint holds shape {tuple(storage.shape)}"

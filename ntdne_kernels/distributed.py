@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import ProcessGroup
 
 from ntdne_kernels.ops import sharded
 from ntdne_kernels.ops.backends import BACKENDS
+from ntdne_kernels.ops.leave_one_out import not_again
 from ntdne_kernels.ops.losses import Loss
 from ntdne_kernels.ops.streaming import STREAMING
 
@@ -59,6 +59,10 @@ class Ranks:
         most = self.most(N)
         first = min(self.rank * most, N)
         return first, min(most, N - first)
+
+    def lengths(self, N: int) -> list[int]:
+        """How many of N things each rank holds."""
+        return [min(self.most(N), max(N - rank * self.most(N), 0)) for rank in range(self.size)]
 
     def most(self, N: int) -> int:
         """How many of N things the ranks with the most of them hold."""
@@ -109,25 +113,30 @@ class Ranks:
         return problem or (found and f"rank {found[0]}: {found[1]}")
 
     def counts(self, check: Callable[[], int]) -> list[int]:
-        """What each rank's check returns, how many queries it has, say. Synchronises.
+        """What each rank's check returns, how many queries it has, say. Synchronises a GPU unless there is Gloo too.
 
         Raises:
             What this rank's check raises; RuntimeError that names the rank where another's raises.
         """
+        return [count for count, _ in self.exchange(lambda: (check(), 0))]
+
+    def exchange(self, check: Callable[[], tuple[int, int]]) -> list[tuple[int, int]]:
+        """As `counts`, with a second number beside the count."""
         if torch.compiler.is_compiling():
             return [check()] * self.size  # sizes unknown to the compiler would break its graph
         try:
             own = check()
         except BaseException:
-            self._exchange(FAILED)  # the others wait for this rank
+            self._exchange(FAILED, 0)  # the others wait for this rank
             raise
-        counts = self._exchange(own)
-        if FAILED in counts:
+        found = self._exchange(*own)
+        failed = [rank for rank, (count, _) in enumerate(found) if count == FAILED]
+        if failed:
             raise RuntimeError(
-                f"rank {counts.index(FAILED)} was given something wrong and raised an error, which says what; nothing "
-                "was computed or written on any rank"
+                f"rank {failed[0]} was given something wrong and raised an error, which says what; nothing was "
+                "computed or written on any rank"
             )
-        return counts
+        return found
 
     def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
         """The rows (b, ...) of all ranks (B, ...), given how many each has."""
@@ -160,11 +169,14 @@ class Ranks:
         first, n = self.shard(len(x))
         return x.to_local() if isinstance(x, DTensor) else x[first : first + n]
 
-    def _exchange(self, number: int) -> list[int]:
-        on_gpu = "nccl" in distributed.get_backend(self.group)
-        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        numbers: list[int] = self.gather(torch.tensor([number], device=device), [1] * self.size).tolist()
-        return numbers
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
+        return self  # a copy of a bank is shared by the same processes
+
+    def _exchange(self, count: int, more: int) -> list[tuple[int, int]]:
+        on_cpu = torch.device("cpu") in self.group._device_types
+        device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+        numbers = self.gather(torch.tensor([[count, more]], device=device), [1] * self.size).tolist()
+        return [(count, more) for count, more in numbers]
 
 
 class ShardedLoss(torch.autograd.Function):
@@ -203,14 +215,14 @@ class ShardedLoss(torch.autograd.Function):
             slope = ranks.size * slope[own]
         ctx.mark_non_differentiable(log_p)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(direction, log_p[own].clone(), slope)
+        ctx.save_for_backward(direction, log_p[own].clone(), slope, features)
         ctx.features_dtype = features.dtype
         return value, log_p
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 12
-        direction, log_p, slope = ctx.saved_tensors
-        return ctx.backend.features_gradient(direction, log_p, slope, grad, ctx.features_dtype), *(None,) * 11
+        direction, log_p, slope, features = ctx.saved_tensors
+        gradient = ctx.backend.features_gradient(direction, log_p, slope, grad, ctx.features_dtype)
+        return not_again(gradient, grad, features), *(None,) * 11

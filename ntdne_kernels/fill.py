@@ -62,6 +62,8 @@ def fill_bank(
         loader = _check_resumable(loader)
         done = checkpoint.load_checkpoint(resume, state, process_group=bank.process_group) or 0
         loader = _without(loader, filled.everywhere())
+    if isinstance(encoder, nn.parallel.DistributedDataParallel):
+        encoder = encoder.module  # whose forward talks to ranks that may have no batch left
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     leads = bank.ranks is None or bank.ranks.rank == 0
@@ -112,7 +114,7 @@ class _Filled(nn.Module):
     def mark(self, index: Tensor) -> None:
         """Note the images (b,) of this rank's batch as filled, where they are kept."""
         if self.ranks is not None:
-            index = self.ranks.gather(index, self.ranks.counts(index.__len__))
+            index = self.ranks.gather(index.to(torch.int64), self.ranks.counts(index.__len__))
         image = self.local(index)
         self.filled[image[image >= 0]] = True
 

@@ -150,9 +150,7 @@ def loss_and_log_scores(
     else:
         index = _check_per_query("index", index, B, features)
         check_range("index", index, N)
-    if _can_look_inside(labels) and bool((labels < UNLABELLED).any()):
-        row = int((labels < UNLABELLED).nonzero()[0])
-        raise ValueError(f"labels: expected -1 (unlabelled) or a class from 0, got {int(labels[row])} at row {row}")
+    check_classes(labels)
 
     classes = bank_labels.tensors() if isinstance(bank_labels, LabelIndex) else [bank_labels]
     name = choose_backend(backend, bank, features.device)
@@ -257,6 +255,13 @@ def check_range(name: str, index: Tensor, N: int, *, look: bool = False) -> None
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise IndexError(f"{name}: expected -1 or a bank row from 0 to {N - 1}, got {int(index[row])} at row {row}")
+
+
+def check_classes(labels: Tensor, *, look: bool = False) -> None:
+    """ValueError unless every label of a query is −1 or a class; looks at GPU values only if told to."""
+    if (look or _can_look_inside(labels)) and bool((labels < UNLABELLED).any()):
+        row = int((labels < UNLABELLED).nonzero()[0])
+        raise ValueError(f"labels: expected -1 (unlabelled) or a class from 0, got {int(labels[row])} at row {row}")
 
 
 def choose_backend(name: str | None, bank: Tensor, device: torch.device) -> str:

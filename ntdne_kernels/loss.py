@@ -6,6 +6,7 @@ Shapes: B images of a batch, N images of the archive, D features.
 import math
 import os
 import warnings
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ntdne_kernels import functional
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.distributed import Ranks, ShardedLoss
 from ntdne_kernels.fill import fill_bank
-from ntdne_kernels.functional import check_choice, check_number, check_range
+from ntdne_kernels.functional import check_choice, check_classes, check_number, check_range
 from ntdne_kernels.label_index import check_labels
 from ntdne_kernels.ops import sharded
 from ntdne_kernels.ops.bank_update import accumulator_dtype
@@ -127,12 +128,23 @@ class _NeighbourhoodLoss(nn.Module):
 
         given: list[Tensor] = []
 
-        def check() -> int:
+        def check() -> tuple[int, int]:
+            """How many images there are; whether a gradient is wanted, beside a number of the settings."""
             self._check_features(features)
+            check_number("sigma", self.sigma, 0, float("inf"))
             given.extend(self._check_images(len(features), index, labels))
-            return len(features)
+            settings = (self.sigma, self.momentum, self._loss(), getattr(self, "indicator", None), self.training)
+            number = 0 if torch.compiler.is_compiling() else zlib.crc32(repr(settings).encode())
+            return len(features), 2 * number + int(torch.is_grad_enabled() and features.requires_grad)
 
-        sizes = ranks.counts(check)
+        found = ranks.exchange(check)
+        sizes = [size for size, _ in found]
+        differing = [rank for rank, (_, number) in enumerate(found) if number // 2 != found[0][1] // 2]
+        if differing:
+            raise ValueError(
+                "criterion: expected the same sigma, q, k, momentum, reduction, indicator, epoch and mode on all ranks, "
+                f"but those of ranks {differing} differ from rank 0's; all call set_epoch, train and eval"
+            )
         batch = memory.look_up(given[0], given[1], sizes)
         loss, log_p = ShardedLoss.apply(
             self._unit(features),
@@ -144,7 +156,7 @@ class _NeighbourhoodLoss(nn.Module):
             self._loss(),
             self._indicator(batch.scores, batch.labels, batch.images),
             functional.choose_backend(self._backend, memory.storage, memory.device),
-            torch.is_grad_enabled() and features.requires_grad,
+            any(number % 2 for _, number in found),  # all ranks make directions where one wants its gradient
             sizes,
             ranks,
         )
@@ -175,6 +187,7 @@ class _NeighbourhoodLoss(nn.Module):
 
         The rows are those of the last updates; `fill_bank` first brings them up to the encoder as it is.
         """
+        check_number("sigma", self.sigma, 0, float("inf"))
         memory = self.memory
         n = len(memory.images)
         most = n if memory.ranks is None else memory.ranks.most(len(memory))
@@ -192,7 +205,7 @@ class _NeighbourhoodLoss(nn.Module):
                     backend=self._backend,
                 )
             else:
-                sizes = memory.ranks.counts(rows.__len__)
+                sizes = [min(max(n - start, 0), REFRESH_CHUNK) for n in memory.ranks.lengths(len(memory))]
                 images, labels, places = memory.ranks.gather(torch.stack([images, labels, places], 1), sizes).unbind(1)
                 log_p, _ = sharded.log_scores(
                     memory.take(rows),
@@ -275,6 +288,7 @@ class _NeighbourhoodLoss(nn.Module):
                 row = int((index == NOT_IN_BANK).nonzero()[0])
                 raise ValueError(f"labels: expected labels, because index is -1 in row {row}; got None")
             labels = torch.full_like(index, UNLABELLED)
+        check_classes(labels, look=self.validate)
         return index, labels.to(torch.int64)
 
     def _note_training(self, B: int) -> None:
@@ -347,7 +361,8 @@ class NTDNELoss(_NeighbourhoodLoss):
         device, dtype: of the bank. The dtype decides the arithmetic, whatever autocast says.
         process_group: ranks that share the bank, each holding a part of its rows (a torch.distributed group, or a
             DeviceMesh of one dimension). Every call is then made by all of them; the batch is that of all ranks, and
-            loss and gradients are those of one process on it, once DistributedDataParallel has averaged the latter.
+            loss and gradients are those of one process on it, once DistributedDataParallel has averaged the latter. A
+            criterion inside the wrapped module needs DistributedDataParallel(..., broadcast_buffers=False).
         storage, path: "device", "host" or "disk": where the rows live; see `MemoryBank`.
 
     Attributes:

@@ -1,5 +1,6 @@
 """MemoryBank: rows by image whatever their storage order, checkpoints that load whole or not."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,33 @@ def test_a_start_that_stopped_is_made_again(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             on("disk", tmp_path)
     assert torch.equal(on("disk", tmp_path).rows(torch.arange(10)), bank_of().rows(torch.arange(10)))
+
+
+def test_a_move_that_fails_leaves_the_rows(tmp_path):
+    bank = on("host", tmp_path)
+    rows = bank.rows(torch.arange(10))
+    with pytest.raises(RuntimeError):
+        bank._apply(lambda _: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    assert torch.equal(bank.rows(torch.arange(10)), rows)
+
+
+def test_a_checkpoint_is_loaded_into_the_file_also_when_it_is_to_be_assigned(tmp_path):
+    bank = on("disk", tmp_path)
+    bank.load_state_dict(bank_of(seed=1).state_dict(), assign=True)
+    del bank
+    assert torch.equal(on("disk", tmp_path).rows(torch.arange(10)), bank_of(seed=1).rows(torch.arange(10)))
+
+
+def test_a_bank_on_disk_is_not_copied(tmp_path):
+    with pytest.raises(TypeError, match="a bank on disk has the file .*bank for itself and cannot be copied"):
+        copy.deepcopy(on("disk", tmp_path))
+    assert torch.equal(copy.deepcopy(bank_of()).rows(torch.arange(10)), bank_of().rows(torch.arange(10)))
+
+
+def test_bad_labels_leave_no_file(tmp_path):
+    with pytest.raises(ValueError, match="labels: expected -1"):
+        on("disk", tmp_path, labels=LABELS - 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_goes_from_one_storage_to_another(tmp_path):

@@ -4,6 +4,7 @@ Each test computes in this process what the ranks must find together. Shapes: W 
 of the archive, D values.
 """
 
+import copy
 import os
 import signal
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ntdne_kernels import MemoryBank, NTDNELoss, SNCALoss
+from ntdne_kernels import MemoryBank, NTDNELoss, SNCALoss, bank
 from ntdne_kernels.ops import sharded
 from tests import ranks
 
@@ -295,6 +296,93 @@ def test_ranks_with_another_bank_are_refused_by_name_on_all_ranks(case, message)
                 raise ValueError(text)
 
 
+def some_want_no_gradient() -> tuple[Tensor, Tensor | None]:
+    rank = distributed.get_rank()
+    features = torch.arange(2.0 * D, dtype=torch.float64).view(2, D).sin()[: 2 - 2 * (rank == 2)]
+    features = features.requires_grad_(rank == 0)  # rank 2's is empty, as torch.empty(0, D) is
+    loss = shared()(features, torch.arange(len(features)))
+    if rank == 0:
+        loss.backward()
+    return loss.detach(), features.grad
+
+
+def test_ranks_whose_features_need_no_gradient_take_part():
+    found = ranks.run(some_want_no_gradient, 3)
+    features = torch.arange(2.0 * D, dtype=torch.float64).view(2, D).sin().repeat(2, 1).requires_grad_()
+    expected = alone()(features, torch.tensor([0, 1, 0, 1]))
+    expected.backward()
+    for loss, _ in found:
+        torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(found[0][1] / 3, features.grad[:2])
+
+
+def of_other_settings(case: str) -> str:
+    criterion, rank = shared(k=0.3, warmup_epochs=2), distributed.get_rank()
+    if case == "epoch" and rank == 0:
+        criterion.set_epoch(2)
+    if case == "sigma" and rank == 1:
+        criterion.sigma = 0.2
+    if case == "mode" and rank == 1:
+        criterion.eval()
+    try:
+        return f"{criterion(torch.ones(1, D, dtype=torch.float64), torch.tensor([rank]))}"
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("case", ["epoch", "sigma", "mode"])
+def test_ranks_of_other_settings_are_refused(case):
+    for text in ranks.run(of_other_settings, 2, case):
+        assert "expected the same sigma, q, k," in text
+        assert "those of ranks [1] differ from rank 0's" in text
+
+
+def differentiated_twice() -> str:
+    features = torch.ones(2, D, dtype=torch.float64, requires_grad=True)
+    loss = shared()(features.sin(), torch.arange(2))
+    (gradient,) = torch.autograd.grad(loss, features, create_graph=True)
+    with pytest.raises(RuntimeError, match="the loss can be differentiated once"):
+        gradient.sum().backward()
+    return "raised"
+
+
+def test_a_second_derivative_raises():
+    assert ranks.run(differentiated_twice, 2) == ["raised", "raised"]
+
+
+def copied() -> tuple[Tensor, Tensor]:
+    criterion = shared()
+    twin = copy.deepcopy(criterion)
+    criterion.update_bank(torch.ones(1, D, dtype=torch.float64), torch.tensor([3]))
+    return twin.memory.rows(torch.arange(41)), criterion.memory.rows(torch.arange(41))
+
+
+def test_a_copy_has_rows_of_its_own():
+    for twin, updated in ranks.run(copied, 2):
+        assert torch.equal(twin, alone().memory.rows(torch.arange(41)))
+        assert not torch.equal(twin, updated)
+
+
+def relabelled_but_for_one(folder: str) -> tuple[str, Tensor]:
+    criterion = shared(storage="disk", path=f"{folder}/bank")
+    before = criterion.memory.labels.clone()
+    if distributed.get_rank() == 1:
+
+        def fails(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        bank.take_place = fails
+    with pytest.raises((OSError, ValueError), match="No space left on device") as error:
+        criterion.memory.relabel(torch.arange(41) % 2)
+    return str(error.value), torch.equal(criterion.memory.labels, before)
+
+
+def test_a_relabel_that_fails_on_one_rank_raises_on_all_and_keeps_the_labels(tmp_path):
+    for rank, (text, kept) in enumerate(ranks.run(relabelled_but_for_one, 2, str(tmp_path))):
+        assert text.startswith("rank 1: ") == (rank == 0)
+        assert kept
+
+
 def bad_call(case: str) -> tuple[str, bool]:
     """The error of a call that is wrong on rank 1, and whether the next one works on all ranks."""
     criterion = shared()
@@ -305,12 +393,18 @@ def bad_call(case: str) -> tuple[str, bool]:
         index = torch.tensor([3, 41]) if case == "image" else index
     text = "accepted"
     try:
-        if case == "NaN":
+        if case == "sigma" and distributed.get_rank() == 1:
+            criterion.sigma = -0.1
+        if case == "label":
+            labels = torch.tensor([0, -5 if distributed.get_rank() == 1 else 0])
+            criterion(features, labels=labels)
+        elif case == "NaN":
             criterion.update_bank(features, index)
         else:
             criterion(features, index)
     except (IndexError, RuntimeError, ValueError) as error:
         text = f"{type(error).__name__}: {error}"
+    criterion.sigma = 0.1
     criterion(torch.randn(2, D, dtype=torch.float64), torch.tensor([0, 1]))
     return text, torch.equal(criterion.memory.rows(torch.arange(41)), before)
 
@@ -321,6 +415,8 @@ def bad_call(case: str) -> tuple[str, bool]:
         ("wide", "ValueError: features: expected shape"),
         ("image", "IndexError: index: expected -1 or a bank row from 0 to 40, got 41 at row 1"),
         ("NaN", "ValueError: features: expected rows of positive, finite norm"),
+        ("sigma", "ValueError: sigma: expected a number in"),
+        ("label", "ValueError: labels: expected -1 (unlabelled) or a class from 0, got -5 at row 1"),
     ],
 )
 def test_a_bad_batch_on_one_rank_raises_on_all_writes_nothing_and_does_not_hang(case, message):

@@ -120,6 +120,23 @@ def test_a_shared_bank_is_filled_by_all_ranks(W):
         assert found["error of rows"] < 1e-6
 
 
+def fill_unevenly() -> tuple[int, Tensor, Tensor]:
+    """Rank 1 has no batch; the encoder is wrapped, and indices are int32."""
+    torch.manual_seed(0)
+    encoder = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6)))
+    bank = MemoryBank(torch.arange(23) % 4, 6, process_group=distributed.group.WORLD)
+    images, index = Scans().images, torch.arange(23, dtype=torch.int32)
+    batches = [(images[:20], index[:20]), (images[20:], index[20:])] if distributed.get_rank() == 0 else []
+    filled = fill_bank(bank, encoder, batches, progress=False)
+    return filled, bank.rows(index), nn.functional.normalize(encoder.module.eval()(images), dim=1).detach()
+
+
+def test_a_rank_without_batches_takes_part():
+    for filled, rows, expected in ranks.run(fill_unevenly, 2, timeout=60):
+        assert filled == 23
+        torch.testing.assert_close(rows, expected)
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (3, 1), (1, 2), (2, 3)])
 def test_a_pass_that_stopped_goes_on_with_the_images_that_are_missing(before, after, tmp_path):
     """Also on another number of ranks."""

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ntdne_kernels.ops import losses
 from ntdne_kernels.ops.bank_update import accumulator_dtype
@@ -101,6 +100,28 @@ class Backend:
     features_gradient: Callable[..., Tensor] = features_gradient
 
 
+class _NotAgain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *_: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError("the loss can be differentiated once; a second derivative needs backend='reference'")
+
+
+def not_again(gradient: Tensor, *sources: Tensor) -> Tensor:
+    """The gradient, which raises where its dependence on the `sources` is differentiated.
+
+    `once_differentiable` raises only where the incoming gradient is differentiated: through an encoder a second
+    derivative would come out wrong.
+    """
+    if not torch.is_grad_enabled():
+        return gradient
+    known: Tensor = _NotAgain.apply(gradient.detach(), *sources)
+    return known
+
+
 class LeaveOneOutLoss(torch.autograd.Function):
     """The loss and log p (B,) of the queries; for no loss, log p alone.
 
@@ -132,27 +153,28 @@ class LeaveOneOutLoss(torch.autograd.Function):
         ctx.sigma, ctx.backend = sigma, backend
         ctx.features_dtype = features.dtype
         if ctx.needs_input_grad[1]:
-            for_bank = (log_sum_all, features, bank, labels, index, *classes)
-            ctx.save_for_backward(log_p, slope, direction, *for_bank)
+            for_bank = (log_sum_all, bank, labels, index, *classes)
+            ctx.save_for_backward(log_p, slope, direction, features, *for_bank)
         else:
-            ctx.save_for_backward(log_p, slope, direction)
+            ctx.save_for_backward(log_p, slope, direction, features)
         return log_p if loss is None else (value, log_p)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:  # nothing depends on the loss
             return (None,) * 10
-        log_p, slope, direction, *for_bank = ctx.saved_tensors
+        log_p, slope, direction, features, *for_bank = ctx.saved_tensors
         grad_features = grad_bank = None
         if ctx.needs_input_grad[0]:
             grad_features = ctx.backend.features_gradient(direction, log_p, slope, grad, ctx.features_dtype)
+            grad_features = not_again(grad_features, grad, features)
         if ctx.needs_input_grad[1]:
-            log_sum_all, features, bank, labels, index, *classes = for_bank
+            log_sum_all, bank, labels, index, *classes = for_bank
             grad_log_p = _grad_log_p(log_p, slope, grad)
             grad_bank = ctx.backend.bank_gradient(
                 features, bank, labels, index, classes, ctx.sigma, log_p, log_sum_all, grad_log_p
             )
+            grad_bank = not_again(grad_bank, grad, bank)
         return grad_features, grad_bank, *(None,) * 8
 
 

@@ -1,12 +1,14 @@
 """log p of a batch against a bank of which each rank holds a shard: features and sums travel, the bank never does.
 
-    every rank has b_r queries, B in all            features     all-gather      B·D of the bank's dtype
+    who has how many queries                        counts       all-gather
+    their images, and what is known of these        look-up      all-gather, all-reduce   2·B and 3·B int64
+    every rank has b_r queries, B in all            features     all-gather               B·D of the bank's dtype
     every rank sums all B over its rows             `ClassSums`
-    the sums of a query over the whole bank         logarithms   all-reduce (2)  2·B float64
-    ∂log p_i/∂f_i adds up from the ranks            to i's rank  all-to-all      B·D float32 (float64 for such a bank)
+    the sums of a query over the whole bank         logarithms   all-reduce (2)           2·B float64
+    ∂log p_i/∂f_i adds up from the ranks            to i's rank  all-to-all               B·D in the wide dtype
 
-Contributions are added in the order
-of the ranks: the same batch gives the same bits again.
+The first two are `distributed.Ranks` and `MemoryBank.look_up`. Contributions are added in the order of the ranks: the
+same batch gives the same bits again.
 
 Each op takes its process group by name, as PyTorch's own collectives under torch.compile do, which sees one opaque op
 with everything in it. `sizes` is b_r of each rank.

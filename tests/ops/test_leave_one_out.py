@@ -357,8 +357,21 @@ def test_double_backward_raises(fused, device):
     features = archive.features.clone().requires_grad_()
     log_p = leave_one_out_log_scores(features, *archive.arguments()[1:], backend=fused)
     (gradient,) = torch.autograd.grad(log_p[log_p > -torch.inf].exp().sum(), features, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="the loss can be differentiated once"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("of", ["features", "bank"])
+def test_double_backward_through_an_encoder_raises(fused, of, device):
+    """The gradient that comes in is then a constant; what the loss adds to the second derivative must not be lost."""
+    archive = Archive(device=device)
+    made = {"features": archive.features, "bank": archive.bank}
+    source = made[of].clone().requires_grad_()
+    made[of] = nn.functional.normalize(source.sin(), dim=1)
+    loss = ntdne_loss(made["features"], made["bank"], *archive.arguments()[2:], backend=fused)
+    (gradient,) = torch.autograd.grad(loss, source, create_graph=True)
+    with pytest.raises(RuntimeError, match="the loss can be differentiated once"):
+        torch.autograd.grad(gradient.sum(), source)
 
 
 def test_retain_graph_gives_the_same_gradient_twice(backend, device):
