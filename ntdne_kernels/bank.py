@@ -5,6 +5,7 @@ Shapes: B features, N images, D values, C classes.
 
 import copy
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -54,6 +55,7 @@ class MemoryBank(nn.Module):
         storage: (n, D) the rows in class order, on a CPU for "host" and "disk".
         order: (n,) image of each stored row.
         images: the n images whose labels and scores are kept here.
+        fresh: whether the rows started at random; False where they were taken up from a file.
         kind, path: the arguments `storage` and `path`, the latter of this rank's own file.
         ranks: the `distributed.Ranks` that share the bank, or None.
 
@@ -104,10 +106,19 @@ class MemoryBank(nn.Module):
         self.register_buffer("storage", rows.rows)
         # One place more than there are images, where queries that are not kept here write theirs.
         self.register_buffer("scores", torch.full((n + 1,), torch.nan, device=device), persistent=False)
+        self.fresh = rows.fresh
         if rows.fresh:
             self._start_at_random(generator)
             if self.path is not None:
                 mark(self.path, ready=True)
+        if self.ranks is not None:
+            anew = [rank for rank, fresh in enumerate(self.ranks.counts(lambda: int(rows.fresh))) if fresh]
+            if 0 < len(anew) < self.ranks.size:
+                warnings.warn(
+                    f"path: the files of ranks {anew} are new and start at random; those of the others were taken up",
+                    stacklevel=2,
+                )
+        self._version = self._own_version()
 
     def __len__(self) -> int:
         return self.size
@@ -267,6 +278,7 @@ class MemoryBank(nn.Module):
         kept = labels[self.images.start : self.images.stop].to(self.device, torch.int64)
         self.last_log_p.masked_fill_(kept != self.labels, torch.nan)
         self.labels.copy_(kept)
+        self._version = self._own_version()
 
     def record_(self, log_p: Tensor, index: Tensor) -> None:
         """Remember the scores log p (B,) of the images `index` (B,); of an image given twice the higher one.
@@ -344,7 +356,19 @@ class MemoryBank(nn.Module):
                 self._buffers["storage"] = storage
         if self.kind == "host" and self.device.type == "cuda" and not storage.is_pinned():
             self.storage = storage.pin_memory()
+        self._version = self._own_version()
         return self
+
+    def check_untouched(self) -> None:
+        """RuntimeError where the buffers were overwritten from outside, as DistributedDataParallel does."""
+        if not torch.compiler.is_compiling() and self._version != self._own_version():
+            raise RuntimeError(
+                "the bank's buffers were overwritten, probably with those of rank 0: a criterion in a wrapped module "
+                "needs DistributedDataParallel(..., broadcast_buffers=False); this bank is lost"
+            )
+
+    def _own_version(self) -> int:
+        return -1 if self.labels.is_inference() else self.labels._version
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryBank":
         if self.path is not None:
@@ -420,6 +444,7 @@ class MemoryBank(nn.Module):
         # Into the buffers, also where the caller said assign=True: rows stay in their file, or in this rank's memory.
         local_metadata = local_metadata | {"assign_to_params_buffers": False}
         super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._version = self._own_version()
         if scores is not None:
             self.last_log_p.copy_(scores)
         elif strict:

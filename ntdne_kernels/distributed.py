@@ -126,16 +126,13 @@ class Ranks:
             return [check()] * self.size  # sizes unknown to the compiler would break its graph
         try:
             own = check()
-        except BaseException:
+        except BaseException as error:
             self._exchange(FAILED, 0)  # the others wait for this rank
+            self.first_problem(f"{type(error).__name__}: {error}")
             raise
         found = self._exchange(*own)
-        failed = [rank for rank, (count, _) in enumerate(found) if count == FAILED]
-        if failed:
-            raise RuntimeError(
-                f"rank {failed[0]} was given something wrong and raised an error, which says what; nothing was "
-                "computed or written on any rank"
-            )
+        if any(count == FAILED for count, _ in found):
+            raise RuntimeError(f"nothing was computed or written on any rank, for {self.first_problem(None)}")
         return found
 
     def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.data import IndexedDataset
+from ntdne_kernels.storage import flush
 
 SAVE_SECONDS = 600.0  # between two checkpoints of a pass
 
@@ -61,6 +62,11 @@ def fill_bank(
 
         loader = _check_resumable(loader)
         done = checkpoint.load_checkpoint(resume, state, process_group=bank.process_group) or 0
+        if done and bank.path is not None and any(_counts(bank, lambda: int(bank.fresh))):
+            warnings.warn(
+                f"resume: the bank's file is newer than the pass in {resume}, which starts anew", stacklevel=2
+            )
+            filled.filled.zero_()
         loader = _without(loader, filled.everywhere())
     if isinstance(encoder, nn.parallel.DistributedDataParallel):
         encoder = encoder.module  # whose forward talks to ranks that may have no batch left
@@ -85,6 +91,8 @@ def fill_bank(
             done += 1
             due = time.monotonic() - saved >= SAVE_SECONDS
             if resume is not None and _counts(bank, due.__int__)[0]:  # by the clock of one rank
+                if bank.path is not None:
+                    flush(bank.path)  # before it is said which rows are there
                 checkpoint.save_checkpoint(resume, state, done, keep=1, process_group=bank.process_group)
                 saved = time.monotonic()
     finally:

@@ -346,7 +346,7 @@ def _check_unit(name: str, rows: Tensor) -> None:
 
 
 def _check_directions(features: Tensor, index: Tensor, bank: Tensor) -> None:
-    norm = torch.linalg.vector_norm(features.to(accumulator_dtype(bank.dtype)), dim=1)
+    norm = torch.linalg.vector_norm(features.detach().to(accumulator_dtype(bank.dtype)), dim=1)
     wrong = ~((norm > 0) & norm.isfinite()) & (index != NOT_IN_BANK)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])

@@ -130,6 +130,7 @@ class _NeighbourhoodLoss(nn.Module):
 
         def check() -> tuple[int, int]:
             """How many images there are; whether a gradient is wanted, beside a number of the settings."""
+            memory.check_untouched()
             self._check_features(features)
             check_number("sigma", self.sigma, 0, float("inf"))
             given.extend(self._check_images(len(features), index, labels))
@@ -142,8 +143,8 @@ class _NeighbourhoodLoss(nn.Module):
         differing = [rank for rank, (_, number) in enumerate(found) if number // 2 != found[0][1] // 2]
         if differing:
             raise ValueError(
-                "criterion: expected the same sigma, q, k, momentum, reduction, indicator, epoch and mode on all ranks, "
-                f"but those of ranks {differing} differ from rank 0's; all call set_epoch, train and eval"
+                "criterion: expected the same sigma, q, k, momentum, reduction, indicator, epoch, mode on all ranks; "
+                f"those of ranks {differing} differ from rank 0's; all call set_epoch, train and eval"
             )
         batch = memory.look_up(given[0], given[1], sizes)
         loss, log_p = ShardedLoss.apply(
@@ -303,7 +304,8 @@ class _NeighbourhoodLoss(nn.Module):
         if first and self.memory.ranks is None and distributed and torch.distributed.get_world_size() > 1:
             warnings.warn(
                 f"each of the {torch.distributed.get_world_size()} ranks keeps a bank of its own, which sees only that "
-                "rank's images: the banks drift apart; process_group=torch.distributed.group.WORLD shards one bank",
+                "rank's images: the banks drift apart; process_group=torch.distributed.group.WORLD shards one bank "
+                "(it is None before init_process_group)",
                 stacklevel=3,
             )
 

@@ -337,6 +337,22 @@ def test_ranks_of_other_settings_are_refused(case):
         assert "those of ranks [1] differ from rank 0's" in text
 
 
+def overwritten() -> str:
+    criterion = shared(N=40)
+    model = DistributedDataParallel(Wrapped(criterion))  # broadcast_buffers=True
+    try:
+        model(torch.randn(2, 5, dtype=torch.float64), torch.tensor([0, 1]))
+    except RuntimeError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_a_bank_that_ddp_overwrote_is_refused():
+    found = ranks.run(overwritten, 2)
+    assert any("needs DistributedDataParallel(..., broadcast_buffers=False)" in text for text in found)
+    assert "accepted" not in found
+
+
 def differentiated_twice() -> str:
     features = torch.ones(2, D, dtype=torch.float64, requires_grad=True)
     loss = shared()(features.sin(), torch.arange(2))
@@ -422,7 +438,8 @@ def bad_call(case: str) -> tuple[str, bool]:
 def test_a_bad_batch_on_one_rank_raises_on_all_writes_nothing_and_does_not_hang(case, message):
     found = ranks.run(bad_call, 3, case)
     for rank, (text, unchanged) in enumerate(found):
-        assert text.startswith(message if rank == 1 else "RuntimeError: rank 1 was given something wrong")
+        others = f"RuntimeError: nothing was computed or written on any rank, for rank 1: {message}"
+        assert text.startswith(message if rank == 1 else others)
         assert unchanged
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import problems, table
+from benchmarks import problems, scale, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,3 +101,12 @@ def test_the_benchmark_table_is_drawn_from_the_data(capsys):
     rows = [line for line in printed.splitlines() if line.startswith(("| naive", "| streaming"))]
     assert len(rows) == 6
     assert all(row in readme for row in rows)
+
+
+def test_the_tables_of_scale_in_the_readme_are_drawn_from_the_data(capsys):
+    scale.table(ROOT / "benchmarks" / "results" / "scale.json")
+    printed = capsys.readouterr().out.splitlines()
+    section = (ROOT / "README.md").read_text().split("### What it costs")[1].split("## Experiments")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) == 10 + 5 + 5 + 6
+    assert [row for row in rows if row not in printed] == []
