@@ -376,6 +376,7 @@ class MemoryBank(nn.Module):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied._version = copied._own_version()
         return copied
 
     def _class_order(self, labels: Tensor) -> dict[str, Tensor]:

@@ -368,7 +368,9 @@ def test_a_second_derivative_raises():
 
 def copied() -> tuple[Tensor, Tensor]:
     criterion = shared()
+    criterion.load_state_dict(criterion.state_dict())
     twin = copy.deepcopy(criterion)
+    twin(torch.ones(1, D, dtype=torch.float64), torch.tensor([3]))
     criterion.update_bank(torch.ones(1, D, dtype=torch.float64), torch.tensor([3]))
     return twin.memory.rows(torch.arange(41)), criterion.memory.rows(torch.arange(41))
 
