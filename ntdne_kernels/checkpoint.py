@@ -69,11 +69,8 @@ def save_checkpoint(
         TypeError, ValueError: an argument is not as described.
         CheckpointError: a rank failed. The older checkpoints are whole, and nothing is left of this one.
     """
-    items = _items(state)
-    for name, number, least in (("step", step, 0), ("keep", keep, 1)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise ValueError(f"{name}: expected an integer of at least {least}, got {number!r}")
     ranks = _ranks(process_group)
+    items = _items(ranks, state, step=(step, 0), keep=(keep, 1))
     rank = 0 if ranks is None else ranks.rank
     folder = Path(folder)
     checkpoint = folder / f"step-{step:08d}"
@@ -138,8 +135,8 @@ def load_checkpoint(
         CheckpointError: the checkpoint is damaged or does not fit; the error says that nothing was changed, unless a
             disk failed while it was read.
     """
-    items = _items(state)
     ranks = _ranks(process_group)
+    items = _items(ranks, state)
     folder = Path(folder)
     with _together(ranks, f"cannot look for checkpoints in {folder}"):
         saved = _saved(folder)
@@ -277,8 +274,26 @@ def _ranks(process_group: ProcessGroup | DeviceMesh | None) -> Ranks | None:
     return None if process_group is None else Ranks(process_group)
 
 
-def _items(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What the state names, without the wrappers that give every entry of a module another name."""
+def _items(ranks: Ranks | None, state: Mapping[str, Any], **numbers: tuple[int, int]) -> dict[str, Any]:
+    """What the state names, without wrappers, where all ranks were given the same; numbers are at least the second."""
+    items: dict[str, Any] = {}
+
+    def check() -> dict[str, Any]:
+        for name, (number, least) in numbers.items():
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {number!r}")
+        items.update(_unwrapped(state))
+        return {"state": list(items)} | {name: number for name, (number, _) in numbers.items()}
+
+    if ranks is None:
+        check()
+    else:
+        ranks.same_everywhere(check)
+    return items
+
+
+def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state without the wrappers that give every entry of a module another name."""
     items = {}
     for name, item in state.items():
         if not isinstance(name, str) or not name or "." in name:

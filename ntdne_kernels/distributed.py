@@ -102,8 +102,7 @@ class Ranks:
             differing = [f"rank {r} has {found[name]}" for r, found in enumerate(of_ranks) if found[name] != expected]
             if differing:
                 raise ValueError(
-                    f"{name}: expected the same on all ranks that share a bank, but rank 0 has {expected}, "
-                    + ", ".join(differing)
+                    f"{name}: expected the same on all ranks, but rank 0 has {expected}, " + ", ".join(differing)
                 )
         return facts
 

@@ -286,6 +286,31 @@ def test_bad_arguments(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def save_with_others_arguments(folder, case):
+    """The error of a call that is another one on rank 1."""
+    state, step = {"encoder": nn.Linear(2, 2), "head": nn.Linear(2, 1)}, 1
+    if own_rank() == 1:
+        state = {"state": {"encoder": state["encoder"]}, "bad": {"encoder": 3}}.get(case, state)
+        step = 2 if case == "step" else step
+    with pytest.raises((TypeError, ValueError)) as error:
+        save_checkpoint(folder, state, step)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("step", "step: expected the same on all ranks, but rank 0 has 1, rank 1 has 2"),
+        ("state", "state: expected the same on all ranks, but rank 0 has ['encoder', 'head'], rank 1 has ['encoder']"),
+        ("bad", "state['encoder']: expected something with state_dict and load_state_dict, got int"),
+    ],
+)
+def test_other_arguments_on_a_rank_are_told_on_every_rank(case, message, tmp_path):
+    for rank, text in enumerate(ranks.run(save_with_others_arguments, 2, tmp_path, case, timeout=60)):
+        assert text == ("rank 1: " if case == "bad" and rank == 0 else "") + message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_is_renamed_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
     events = []
     sync, rename = os.fsync, Path.rename
