@@ -112,7 +112,9 @@ class MemoryBank(nn.Module):
             if self.path is not None:
                 mark(self.path, ready=True)
         if self.ranks is not None:
-            anew = [rank for rank, fresh in enumerate(self.ranks.counts(lambda: int(rows.fresh))) if fresh]
+            anew = [
+                rank for rank, fresh in enumerate(self.ranks.counts("MemoryBank", lambda: int(rows.fresh))) if fresh
+            ]
             if 0 < len(anew) < self.ranks.size:
                 warnings.warn(
                     f"path: the files of ranks {anew} are new and start at random; those of the others were taken up",
@@ -211,7 +213,7 @@ class MemoryBank(nn.Module):
         """
         if self.ranks is None:
             return self.take(self.position[self._check_images(index)])
-        sizes = self.ranks.counts(lambda: len(self._check_images(index)))
+        sizes = self.ranks.counts("rows", lambda: len(self._check_images(index)))
         index = index.to(torch.int64)
         whole = self.look_up(index, index, sizes).places
         places, own = self.local(whole), self.ranks.own(sizes)
@@ -232,7 +234,7 @@ class MemoryBank(nn.Module):
             check_range("index", index, len(self), look=validate)
             self._write(features, self.places(index), momentum, validate)
             return self
-        sizes = self.ranks.counts(lambda: self._check_update(features, index, momentum, validate))
+        sizes = self.ranks.counts("update_bank", lambda: self._check_update(features, index, momentum, validate))
         index = index.to(torch.int64)
         batch = self.look_up(index, index, sizes)
         features = self.ranks.gather(features.detach().to(self._wide), sizes)  # of one dtype on all ranks

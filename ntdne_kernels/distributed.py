@@ -23,7 +23,9 @@ from ntdne_kernels.ops.streaming import STREAMING
 
 T = TypeVar("T")
 
-FAILED = -1  # what a rank reports in place of a count
+CALLS = ("forward", "update_bank", "rows", "fill_bank", "MemoryBank")
+COUNT_BITS = 40  # of a number that says also which call it belongs to
+FAILED = -1  # what a rank reports in its place
 
 
 class Ranks:
@@ -111,15 +113,16 @@ class Ranks:
         found = next(((rank, text) for rank, text in enumerate(self.tell(problem)) if text is not None), None)
         return problem or (found and f"rank {found[0]}: {found[1]}")
 
-    def counts(self, check: Callable[[], int]) -> list[int]:
+    def counts(self, call: str, check: Callable[[], int]) -> list[int]:
         """What each rank's check returns, how many queries it has, say. Synchronises a GPU unless there is Gloo too.
 
         Raises:
-            What this rank's check raises; RuntimeError that names the rank where another's raises.
+            What this rank's check raises; RuntimeError that names the rank where another's raises, or where another
+            makes another call than this one, one of `CALLS`.
         """
-        return [count for count, _ in self.exchange(lambda: (check(), 0))]
+        return [count for count, _ in self.exchange(call, lambda: (check(), 0))]
 
-    def exchange(self, check: Callable[[], tuple[int, int]]) -> list[tuple[int, int]]:
+    def exchange(self, call: str, check: Callable[[], tuple[int, int]]) -> list[tuple[int, int]]:
         """As `counts`, with a second number beside the count."""
         if torch.compiler.is_compiling():
             return [check()] * self.size  # sizes unknown to the compiler would break its graph
@@ -129,10 +132,14 @@ class Ranks:
             self._exchange(FAILED, 0)  # the others wait for this rank
             self.first_problem(f"{type(error).__name__}: {error}")
             raise
-        found = self._exchange(*own)
+        found = self._exchange(own[0] | CALLS.index(call) << COUNT_BITS, own[1])
         if any(count == FAILED for count, _ in found):
             raise RuntimeError(f"nothing was computed or written on any rank, for {self.first_problem(None)}")
-        return found
+        calls = [CALLS[count >> COUNT_BITS] for count, _ in found]
+        if len(set(calls)) > 1:
+            made = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(calls))
+            raise RuntimeError(f"all ranks make the same calls in the same order, but now called {made}")
+        return [(count & ((1 << COUNT_BITS) - 1), more) for count, more in found]
 
     def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
         """The rows (b, ...) of all ranks (B, ...), given how many each has."""

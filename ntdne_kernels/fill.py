@@ -122,7 +122,7 @@ class _Filled(nn.Module):
     def mark(self, index: Tensor) -> None:
         """Note the images (b,) of this rank's batch as filled, where they are kept."""
         if self.ranks is not None:
-            index = self.ranks.gather(index.to(torch.int64), self.ranks.counts(index.__len__))
+            index = self.ranks.gather(index.to(torch.int64), self.ranks.counts("fill_bank", index.__len__))
         image = self.local(index)
         self.filled[image[image >= 0]] = True
 
@@ -130,7 +130,7 @@ class _Filled(nn.Module):
         """(N,) bool."""
         if self.ranks is None:
             return self.filled
-        return self.ranks.gather(self.filled, self.ranks.counts(self.filled.__len__))
+        return self.ranks.gather(self.filled, self.ranks.counts("fill_bank", self.filled.__len__))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -143,7 +143,7 @@ class _Filled(nn.Module):
 
 def _counts(bank: MemoryBank, count: Callable[[], int]) -> list[int]:
     """What the function returns, on each rank that shares the bank."""
-    return [count()] if bank.ranks is None else bank.ranks.counts(count)
+    return [count()] if bank.ranks is None else bank.ranks.counts("fill_bank", count)
 
 
 def _nothing(bank: MemoryBank) -> tuple[Tensor, Tensor]:

@@ -138,7 +138,7 @@ class _NeighbourhoodLoss(nn.Module):
             number = 0 if torch.compiler.is_compiling() else zlib.crc32(repr(settings).encode())
             return len(features), 2 * number + int(torch.is_grad_enabled() and features.requires_grad)
 
-        found = ranks.exchange(check)
+        found = ranks.exchange("forward", check)
         sizes = [size for size, _ in found]
         differing = [rank for rank, (_, number) in enumerate(found) if number // 2 != found[0][1] // 2]
         if differing:

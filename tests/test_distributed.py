@@ -279,7 +279,7 @@ def refused(case: str) -> str:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("labels", "labels: expected the same on all ranks .* rank 1 has"),
+        ("labels", "labels: expected the same on all ranks, .* rank 1 has"),
         ("N", "images: expected the same .* rank 0 has 12, rank 1 has 9"),
         ("D", "dim: expected the same .* rank 0 has 6, rank 1 has 5"),
         ("dtype", "dtype: expected the same .* rank 1 has bfloat16"),
@@ -351,6 +351,23 @@ def test_a_bank_that_ddp_overwrote_is_refused():
     found = ranks.run(overwritten, 2)
     assert any("needs DistributedDataParallel(..., broadcast_buffers=False)" in text for text in found)
     assert "accepted" not in found
+
+
+def out_of_step() -> str:
+    criterion, features, index = shared(), torch.ones(2, D, dtype=torch.float64), torch.tensor([0, 1])
+    try:
+        if distributed.get_rank() == 1:
+            criterion.update_bank(features, index)
+        else:
+            criterion(features, index)
+    except RuntimeError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_ranks_that_make_other_calls_are_told():
+    for text in ranks.run(out_of_step, 3):
+        assert text.endswith("but now called rank 0 forward, rank 1 update_bank, rank 2 forward")
 
 
 def differentiated_twice() -> str:
