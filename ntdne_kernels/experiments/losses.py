@@ -427,7 +427,10 @@ LOSSES: dict[str, type[Criterion]] = {
 }
 
 # Arguments of NTDNELoss and SNCALoss that say how to compute the loss, not which.
-NOT_OPTIONS = {"reduction", "fused", "validate", "generator", "device", "dtype"}
+NOT_OPTIONS = {
+    *("reduction", "fused", "validate", "generator"),
+    *("device", "dtype", "process_group", "storage", "path"),
+}
 
 
 def loss_name(name: str) -> str:
