@@ -85,14 +85,14 @@ def allocate(
     return Rows(torch.empty(shape, dtype=dtype, device=device), fresh=True)
 
 
-def mark(path: str | os.PathLike[str], *, ready: bool, facts: dict[str, Any] | None = None) -> None:
-    """Say whether the file's rows can be taken up as they are, and which of the facts have changed.
+def mark(path: str | os.PathLike[str], *, ready: bool) -> None:
+    """Say whether the file's rows can be taken up as they are.
 
     Rows that are ready are flushed first. Those that are about to change places, say, are not ready.
     """
     if ready:
         flush(path)
-    _write_description(Path(path), _read_description(Path(path)) | (facts or {}) | {"ready": ready})
+    _write_description(Path(path), _read_description(Path(path)) | {"ready": ready})
 
 
 def flush(path: str | os.PathLike[str]) -> None:
