@@ -1,5 +1,7 @@
 """The backends by name, as arguments and custom ops give them."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ntdne_kernels.ops import reference
@@ -25,3 +27,9 @@ def class_sums_of(name: str) -> ClassSumsFunction:
     """How the backend makes `ClassSums`."""
     backend = BACKENDS[name]
     return reference.class_sums if backend is None else backend.class_sums
+
+
+def class_masses_of(name: str) -> Callable[..., Tensor]:
+    """How the backend sums over many classes at once, as `Backend.class_masses` says."""
+    backend = BACKENDS[name]
+    return reference.class_masses if backend is None else backend.class_masses

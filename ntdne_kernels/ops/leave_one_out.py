@@ -94,6 +94,12 @@ class Backend:
     """
     class_sums: ClassSumsFunction
     """(features, bank, labels, index, classes, sigma, need_means) → what `ClassSums` holds, over a part of a bank."""
+    class_masses: Callable[..., Tensor]
+    """(features (B, D), bank (n, D) of the same dtype, index (B,), offsets (K + 1,), sigma) →
+
+    (B, K) float64: log Σ of exp(f_i·f_j/σ) over the rows j ≠ index_i of each of K ranges, from offsets[c] to
+    offsets[c + 1]; −inf for no row. offsets[0] is 0, offsets[K] is n; index is −1 for a query in no row.
+    """
     bank_gradient: Callable[..., Tensor]
     """(features, bank, labels, index, classes, sigma, log_p, log_sum_all, grad_log_p) → gradient of the bank (N, D)."""
     loss_and_slope: Callable[..., tuple[Tensor, Tensor]] = losses.loss_and_slope

@@ -46,6 +46,14 @@ def class_sums(
         return log_sums[0], log_sums[1], means[0], means[1]
 
 
+def class_masses(features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor, sigma: float) -> Tensor:
+    """`Backend.class_masses`: over the rows of each class (B, K)."""
+    with torch.autocast(bank.device.type, enabled=False):
+        logits = _logits(features, bank, sigma).double()
+        logits.masked_fill_(torch.arange(len(bank), device=bank.device) == index.unsqueeze(1), -torch.inf)
+        return torch.stack([torch.logsumexp(rows, dim=1) for rows in logits.split(offsets.diff().tolist(), dim=1)], 1)
+
+
 def _masks(neighbours: Neighbours, N: int) -> tuple[Tensor, Tensor]:
     """(B, N) which rows are of the query's class, itself left out, and which are any row but the query itself."""
     j = torch.arange(N, device=neighbours.excluded.device)

@@ -199,6 +199,44 @@ def bank_gradient(
         return gradient if len(queries) else gradient.zero_()
 
 
+def class_masses(features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor, sigma: float) -> Tensor:
+    """`Backend.class_masses` in tiles, with the bank's rows down and the queries across.
+
+    The sum over the rows of a class then adds whole rows of the tile: that takes a twentieth of the time of the tile's
+    product, where along the other dimension it took half of it.
+    """
+    with torch.autocast(bank.device.type, enabled=False):
+        B, K, bounds = len(features), len(offsets) - 1, offsets.tolist()
+        tracked = sigma < SMALLEST_PLAIN_SIGMA
+        double = torch.float32 if bank.device.type == "mps" else torch.float64  # what a device has
+        masses = bank.new_full((K, B), -torch.inf if tracked else 0, dtype=double)
+        block = max(min(B, QUERIES_PER_TILE), 1)
+        length = _tile_rows(bank, block)
+        buffer = bank.new_empty(block * min(length, len(bank)), dtype=accumulator_dtype(bank.dtype))
+        for start in range(0, len(bank), length):
+            tile = bank[start : start + length]
+            # Classes with rows in the tile, empty ones at its ends left out.
+            here = slice(bisect_right(bounds, start) - 1, bisect_left(bounds, start + len(tile)))
+            rows = torch.arange(start, start + len(tile), device=bank.device)
+            c = torch.searchsorted(offsets, rows, right=True) - (1 + here.start)
+            for first in range(0, B, block):
+                queries = slice(first, min(first + block, B))
+                logits = buffer[: len(tile) * (queries.stop - first)].view(len(tile), -1)
+                scaled_scores_(logits, tile, features[queries], 1 / sigma)
+                _exclude_(logits, index[queries].unsqueeze(0) - start, dim=0)
+                sums = logits.new_zeros((here.stop - here.start, logits.size(1)))
+                if tracked:
+                    maximum = torch.full_like(sums, -torch.inf)
+                    maximum.scatter_reduce_(0, c.unsqueeze(1).expand_as(logits), logits, "amax")
+                    finite = torch.where(maximum == -torch.inf, 0, maximum)  # −inf − (−inf) is NaN
+                    sums.index_add_(0, c, logits.sub_(finite[c]).exp_())
+                    log_sums = torch.log(sums.to(double)) + finite
+                    masses[here, queries] = torch.logaddexp(masses[here, queries], log_sums)
+                else:
+                    masses[here, queries] += sums.index_add_(0, c, exp_(logits))
+        return (masses if tracked else masses.log_()).t()
+
+
 def _tiles(
     queries: Tensor, bank: Tensor, order: Tensor | None, excluded: Tensor, sigma: float
 ) -> Iterator[tuple[int, Tensor, slice, Tensor]]:
@@ -207,9 +245,7 @@ def _tiles(
     block = min(B, QUERIES_PER_TILE)
     if B == 0:
         return
-    # Neither the logits nor a copy of the bank rows, for which 64 columns are the least, may be larger than a tile.
-    elements = TILE_ELEMENTS.get(bank.device.type, TILE_ELEMENTS["cpu"])
-    length = max(elements // max(block, bank.size(1), 64), 1)
+    length = _tile_rows(bank, block)
     buffer = queries.new_empty(block * min(length, N), dtype=accumulator_dtype(bank.dtype))
     for start in range(0, N, length):
         stop = min(start + length, N)
@@ -218,11 +254,21 @@ def _tiles(
             rows = slice(first, min(first + block, B))
             logits = buffer[: (rows.stop - first) * len(tile)].view(-1, len(tile))
             scaled_scores_(logits, queries[rows], tile, 1 / sigma)
-            column = excluded[rows].unsqueeze(1) - start
-            inside = (column >= 0) & (column < len(tile))
-            column = torch.where(inside, column, 0)
-            logits.scatter_(1, column, torch.where(inside, -torch.inf, logits.gather(1, column)))
+            _exclude_(logits, excluded[rows].unsqueeze(1) - start, dim=1)
             yield start, tile, rows, logits
+
+
+def _tile_rows(bank: Tensor, queries: int) -> int:
+    """Rows of a tile: neither its logits nor a copy of its rows, of which 64 columns are the least, may be larger."""
+    elements = TILE_ELEMENTS.get(bank.device.type, TILE_ELEMENTS["cpu"])
+    return max(elements // max(queries, bank.size(1), 64), 1)
+
+
+def _exclude_(logits: Tensor, place: Tensor, dim: int) -> None:
+    """−inf at the place of each query along the dimension of the rows; places outside the tile are left out."""
+    inside = (place >= 0) & (place < logits.size(dim))
+    place = torch.where(inside, place, 0)
+    logits.scatter_(dim, place, torch.where(inside, -torch.inf, logits.gather(dim, place)))
 
 
 def _class_runs(same: Tensor) -> list[tuple[int, int, int, int]]:
@@ -248,4 +294,4 @@ class_sums.register_fake(class_sums_fake)
 log_scores.register_fake(log_scores_fake)
 bank_gradient.register_fake(bank_gradient_fake)
 
-STREAMING = Backend(log_scores, class_sums, bank_gradient)
+STREAMING = Backend(log_scores, class_sums, class_masses, bank_gradient)

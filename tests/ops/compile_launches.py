@@ -1,8 +1,10 @@
 """Each kernel compiled for sm_90 from the arguments it is really launched with, on a machine without a GPU.
 
-Run as a module, in a process without the interpreter: `kernel[grid](...)` compiles and stops there.
+Run as a module, in a process without the interpreter: `kernel[grid](...)` compiles and stops there. The sums over
+classes, which have no tile shapes of their own, are compiled for every GPU; what they need is one JSON line each.
 """
 
+import json
 from unittest.mock import MagicMock
 
 import torch
@@ -10,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.aot import SHARED_LIMIT, _resource_usage
 from ntdne_kernels import LabelIndex
 from ntdne_kernels.ops import triton
 from ntdne_kernels.ops.triton.configs import Device
@@ -31,30 +34,52 @@ def launch_all(B: int, D: int, dtype: torch.dtype, by: str) -> None:
         triton.features_gradient(direction, log_p, slope, torch.ones_like(value), features.dtype)
     triton.features_gradient(direction, log_p, None, torch.ones_like(log_p), torch.bfloat16)
     triton.bank_gradient(*batch, log_p, log_sum_all, torch.ones_like(log_p))
+    triton.class_masses(features.to(dtype), bank, index, torch.arange(0, 4001, 500), 0.1)
+
+
+def launch_class_masses() -> None:
+    """Classes of 64 rows and more, with and without a tracked maximum."""
+    offsets = torch.arange(0, 4001, 500)
+    for dtype, sigma in ((torch.bfloat16, 0.1), (torch.float16, 0.01), (torch.float32, 0.1)):
+        archive = Archive(100, 4000, 128, dtype=dtype)
+        triton.class_masses(archive.features.to(dtype), archive.bank, archive.index, offsets, sigma)
 
 
 def main() -> None:
     no_gpu = MagicMock()
-    no_gpu.get_current_target.return_value = GPUTarget("cuda", 90, 32)
-    no_gpu.get_current_device.return_value = no_gpu.get_current_stream.return_value = 0
     driver.set_active(no_gpu)
-    triton.describe = lambda _: Device(90, 132, 232_448)
-    compiled = set()
+    compiled = {}
+
+    def pretend(capability: int) -> None:
+        no_gpu.get_current_target.return_value = GPUTarget("cuda", capability, 32)
+        no_gpu.get_current_device.return_value = no_gpu.get_current_stream.return_value = capability
+        triton.describe = lambda _: Device(capability, 132, SHARED_LIMIT[capability])
 
     def compile_only(kernel, grid):
         def launch(*args, **kwargs):
-            compiled.add((kernel.fn.__name__, kernel.run(*args, grid=grid, warmup=True, **kwargs).hash))
+            made = kernel.run(*args, grid=grid, warmup=True, **kwargs)
+            compiled[kernel.fn.__name__, made.hash] = made
 
         return launch
 
     JITFunction.__getitem__ = compile_only
+    pretend(90)
     # At D = 1 the bank's stride of 1 is a constant to the compiler.
     for D, dtype, by in ((128, torch.bfloat16, "index"), (1, torch.float32, "labels")):
         launch_all(100, D, dtype, by)
-        before = set(compiled)
+        before = len(compiled)
         launch_all(93, D, dtype, by)
-        print("compiled anew for a smaller batch:", len(compiled - before))
+        print("compiled anew for a smaller batch:", len(compiled) - before)
     print("kernels:", *sorted({name for name, _ in compiled}))
+    for capability in SHARED_LIMIT:
+        compiled.clear()
+        pretend(capability)
+        launch_class_masses()
+        for made in compiled.values():
+            ptx, usage = made.asm["ptx"], _resource_usage(made.asm["cubin"])
+            row = {"capability": capability, "bank": made.src.signature["bank"], "shared": made.metadata.shared}
+            row |= {"spilled": usage["STACK"] + usage["LOCAL"], "wgmma": "wgmma.mma_async" in ptx}
+            print(json.dumps(row | {"mma": "mma.sync" in ptx or "tcgen05.mma" in ptx}))
 
 
 if __name__ == "__main__":

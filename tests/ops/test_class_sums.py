@@ -90,7 +90,9 @@ def backend(backend: str, cuts: tuple[float, ...], monkeypatch: pytest.MonkeyPat
     """A backend that never sees more than a part of the bank."""
     class_sums = class_sums_of(backend)
     bank_gradient = (BACKENDS[backend] or STREAMING).bank_gradient
-    monkeypatch.setitem(BACKENDS, "in parts", Backend(in_parts(class_sums, cuts), class_sums, bank_gradient))
+    monkeypatch.setitem(
+        BACKENDS, "in parts", Backend(in_parts(class_sums, cuts), class_sums, STREAMING.class_masses, bank_gradient)
+    )
     return "in parts"
 
 

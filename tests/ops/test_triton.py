@@ -5,6 +5,8 @@ segments. Without a GPU all of it runs in Triton's interpreter.
 """
 
 import itertools
+import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntdne_kernels import LabelIndex, functional
 from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, ntdne_loss, snca_loss
-from ntdne_kernels.ops import losses, triton
+from ntdne_kernels.ops import losses, reference, triton
 from ntdne_kernels.ops.triton import configs, kernels
-from ntdne_kernels.ops.triton.configs import Config, Device, choose, columns, split_count
+from ntdne_kernels.ops.triton.configs import Config, Device, choose, class_tile, columns, split_count
 from tests.conftest import Archive, served
 from tests.ops.test_leave_one_out import arguments, op_arguments
 
@@ -99,6 +101,109 @@ def test_mixed_dtypes_multiply_in_the_dtype_of_the_bank(by, dtype, feature_dtype
         assert error <= max(tolerance[dtype], tolerance[kind])
 
 
+def class_ranges(archive: Archive, C: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features, bank and index of the archive, and (C + 1,) ends of C classes of any sizes, also of no row."""
+    bank, N = archive.bank, len(archive.bank)
+    ends = torch.randint(0, N + 1, (C - 1,), generator=torch.Generator().manual_seed(seed)).sort().values
+    offsets = torch.tensor([0, *ends.tolist(), N], device=bank.device)
+    return archive.features.to(bank.dtype), bank, archive.index, offsets
+
+
+@settings(max_examples=15, phases=[Phase.explicit, Phase.generate])
+@given(
+    B=st.integers(0, 35),
+    N=st.integers(1, 90),
+    D=st.sampled_from([1, 3, 16, 24, 40]),
+    C=st.sampled_from([1, 2, 7, 30]),
+    seed=st.integers(0, 99),
+    sigma=st.sampled_from([0.1, 0.03, 0.001]),
+    programs=st.sampled_from([1, 8]),
+)
+@needs_interpreter
+def test_class_masses_over_ragged_blocks_tiles_and_classes_agree_with_the_reference(B, N, D, C, seed, sigma, programs):
+    """Float64 sums, so that nothing but a wrong row or a wrong mask can differ."""
+    given = class_ranges(Archive(B, N, D, seed=seed), C, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        small_pieces(patch, splits=1)
+        patch.setattr(triton, "PROGRAMS_PER_MULTIPROCESSOR", 1)
+        patch.setattr(triton, "describe", lambda _: Device(90, programs, 1 << 14))
+        found = triton.class_masses(*given, sigma)
+    assert found.shape == (B, C)
+    torch.testing.assert_close(found, reference.class_masses(*given, sigma), rtol=1e-12 / sigma, atol=1e-13 / sigma)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sigma", [0.03, 0.001])
+@pytest.mark.parametrize("clustered", [False, True])
+def test_error_of_class_masses_is_at_most_twice_that_of_plain_pytorch(dtype, sigma, clustered, kernel_device):
+    archive = Archive(B=64, N=1000, D=48, dtype=dtype, device=kernel_device)
+    if clustered:  # cosines near 1
+        archive.bank = torch.nn.functional.normalize(archive.bank[:1].float() + 0.05 * archive.bank.float()).to(dtype)
+        archive.features = archive.bank[archive.index.clamp(min=0)]
+    features, bank, index, offsets = class_ranges(archive, C=6)
+    found = triton.class_masses(features, bank, index, offsets, sigma)
+    truth = reference.class_masses(features.double(), bank.double(), index, offsets, sigma)
+    logits = (features @ bank.t()).float() / sigma
+    logits[torch.arange(1000, device=logits.device) == index.unsqueeze(1)] = -torch.inf
+    sizes = offsets.diff().tolist()
+    plain = torch.stack([torch.logsumexp(rows, dim=1) for rows in logits.split(sizes, dim=1)], dim=1)
+    assert found.dtype == torch.float64
+    epsilon = torch.finfo(torch.float32).eps / sigma  # one rounding of s/σ
+    assert (found - truth).abs().max() <= 2 * (plain - truth).abs().max() + epsilon
+
+
+@pytest.mark.parametrize("own", [4, 5, 20, 21, 44])
+def test_class_masses_leave_out_a_query_also_where_the_tile_before_had_passed_it(own, kernel_device, monkeypatch):
+    """A class ends inside a tile of 16, whose last rows are the first of the next class."""
+    small_pieces(monkeypatch, splits=1)
+    monkeypatch.setattr(triton, "PROGRAMS_PER_MULTIPROCESSOR", 1)
+    monkeypatch.setattr(triton, "describe", lambda _: Device(90, 1, 1 << 14))
+    bank = torch.zeros((48, 4), dtype=torch.float64, device=kernel_device)
+    index, offsets = torch.tensor([own], device=kernel_device), torch.tensor([0, 5, 45, 48], device=kernel_device)
+    counts = triton.class_masses(bank[:1], bank, index, offsets, 0.1).exp()
+    expected = [5 - (own < 5), 40 - (own >= 5), 3]
+    torch.testing.assert_close(counts.cpu(), torch.tensor([expected], dtype=torch.float64))
+
+
+def test_class_masses_lose_no_terms_smaller_than_a_rounding_of_their_sum(kernel_device, monkeypatch):
+    """20 tiles of 0.4 roundings each: added one after the other to a float32 all would be lost, 10^−6 together."""
+    small_pieces(monkeypatch, splits=1)
+    towards, far = torch.tensor([1.0, 0.0]), torch.tensor([-0.685, 0.0])
+    bank = torch.stack([towards] * 16 + [far] * 320).to(kernel_device)
+    index, offsets = torch.tensor([-1], device=kernel_device), torch.tensor([0, 336], device=kernel_device)
+    lost = math.log1p(20 * math.exp(-1.685 / 0.1))
+    assert lost > 9e-7
+    found = triton.class_masses(bank[:1], bank, index, offsets, 0.1)
+    assert abs(found.item() - (10 + math.log(16) + lost)) < 1e-7
+
+
+def test_class_masses_of_strided_tensors_are_those_of_their_copies(kernel_device, monkeypatch):
+    small_pieces(monkeypatch, splits=1)
+    given = class_ranges(Archive(20, 100, 12, dtype=torch.bfloat16, device=kernel_device), C=7)
+    expected = triton.class_masses(*given, 0.1)
+    rows_apart = [x.repeat_interleave(2, dim=0)[::2] for x in given]
+    columns_apart = [x.repeat_interleave(2, dim=-1)[..., ::2] for x in given]
+    for apart in (rows_apart, columns_apart):
+        assert torch.equal(triton.class_masses(*apart, 0.1), expected)
+
+
+@pytest.mark.parametrize(("B", "N", "C"), [(0, 9, 2), (3, 0, 2), (3, 9, 0), (1, 1, 1)])
+def test_class_masses_of_no_query_no_row_and_no_class(B, N, C, kernel_device):
+    features, bank = torch.ones(B, 4, device=kernel_device) / 2, torch.ones(N, 4, device=kernel_device) / 2
+    index, offsets = torch.zeros(B, device=kernel_device).long(), torch.tensor([0, N, N][: C + 1]).to(kernel_device)
+    found = triton.class_masses(features, bank, index, offsets, 0.1)
+    assert found.shape == (B, C)
+    assert (found == -torch.inf).all()  # the one row there is is the query itself
+
+
+def test_class_masses_are_one_launch_and_nothing_of_the_size_of_batch_times_bank(launches, kernel_device):
+    given = class_ranges(Archive(64, 400, 1, dtype=torch.float32, device=kernel_device), C=5)
+    with _Allocations() as seen:
+        triton.class_masses(*given, 0.1)
+    assert [name for name, _ in launches] == ["class_masses"]
+    assert seen.largest < 64 * 400 / 4
+
+
 class _Allocations(TorchDispatchMode):
     """Operators that ran, and the largest tensor that one of them made."""
 
@@ -142,6 +247,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict]]:
         "loss_and_slope",
         "gradient_to_features",
         "gradient_to_bank",
+        "class_masses",
     ):
         monkeypatch.setattr(kernels, name, _Recorded(name, notes))
     return notes
@@ -198,20 +304,26 @@ def test_nothing_of_the_size_of_batch_times_bank_is_allocated(by, kernel_device)
     assert seen.largest < B * N / 4
 
 
+def far_apart(rows: Tensor, file: Path) -> Tensor:
+    """The bfloat16 rows in a sparse file, as far from each other as the kernels take them."""
+    (N, D), stride = rows.shape, triton._LARGEST_STRIDE
+    with open(file, "wb") as opened:
+        opened.truncate(2 * N * stride)
+    memory = torch.from_file(str(file), shared=True, size=N * stride, dtype=torch.bfloat16)
+    return memory.as_strided((N, D), (stride, 1)).copy_(rows)
+
+
 @needs_interpreter
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("by", ["index", "sorted index", "labels"])
 def test_rows_behind_two_to_the_31_elements(by, splits, tmp_path, monkeypatch):
-    """A view of a sparse file whose last rows lie 5·10^9 elements behind the first: 64-bit offsets find them."""
+    """The last rows lie 5·10^9 elements behind the first: 64-bit offsets find them."""
     small_pieces(monkeypatch, splits=splits)
-    N, stride = 600, triton._LARGEST_STRIDE
-    assert (1 << 31) // stride < 300  # inside the first of one or two splits, and before the second begins
+    N = 600
+    assert (1 << 31) // triton._LARGEST_STRIDE < 300  # in the first of one or two splits, and before the second begins
     archive = Archive(9, N, 16, 4, dtype=torch.bfloat16)
-    with open(tmp_path / "bank", "wb") as file:
-        file.truncate(2 * N * stride)
-    memory = torch.from_file(str(tmp_path / "bank"), shared=True, size=N * stride, dtype=torch.bfloat16)
     features, rows, labels, bank_labels, index = arguments(archive, by)
-    bank = memory.as_strided((N, 16), (stride, 1)).copy_(rows)
+    bank = far_apart(rows, tmp_path / "bank")
     results = []
     for stored in (bank, rows):
         queries, stored = features.clone().requires_grad_(), stored.detach().requires_grad_()
@@ -219,6 +331,17 @@ def test_rows_behind_two_to_the_31_elements(by, splits, tmp_path, monkeypatch):
         log_p[log_p > -torch.inf].sum().backward()
         results.append((log_p.detach(), queries.grad, stored.grad))
     assert all(torch.equal(far, near) for far, near in zip(*results, strict=True))
+
+
+@needs_interpreter
+def test_class_masses_of_rows_behind_two_to_the_31_elements(tmp_path, monkeypatch):
+    small_pieces(monkeypatch, splits=1, block_n=64)
+    N = 300
+    assert (N - 40) * triton._LARGEST_STRIDE > 1 << 31
+    features, rows, index, _ = class_ranges(Archive(9, N, 16, dtype=torch.bfloat16), C=1)
+    offsets = torch.tensor([0, 10, 270, 300])
+    found = triton.class_masses(features, far_apart(rows, tmp_path / "bank"), index, offsets, 0.1)
+    assert torch.equal(found, triton.class_masses(features, rows, index, offsets, 0.1))
 
 
 def test_a_changing_batch_is_no_new_kernel():
@@ -230,8 +353,9 @@ def test_a_changing_batch_is_no_new_kernel():
         kernels.merge_to_class_sums,
         kernels.loss_and_slope,
         kernels.gradient_to_features,
+        kernels.class_masses,
     ):
-        names = {kernel.arg_names.index(name) for name in ("B", "N", "splits") if name in kernel.arg_names}
+        names = {kernel.arg_names.index(name) for name in ("B", "N", "C", "splits") if name in kernel.arg_names}
         skipped = kernel.do_not_specialize if triton.INTERPRETED is False else kernel.kwargs["do_not_specialize"]
         assert {kernel.arg_names.index(n) if isinstance(n, str) else n for n in skipped} >= names
     assert len({choose(H200, "range", "16-bit", 128, B) for B in range(65, 5000)}) == 1
@@ -254,6 +378,14 @@ def test_every_width_has_two_powers_of_two():
         assert D1 & (D1 - 1) == D2 & (D2 - 1) == 0
         assert max(16, 2 * D - 1) >= D1 + D2
         assert D2 == 0 or D > D1
+
+
+@pytest.mark.parametrize(
+    ("rows_per_class", "width"), [(0, 16), (1, 16), (31, 16), (32, 32), (63, 32), (64, 64), (100_000, 64)]
+)
+def test_tiles_are_no_wider_than_most_classes(rows_per_class, width):
+    assert class_tile(Config(128, 128, 8, 3, 131_088), 45 * rows_per_class, 45) == width
+    assert class_tile(Config(128, 16, 8, 3, 50_208), 45 * rows_per_class, 45) == 16
 
 
 def test_splits_fill_the_device_and_no_more():

@@ -49,9 +49,18 @@ def test_everything_compiles_without_spills_within_the_shared_memory_and_product
 
 
 def test_launches_compile_as_they_are_and_a_smaller_batch_compiles_nothing_anew():
-    again, again_narrow, kernels = output_of("tests.ops.compile_launches")
+    again, again_narrow, kernels, *class_masses = output_of("tests.ops.compile_launches")
     assert again == again_narrow == "compiled anew for a smaller batch: 0"
     assert kernels.split() == [
-        "kernels:", "gradient_to_bank", "gradient_to_features", "loss_and_slope", "merge_to_class_sums",
+        "kernels:", "class_masses", "gradient_to_bank", "gradient_to_features", "loss_and_slope", "merge_to_class_sums",
         "merge_to_log_scores", "prepare", "stream",
     ]  # fmt: skip
+    rows = [json.loads(line) for line in class_masses]
+    assert len(rows) == 3 * len(SHARED_LIMIT)
+    for row in rows:
+        assert row["spilled"] == 0, row
+        assert row["shared"] <= SHARED_LIMIT[row["capability"]], row
+        if row["bank"] != "*fp32":
+            assert row["wgmma" if row["capability"] == 90 else "mma"], row
+            if row["capability"] == 90:  # two programs to a multiprocessor: one multiplies as the other exponentiates
+                assert 2 * row["shared"] <= SHARED_LIMIT[90], row

@@ -22,6 +22,7 @@ from ntdne_kernels.ops.triton.configs import (
     SMALLEST_CAPABILITY,
     Device,
     choose,
+    class_tile,
     columns,
     largest_D,
     merge_blocks,
@@ -35,6 +36,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED_DEVICE = Device(capability=90, multiprocessors=3, shared=227 << 10)
 FOLD_ROWS = 1 << 14
 """Rows summed in registers before they are added to memory."""
+PROGRAMS_PER_MULTIPROCESSOR = 8
+"""How many `class_masses` starts at least, where there are so many classes: few are idle in the last round."""
 # Of the larger strides a tile's offsets would not fit 32 bits. No bank but a view of something else has such.
 _LARGEST_STRIDE = 1 << 23
 _FLOAT16_SHIFT = 14  # float16 ends at 2^16
@@ -94,6 +97,31 @@ def class_sums(
         for sums, nothing in zip(out, (-math.inf, -math.inf, 0, 0), strict=True):
             sums.fill_(nothing)
     return out
+
+
+def class_masses(features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor, sigma: float) -> Tensor:
+    """`Backend.class_masses` in one launch."""
+    B, D = features.shape
+    N, C = len(bank), len(offsets) - 1
+    log_masses = bank.new_empty((C, B), dtype=torch.float64)
+    if B == 0 or C == 0:
+        return log_masses.t()
+    with _on(bank.device):
+        device, arithmetic = describe(bank.device), _arithmetic(bank.dtype)
+        config = choose(device, "range", arithmetic, D, B)
+        features, bank = _with_unit_stride(features), _with_unit_stride(bank)
+        blocks = triton.cdiv(B, config.block_b)
+        splits = min(C, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, blocks))
+        D1, D2 = columns(D)
+        kernels.class_masses[(blocks * splits,)](
+            features, bank, index.contiguous(), offsets.contiguous(), log_masses,
+            B, C, features.stride(0), bank.stride(0), math.log2(math.e) / sigma, splits,
+            D=D, D1=D1, D2=D2, BLOCK_B=config.block_b, BLOCK_N=class_tile(config, N, C),
+            TRACKED=sigma < SMALLEST_PLAIN_SIGMA, PRECISION=PRECISION[arithmetic],
+            num_warps=config.num_warps, num_stages=config.num_stages,
+            maxnreg=255,  # all: left to itself the assembler spills 8 bytes here and there to fit one program more
+        )  # fmt: skip
+    return log_masses.t()
 
 
 @torch.library.custom_op("ntdne_kernels::triton_bank_gradient", mutates_args=())
@@ -285,4 +313,4 @@ def _(direction: Tensor, log_p: Tensor, slope: Tensor | None, grad: Tensor, dtyp
     return torch.empty_like(direction, dtype=dtype)
 
 
-TRITON = Backend(log_scores, class_sums, bank_gradient, loss_and_slope, features_gradient)
+TRITON = Backend(log_scores, class_sums, class_masses, bank_gradient, loss_and_slope, features_gradient)

@@ -115,3 +115,12 @@ def split_count(device: Device, config: Config, B: int, N: int, D: int, kinds: i
         return ceil(kinds * blocks * splits / programs) * (ceil(tiles / splits) + _TILES_PER_START)
 
     return min(range(least, most + 1), key=time)
+
+
+def class_tile(config: Config, N: int, C: int) -> int:
+    """Bank rows per tile of a kernel that sums C classes of N rows one by one: no more than most of them have.
+
+    None is wider than 64: a Hopper multiprocessor then holds two programs (82 KB and 120 registers each, at D = 128 in
+    16 bits), of which one multiplies as the other exponentiates. That is the compiler's count, no measured time.
+    """
+    return min(1 << max((N // C).bit_length() - 1, 4), config.block_n, 64)
