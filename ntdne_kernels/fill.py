@@ -73,7 +73,7 @@ def fill_bank(
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     leads = bank.ranks is None or bank.ranks.rank == 0
-    batches = iter(_with_progress(loader, "Filling the bank") if progress and leads else loader)
+    batches = iter(with_progress(loader, "Filling the bank") if progress and leads else loader)
     encoded: list[Tensor] = []
 
     def encode() -> int:
@@ -195,7 +195,7 @@ def _without(loader: "DataLoader[Any]", filled: Tensor) -> "DataLoader[Any]":
     )
 
 
-def _with_progress(loader: Iterable[Any], description: str) -> Iterator[Any]:
+def with_progress(loader: Iterable[Any], description: str) -> Iterator[Any]:
     if sys.stderr.isatty():
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
