@@ -87,6 +87,7 @@ def open_archive(
     skip_unreadable: bool = False,
     download: bool = False,
     classes: list[str] | None = None,
+    smallest_class: int = SMALLEST_CLASS,
 ) -> Archive:
     """The archive that `source` names, with square images of image_size pixels a side.
 
@@ -102,6 +103,7 @@ def open_archive(
         skip_unreadable: leave out files that are no images instead of raising.
         download: let torchvision or torchgeo fetch an archive that is not in cache/datasets, where they unpack it.
         classes: the names of the classes to keep; all by default.
+        smallest_class: images that each class must have, by default as many as a split needs.
 
     Raises:
         ArchiveError: there is no such archive, a class in it has too few images to split, a file cannot be read, or the
@@ -111,7 +113,7 @@ def open_archive(
         raise ArchiveError(f"image_size: expected 1 or more pixels, got {image_size}")
     cache = (cache or _user_cache()).expanduser()
     found = _find(source, image_size, cache / "datasets", download, classes)
-    _check_class_sizes(found, found.labels)
+    _check_class_sizes(found, found.labels, smallest_class)
     path, reasons = _decoded_once(found, image_size, cache)
     if reasons and not skip_unreadable:
         file, reason = next(iter(reasons.items()))
@@ -121,7 +123,7 @@ def open_archive(
         )
     kept = [i for i, file in enumerate(found.files) if file not in reasons]
     labels = [found.labels[i] for i in kept]
-    _check_class_sizes(found, labels)
+    _check_class_sizes(found, labels, smallest_class)
     return Archive(
         np.load(path, mmap_mode="r"),
         torch.tensor(labels),
@@ -136,10 +138,10 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ntdne_kernels"
 
 
-def _check_class_sizes(source: _Source, labels: list[int]) -> None:
+def _check_class_sizes(source: _Source, labels: list[int], smallest: int) -> None:
     counts = np.bincount(np.asarray(labels, np.int64), minlength=len(source.classes))
     for name, count in zip(source.classes, counts, strict=True):
-        if count < SMALLEST_CLASS:
+        if count < smallest:
             readable = "readable " if len(labels) < len(source.labels) else ""
             raise ArchiveError(
                 f"class {name} of {source.name} has {count or 'no'} {readable}image{'' if count == 1 else 's'}; "

@@ -1,17 +1,19 @@
-"""The command `ntdne`: train, evaluate, reproduce, report."""
+"""The command `ntdne`: train, evaluate, reproduce, report, audit."""
 
 import argparse
 import dataclasses
 import itertools
+import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import yaml
 
+from ntdne_kernels.audit import METHODS as AUDIT_METHODS
 from ntdne_kernels.experiments.losses import LOSSES, loss_name, loss_options
 from ntdne_kernels.experiments.paper import METHODS
 from ntdne_kernels.experiments.settings import PRESETS, RATELESS, Settings, read_preset
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from ntdne_kernels.experiments.run import Machine
 
 # What trains and draws is imported where it is needed: Lightning alone takes as long to import as torch.
+
+T = TypeVar("T")
 
 PAPER_RATES = [0.1, 0.3, 0.5, 0.7]
 WORDS = ("eurosat", "resisc45", "digits", "imagenet")  # that are no paths, whatever lies in the folder
@@ -32,9 +36,28 @@ Train image encoders on archives with wrong labels, with NTDNE and the losses it
   ntdne evaluate runs/photos/...                      the metrics of a run once more
   ntdne reproduce photos/ --rates 0.1 0.5             a grid of losses and noise, as in the paper; runs what is missing
   ntdne report runs/photos                            tables, figures and a page of all runs in a folder
+  ntdne audit features.npy --labels labels.npy        which labels of an archive are probably wrong
 
 photos/ holds a folder of images for each class. The labels found there count as right; wrong ones are made, so that it
-is known which they are. A command that was killed is started again the same way and goes on where it was.
+is known which they are. Only audit makes none: it looks for those that are there. A command that was killed is started
+again the same way; training goes on where it was.
+"""
+
+
+AUDIT = """\
+from a folder of images for each class, with the encoder of a run:
+  ntdne train photos/ --preset scratch --noise none --output runs/photos
+  ntdne audit photos/ --checkpoint runs/photos
+
+from features of your own encoder (in Python: numpy.save("features.npy", features), (N, D) floats; labels as integers,
+-1 for none, or as names, "" for none), with or without the names of the images' files, for the pictures on the page:
+  ntdne audit features.npy --labels labels.npy --paths files.txt --images photos/
+  ntdne audit archive.npz              arrays features, labels and, if you like, paths
+  ntdne audit archive.parquet          columns features (lists of floats), label and, if you like, path
+
+Written: audit.html, a page with the worst images of each class beside their neighbours; audit.csv, a row for each
+image; with --fix corrected.csv. What was read stays as it is. Features in a .npy file may be larger than memory: they
+are read part by part, and --scratch has the copy that the audit works with on a disk.
 """
 
 
@@ -89,7 +112,66 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="tables, figures and one HTML page of the runs in a folder")
     report.add_argument("runs", type=Path, help="folder with runs at any depth")
     report.add_argument("--output", type=Path, help="folder for the report (default: report/ in RUNS)")
+
+    audit = commands.add_parser(
+        "audit",
+        help="rank the labels of an archive by how little each image's neighbours agree",
+        epilog=AUDIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_audit(audit)
     return main
+
+
+def _add_audit(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "data", help="features: .npy, .npz or .parquet; or images, as for ntdne train, and --checkpoint"
+    )
+    files = command.add_argument_group("what is read")
+    files.add_argument(
+        "--checkpoint", type=Path, metavar="RUN", help="run of ntdne train, or its last.ckpt, that encodes the images"
+    )
+    files.add_argument(
+        "--labels", type=Path, metavar="FILE", help=".npy, .npz, .parquet, .csv, or .txt with one a line"
+    )
+    files.add_argument("--paths", type=Path, metavar="FILE", help="names of the images' files, as --labels")
+    files.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="folder that these names are relative to (this one)"
+    )
+    for kind, default in (("features", "features"), ("label", "label, labels"), ("path", "path, paths")):
+        files.add_argument(
+            f"--{kind}-column", metavar="NAME", help=f"column of .csv or .parquet, or array of .npz ({default})"
+        )
+    judged = command.add_argument_group("how it is judged")
+    judged.add_argument(
+        "--sigma", type=_positive, help="temperature of the neighbourhood (that of the checkpoint's loss, else 0.1)"
+    )
+    judged.add_argument(
+        "--threshold",
+        type=_threshold,
+        default="rate",
+        metavar="METHOD",
+        help=f"how suspects are chosen: {', '.join(AUDIT_METHODS)}, or a number k: a score of k or less (rate)",
+    )
+    judged.add_argument(
+        "--top", type=_count, default=10, metavar="M", help="classes kept of each image's neighbours (10)"
+    )
+    written = command.add_argument_group("what is written")
+    written.add_argument("--output", type=Path, metavar="FOLDER", help="default: audit/NAME")
+    written.add_argument("--format", choices=("csv", "parquet"), default="csv", help="of the table (csv)")
+    written.add_argument("--fix", action="store_true", help="write corrected.csv too: suspects get the suggested label")
+    written.add_argument("--worst", type=_count, default=8, metavar="N", help="images of a class on the page (8)")
+    written.add_argument("--neighbours", type=_count, default=5, metavar="K", help="shown beside an image (5)")
+    machine = command.add_argument_group("machine")
+    machine.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
+    machine.add_argument(
+        "--dtype", choices=("float64", "float32", "float16", "bfloat16"), default="float32", help="(float32)"
+    )
+    machine.add_argument(
+        "--scratch", type=Path, metavar="FOLDER", help="on a disk, for a copy of features that are larger than memory"
+    )
+    machine.add_argument("--cache", type=Path, help="folder for decoded images (default: in the user's cache folder)")
+    machine.add_argument("--download", action="store_true", help="let torchvision or torchgeo download its archive")
 
 
 def _losses_and_options() -> str:
@@ -153,9 +235,9 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 2 where it was given something that it cannot work with, said in one line."""
     arguments = parser().parse_args(argv)
-    command = {"train": _train, "evaluate": _evaluate, "reproduce": _reproduce, "report": _report}[arguments.command]
+    commands = {"train": _train, "evaluate": _evaluate, "reproduce": _reproduce, "report": _report, "audit": _audit}
     try:
-        command(arguments)
+        commands[arguments.command](arguments)
     except USERS_ERRORS as error:
         return _fail(error)
     return 0
@@ -233,6 +315,92 @@ def _report(arguments: argparse.Namespace) -> None:
 
     for path in write_report(arguments.runs, arguments.output or arguments.runs / "report"):
         print(path)
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    from ntdne_kernels.experiments import auditing
+
+    data, checkpoint = Path(arguments.data).expanduser(), arguments.checkpoint
+    labels, paths = arguments.labels, arguments.paths
+    images = data.is_dir() or arguments.data in WORDS or arguments.data.startswith("made:")
+    if not images and not data.exists():
+        raise ValueError(f"{data}: no such file or folder")
+    if images and checkpoint is None:
+        raise ValueError(f"{data} holds images: --checkpoint names the run that encodes them; or give their features")
+    if images and any([labels, paths, arguments.images]):
+        raise ValueError("--labels, --paths and --images are for features; the labels of images are their folders")
+    if not images and checkpoint is not None:
+        raise ValueError(f"--checkpoint encodes a folder of images, but {data} is a file of features")
+    if arguments.scratch is not None and not arguments.scratch.is_dir():
+        raise ValueError(f"--scratch: expected a folder, got {arguments.scratch}")
+    output = arguments.output or Path("audit") / (data.resolve().name if images else data.stem).replace(":", "-")
+    read = [file for file in (data, checkpoint, labels, paths) if file is not None]
+    auditing.check_output(output, read, data if images and data.is_dir() else None, arguments.format)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if images:
+        source = auditing.encode_folder(
+            arguments.data, checkpoint, cache=arguments.cache, download=arguments.download, device=device
+        )
+    else:
+        columns = {kind: getattr(arguments, f"{kind}_column") for kind in ("features", "label", "path")}
+        source = auditing.read_features(data, labels, paths, arguments.images, columns)
+    audit, written = auditing.write_audit(
+        source,
+        output,
+        sigma=arguments.sigma,
+        method=arguments.threshold,
+        top=arguments.top,
+        neighbours=arguments.neighbours,
+        worst=arguments.worst,
+        format=arguments.format,
+        fix=arguments.fix,
+        device=device,
+        dtype=getattr(torch, arguments.dtype),
+        scratch=arguments.scratch,
+    )
+    judged, suspects = int(audit.judged.sum()), int(audit.suspects(arguments.threshold).sum())
+    print(
+        f"{len(audit)} images, {len(audit.classes)} classes: {suspects} of {judged} judged labels are suspect; about "
+        f"{100 * audit.noise_rate:.1f} % are estimated to be wrong"
+        + (f"; {len(source.unreadable)} unreadable files left out" if source.unreadable else "")
+    )
+    for path in written:
+        print(path)
+
+
+def _positive(text: str) -> float:
+    return _checked(float, text, lambda value: 0 < value < math.inf, "a positive number")
+
+
+def _count(text: str) -> int:
+    return _checked(int, text, lambda value: value >= 1, "a whole number from 1")
+
+
+def _threshold(text: str) -> str | float:
+    expected = f"{', '.join(AUDIT_METHODS)}, or a number between 0 and 1"
+    return text if text in AUDIT_METHODS else _checked(float, text, lambda value: 0 < value < 1, expected)
+
+
+def _device(text: str) -> str:
+    def device(text: str) -> str:
+        try:
+            torch.empty(0, device=text)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError from error
+        return text
+
+    return _checked(device, text, bool, "a device that is there, as cpu or cuda")
+
+
+def _checked(kind: Callable[[str], T], text: str, good: Callable[[T], bool], expected: str) -> T:
+    """A value from the command line."""
+    try:
+        value = kind(text)
+        if good(value):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
 
 def _settings(

@@ -15,10 +15,12 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import ntdne_kernels
 from ntdne_kernels import NTDNELoss
 from ntdne_kernels.experiments import evaluation, tasks
+from ntdne_kernels.experiments.archive import ImageDataset
 from ntdne_kernels.experiments.encoders import make_encoder
 from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.noise import dataset_of
@@ -34,11 +36,12 @@ FEW_SHOT_QUERIES = 15  # of each class; with the shots, the images a class must 
 
 
 @torch.no_grad()
-def embed(encoder: nn.Module, problem: Problem, images: Tensor, batch_size: int, device: str) -> Tensor:
-    """Features (len(images), D) of images of the archive, not normalised; float32, as the encoder evaluates."""
+def embed(encoder: nn.Module, images: ImageDataset, batch_size: int, device: str) -> Tensor:
+    """Features (len(images), D) of images, not normalised; float32, as the encoder evaluates."""
     encoder = encoder.to(device).eval()
     features = []
-    for pixels, _, _ in DataLoader(problem.dataset(images), batch_size):
+    batches = DataLoader(images, batch_size)
+    for pixels, _, _ in tqdm(batches, "Encoding images", unit="batch", leave=False, disable=None):
         pixels = pixels.to(device).contiguous(memory_format=torch.channels_last)
         features.append(encoder(pixels).float())
     return torch.cat(features)
@@ -72,7 +75,7 @@ def evaluate(
     batch = settings.batch_size
 
     def unit(images: Tensor) -> Tensor:
-        return normalize(embed(encoder, problem, images, batch, device), dim=1)
+        return normalize(embed(encoder, problem.dataset(images), batch, device), dim=1)
 
     train, test = unit(problem.train), unit(problem.test)
     train_labels, test_labels = (problem.labels[images].to(device) for images in (problem.train, problem.test))
@@ -115,8 +118,9 @@ def evaluate(
     if settings.dim == 2:  # shown as they are, before and after training
         torch.manual_seed(settings.seed)
         untrained = make_encoder(settings.encoder, 2, settings.weights)
-        figures["untrained_features"] = embed(untrained, problem, problem.test[points], batch, device).cpu()
-        figures["test_features"] = embed(encoder, problem, problem.test[points], batch, device).cpu()
+        sample = problem.dataset(problem.test[points])
+        figures["untrained_features"] = embed(untrained, sample, batch, device).cpu()
+        figures["test_features"] = embed(encoder, sample, batch, device).cpu()
 
     results = {
         "settings": dataclasses.asdict(settings),

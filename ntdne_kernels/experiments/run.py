@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
 from ntdne_kernels.experiments import results
 from ntdne_kernels.experiments.encoders import make_encoder
@@ -78,18 +79,33 @@ def evaluate(folder: Path, machine: Machine) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds no trained run.
     """
-    settings, variant = _read_settings(folder)
-    if not (folder / CHECKPOINT).exists():
-        raise ValueError(f"run: {folder} has no {CHECKPOINT}: not one epoch was finished")
-    checkpoint = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
+    settings, variant, encoder, history = trained(folder)
     problem = make_problem(settings, machine.cache, machine.download)
+    return results.evaluate(
+        encoder, settings, problem, history, folder, variant=variant, device=machine.evaluation_device
+    )
+
+
+def trained(folder: Path) -> tuple[Settings, str, nn.Module, list[dict[str, float]]]:
+    """Settings, variant, encoder and history of a run, as far as it is trained.
+
+    Raises:
+        ValueError: the folder holds no trained run, or a file of it is broken.
+    """
+    settings, variant = _read_settings(folder)
+    path = folder / CHECKPOINT
+    if not path.exists():
+        raise ValueError(f"run: {folder} has no {CHECKPOINT}: not one epoch was finished")
     encoder = make_encoder(settings.encoder, settings.dim)
     prefix = "encoder."
-    state = checkpoint["state_dict"]
-    encoder.load_state_dict({key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)})
-    return results.evaluate(
-        encoder, settings, problem, checkpoint["history"], folder, variant=variant, device=machine.evaluation_device
-    )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state = checkpoint["state_dict"]
+        encoder.load_state_dict({key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)})
+        return settings, variant, encoder, checkpoint["history"]
+    except Exception as error:  # torch.load has no exception of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"run: {path} is no checkpoint of this run that can be read: {reason}") from None
 
 
 def finished_results(settings: Settings, folder: Path) -> dict[str, Any] | None:

@@ -265,7 +265,7 @@ def test_what_is_wrong_is_said_in_one_line(ntdne, photos, capsys, prepare, argum
     assert not list(Path().rglob("results.json"))
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["reproduce"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["reproduce"], ["report"], ["audit"]])
 def test_help_names_every_argument(ntdne, capsys, command):
     assert ntdne(*command, "--help") == 0
     said = capsys.readouterr().out

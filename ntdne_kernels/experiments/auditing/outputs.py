@@ -1,0 +1,80 @@
+"""What an audit leaves behind: a table with a row for each image, and a list of corrected labels.
+
+Each file is written under another name first, so that it is whole or not there. Inputs are never written to.
+
+Shapes: N images.
+"""
+
+import importlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ntdne_kernels.audit import LabelAudit
+from ntdne_kernels.experiments.auditing.inputs import Source, readable
+from ntdne_kernels.experiments.files import write_whole
+from ntdne_kernels.interchange import to_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PAGE, CORRECTED = "audit.html", "corrected.csv"
+
+
+def check_output(folder: Path, inputs: list[Path], archive: Path | None, format: str) -> None:
+    """Say early what would else go wrong at the end.
+
+    Args:
+        folder: for the outputs.
+        inputs: files that are read.
+        archive: folder of class folders, if there is one.
+        format: of the table.
+
+    Raises:
+        ValueError: the folder lies in the archive, cannot be written to, or has an input by an output's name; or what
+            writes the format is not installed.
+    """
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"--output: expected a folder that can be written to, but {place} is none")
+    if archive is not None and folder.resolve().is_relative_to(archive.resolve()):
+        raise ValueError(f"--output: {folder} lies in the archive {archive}, which stays as it is; give another folder")
+    for name in (f"audit.{format}", CORRECTED, PAGE):
+        path = folder / name
+        if path.exists() and any(file.exists() and path.samefile(file) for file in inputs):
+            raise ValueError(f"--output: {path} is read from, and would be replaced; give another folder")
+    for module in ("pandas", "pyarrow") if format == "parquet" else ("pandas",):
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            raise ValueError(f"a table as .{format} needs {module}: pip install 'ntdne_kernels[audit]'") from None
+
+
+def write_table(audit: LabelAudit, source: Source, method: str | float, path: Path) -> None:
+    """The table of `to_frame`, with a first column `image`, into a .csv or .parquet."""
+    frame = to_frame(audit, paths=source.paths, method=method)
+    frame.insert(0, "image", range(len(frame)))
+    if path.suffix == ".csv":
+        _write_csv(frame, path)
+        return
+    if source.paths is not None:  # Parquet's text is UTF-8
+        frame["path"] = list(map(readable, source.paths))
+    write_whole(path, lambda file: frame.to_parquet(file, index=False))
+
+
+def write_corrected(audit: LabelAudit, source: Source, method: str | float, path: Path) -> int:
+    """A list (path or image, label) of all images, in which suspects have the suggested label; how many changed."""
+    import pandas as pd
+
+    labels = audit.corrected(method)
+    frame = pd.DataFrame({"label": pd.Categorical.from_codes(labels.numpy(), list(audit.classes))})
+    if source.paths is None:
+        frame.insert(0, "image", range(len(labels)))
+    else:
+        frame.insert(0, "path", pd.Series(source.paths, dtype=object))
+    _write_csv(frame, path)
+    return int((labels != audit.labels).sum())
+
+
+def _write_csv(frame: "pd.DataFrame", path: Path) -> None:
+    write_whole(path, lambda file: frame.to_csv(file, index=False, encoding="utf-8", errors="surrogateescape"))

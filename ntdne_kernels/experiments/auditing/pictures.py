@@ -1,0 +1,123 @@
+"""What the page shows of images and numbers: thumbnails, a histogram and a heat map, as text that a page can hold.
+
+Shapes: N images, C classes.
+"""
+
+import base64
+import io
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ntdne_kernels.audit import LabelAudit
+
+THUMBNAIL = 96  # pixels
+TINY = 32  # pixels, of which JPEG would leave little
+BINS = 50
+SUSPECT, OTHER, NUMBER = "#D55E00", "#BBBBBB", "#777777"
+BY_CLASS = ("auto",)  # methods whose threshold differs from class to class
+MOST_DRAWN_CLASSES = 40  # of a heat map that can still be read
+MOST_NUMBERED_CLASSES = 16
+LONGEST_NAME = 24
+DPI = 110
+
+
+def thumbnails(picture: Callable[[int], Image.Image], images: Iterable[int]) -> dict[int, str]:
+    """A small picture of each image as a data URI; those that cannot be opened are left out."""
+    wanted = list(images)
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda image: _thumbnail(picture, image), wanted)
+        progress = tqdm(found, "Drawing thumbnails", len(wanted), unit="image", leave=False, disable=None)
+        return {image: uri for image, uri in zip(wanted, progress, strict=True) if uri}
+
+
+def _thumbnail(picture: Callable[[int], Image.Image], number: int) -> str:
+    try:
+        with warnings.catch_warnings(), picture(number) as image:
+            warnings.simplefilter("ignore")  # Pillow's, of large images and odd metadata
+            if image.mode[0] in "IF":  # which Pillow would cut off at 255
+                return ""
+            image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
+            shown = image.convert("RGB")
+    except Exception:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, and more
+        return ""
+    shown.thumbnail((THUMBNAIL, THUMBNAIL))
+    file, kind = io.BytesIO(), "png" if max(shown.size) <= TINY else "jpeg"
+    shown.save(file, kind, quality=80)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def quality_histogram(audit: LabelAudit, suspects: Tensor, method: str | float) -> str:
+    """How many labels are of each quality, the suspects apart, and the threshold where it is one number. As a data URI.
+
+    Of a threshold k on the score, the scores instead.
+    """
+    by_score = not isinstance(method, str)
+    values = (audit.score if by_score else audit.quality)[audit.judged].numpy()
+    wrong = suspects[audit.judged].numpy()
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(
+        [values[wrong], values[~wrong]],
+        bins=np.linspace(0, 1, BINS + 1).tolist(),
+        stacked=True,
+        color=[SUSPECT, OTHER],
+        hatch=["////", ""],
+        edgecolor="white",
+        linewidth=0.3,
+        label=["suspect", "not suspect"],
+    )
+    if by_score or (method not in BY_CLASS and wrong.any()):
+        threshold = float(method if by_score else values[wrong].max())
+        axis.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
+    axis.set(
+        xlim=(0, 1),
+        xlabel="score p of the label (0: no neighbour has it)" if by_score else "quality of the label (low: suspect)",
+        ylabel="images",
+    )
+    axis.set_yscale("symlog", linthresh=10)  # a few bad labels beside very many good ones
+    axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="upper center", fontsize="small", frameon=False)
+    return _drawn(figure)
+
+
+def transition_map(audit: LabelAudit) -> str:
+    """P(given label | true class) as a heat map, as a data URI; "" where there are too many classes to read it."""
+    C = len(audit.classes)
+    if not 2 <= C <= MOST_DRAWN_CLASSES:
+        return ""
+    percent = 100 * audit.transition.numpy()
+    wrong = np.where(np.eye(C, dtype=bool), np.nan, percent)
+    side = 2.2 + 0.24 * max(C, 8)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axis = figure.subplots()
+    axis.set_facecolor("#E8E8E8")  # the diagonal
+    image = axis.imshow(wrong, cmap="Oranges", vmin=0, vmax=max(np.nanmax(wrong), 1))
+    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in map(str, audit.classes)]
+    axis.set(xlabel="label given", ylabel="class it is thought to be", xticks=range(C), yticks=range(C))
+    axis.set_xticklabels(names, rotation=90, fontsize="small")
+    axis.set_yticklabels(names, fontsize="small")
+    if C <= MOST_NUMBERED_CLASSES:
+        dark = max(np.nanmax(wrong), 1) / 2
+        for (row, column), value in np.ndenumerate(percent):
+            if value >= 0.5:
+                colour = "white" if row != column and value > dark else "black" if row != column else NUMBER
+                axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize="x-small", color=colour)
+    figure.colorbar(image, label="percent of the class", shrink=0.7)
+    return _drawn(figure)
+
+
+def _drawn(figure: Figure) -> str:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of scripts that matplotlib's font does not have
+        figure.savefig(file, dpi=DPI)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
