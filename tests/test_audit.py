@@ -40,7 +40,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit, "chunks_of", lambda bank, device, length: chunks_of(bank, device, min(length, 13)))
     monkeypatch.setattr(audit, "QUERIES", {"cpu": 32, "cuda": 32})
     monkeypatch.setattr(audit, "CLASSES", 3)
-    monkeypatch.setattr(audit, "ROWS", 50)
+    monkeypatch.setattr(audit, "VALUES", 400)
 
 
 @pytest.mark.parametrize("pieces", [False, True])
@@ -54,7 +54,7 @@ def test_shares_and_scores_are_those_of_the_formula(backend, device, C, sigma, p
     found = audit_labels(features, labels, sigma=sigma, top=5, device=device, dtype=torch.float64, backend=backend)
     expected = shares(features, labels, sigma)
     best = expected.topk(min(5, expected.size(1)), dim=1).values
-    torch.testing.assert_close(found.top_shares.double(), best, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.top_shares, best, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(expected.gather(1, found.top_classes), best, rtol=1e-9, atol=1e-12)
     labelled = labels >= 0
     own = expected[labelled].gather(1, found.labels[labelled].unsqueeze(1)).squeeze(1)
@@ -129,6 +129,18 @@ def test_quality_is_0_without_a_neighbour_of_the_label_and_1_where_all_carry_it(
     assert quality.tolist() == pytest.approx([1, 1, 0, 1, 1, 1])
 
 
+@pytest.mark.parametrize("top", [1, 10])
+def test_right_labels_of_tight_classes_keep_their_quality(top):
+    features, labels, true = blobs(N=240, C=6, wrong=0.02, seed=3)
+    features = nn.functional.one_hot(true, 8).double() + 0.01 * features
+    features[::40], labels[::40] = -features[::40], -1  # far away, and counted in all sums
+    found = audit_labels(features, labels, sigma=0.03, top=top)
+    wrong = (labels != true) & found.judged
+    assert wrong.any()
+    assert (found.quality[wrong] < 0.2).all()
+    assert (found.quality[found.judged & ~wrong] > 0.6).all()
+
+
 def test_otsu_threshold_explains_most_of_the_variance():
     values = torch.tensor([0.9, 0.1, 0.2, 0.85, 0.15, 0.8, 0.95])
     threshold = audit.otsu_threshold(values)
@@ -168,6 +180,57 @@ def test_archive_without_labels_or_of_singles_or_of_one_class_has_no_suspects(la
     torch.testing.assert_close(found.transition, torch.eye(C, dtype=torch.float64))
 
 
+def test_confident_learning_is_that_of_loops():
+    made = torch.Generator().manual_seed(1)
+    features = torch.randn(90, 3, generator=made)
+    labels = torch.cat([torch.zeros(60), torch.ones(20), torch.full((6,), 2), torch.full((4,), -1)]).long()
+    labels[85] = 3  # alone
+    found = audit_labels(features, labels, sigma=0.3, dtype=torch.float64)
+    p = shares(features, labels, 0.3)
+    judged = [i for i in range(90) if labels[i] >= 0 and i != 85]
+    means = {c: np.mean([float(p[i, c]) for i in judged if labels[i] == c]) for c in range(3)}
+    counts = np.zeros((4, 4))
+    of_another_class = 0
+    for i in judged:
+        sure = [c for c in means if p[i, c] >= means[c]]
+        if not sure:
+            assert found.confident_classes[i] == -1
+            continue
+        guess = max(sure, key=lambda c: float(p[i, c]))
+        if int(p[i].argmax()) == int(labels[i]) and guess != int(labels[i]):
+            guess, of_another_class = int(labels[i]), of_another_class + 1
+        assert found.confident_classes[i] == guess
+        counts[labels[i], guess] += 1
+    assert of_another_class > 0
+    for c in means:
+        counts[c, c] = max(counts[c, c], 1)
+        counts[c] *= sum(int(labels[i] == c) for i in judged) / counts[c].sum()
+    np.testing.assert_allclose(found.joint.numpy().T, counts / len(judged), atol=1e-12)
+    assert found.noise_rate == pytest.approx(1 - counts.trace() / len(judged))
+    lowest = [i for i in found.ranking.tolist() if i in judged and int(p[i].argmax()) != int(labels[i])]
+    expected = sorted(lowest[: round(found.noise_rate * len(judged))])
+    assert found.suspects("rate").nonzero().squeeze(1).tolist() == expected
+    cut = audit.otsu_threshold(found.quality[found.judged])
+    assert found.suspects("otsu").nonzero().squeeze(1).tolist() == sorted(i for i in lowest if found.quality[i] < cut)
+    assert len(expected) > 3
+
+
+def test_class_of_which_no_label_is_confirmed_keeps_one():
+    features, labels, true = blobs(C=3, wrong=0)
+    labels[(true == 0) & (torch.arange(120) < 30)] = 5
+    found = audit_labels(features, labels, sigma=0.5)
+    given, same, images = found.confusions
+    assert (images[(given == same)] > 0).all()
+    assert set(given[given == same].tolist()) == {0, 1, 2, 3}
+
+
+def test_score_equal_to_k_is_pruned():
+    found = audit_labels(torch.eye(3).repeat_interleave(2, 0)[:5], [0, 1, 0, 0, 1], sigma=1.0)
+    k = float(found.score[1])
+    assert 0 < k < 1
+    assert found.suspects(k)[1]
+
+
 def test_equal_scores_of_a_class_are_confident_whatever_the_rounding():
     labels = torch.arange(3).repeat_interleave(4)
     for sigma in (0.05, 0.1, 0.35, 1.0, 2.95):
@@ -204,12 +267,20 @@ def test_unlabelled_copy_conflicts_with_nothing():
 
 
 def test_rows_whose_hashes_collide_are_no_copies(monkeypatch):
-    features, labels, _ = blobs()
-    features[77] = features[3]
-    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.zeros(8, dtype=torch.int64) - (1 << 62))
-    duplicates = audit_labels(features, labels).duplicate_of
-    assert duplicates[77] in (-1, 3)
-    assert (duplicates >= 0).sum() <= 1
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.zeros(1, dtype=torch.int64))  # all factors 1
+    features = torch.eye(8)[[0, 1, 2, 0]]
+    assert audit_labels(features, [0, 1, 0, 1]).duplicate_of.tolist() == [-1, -1, -1, 0]
+
+
+def test_copies_among_rows_that_differ_in_signs_alone_are_found():
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 6)
+    found = audit_labels(torch.cat([signs, signs]), torch.zeros(128, dtype=torch.int64), dtype=torch.float64)
+    assert found.duplicate_of.tolist() == [-1] * 64 + list(range(64))
+
+
+def test_zeros_of_either_sign_are_the_same():
+    found = audit_labels(torch.tensor([[1.0, 0.0], [0.5, 1.0], [1.0, -0.0]]), [0, 0, 1])
+    assert found.duplicate_of.tolist() == [-1, -1, 0]
 
 
 def test_image_of_a_class_that_is_not_there_has_the_lowest_density():
@@ -307,11 +378,13 @@ def test_rows_that_are_not_finite_or_zero_are_all_named(value, tmp_path, monkeyp
     small_pieces(monkeypatch)
     features, labels, _ = blobs()
     features[[3, 70, 119]] = value
-    with pytest.raises(ValueError, match=r"not all 0, got others at 3 of 120 rows: 3, 70, 119$"):
+    with pytest.raises(
+        ValueError, match=r"^features: expected rows of a positive, finite norm, got others at 3 of 120: 3, 70, 119$"
+    ):
         audit_labels(features, labels, scratch=tmp_path)
     assert not list(tmp_path.iterdir())
     features[:] = value
-    with pytest.raises(ValueError, match=r"120 of 120 rows: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.$"):
+    with pytest.raises(ValueError, match=r"120 of 120: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.$"):
         audit_labels(features, labels)
 
 
@@ -326,19 +399,53 @@ def test_rows_that_are_not_finite_or_zero_are_all_named(value, tmp_path, monkeyp
         ({"features": np.array([["a"]] * 120)}, TypeError, "features: expected float values, got <U1"),
         ({"labels": torch.full((120,), -2)}, ValueError, "labels: expected -1 (unlabelled) or a class from 0, got -2"),
         ({"labels": np.zeros((120, 1), int)}, ValueError, "labels: expected one dimension, got shape (120, 1)"),
-        ({"labels": np.full(120, 0.5)}, TypeError, "labels: expected integers or names, got numbers such as 0.5"),
+        ({"labels": np.full(120, 0.5)}, TypeError, "labels: expected integers of 64 bits or names, got numbers"),
         ({"labels": [True] * 120}, TypeError, "labels: expected integers or names, got bool"),
+        ({"labels": [1, 2**70] * 60}, TypeError, "labels: expected integers"),
+        ({"labels": np.array([np.inf] * 120)}, TypeError, "labels: expected integers of 64 bits or names, got"),
+        ({"dtype": "float32"}, TypeError, "dtype: expected float64, float32, float16 or bfloat16, got 'float32'"),
         ({"labels": [1, "a"] * 60}, TypeError, "labels: expected integers or names, got int and str"),
         ({"sigma": 0}, ValueError, "sigma: expected a number in (0, inf), got 0"),
         ({"top": 0}, ValueError, "top: expected a number of classes from 1, got 0"),
         ({"backend": "cuda"}, ValueError, "backend: expected one of"),
-        ({"scratch": "nowhere/at/all"}, OSError, "nowhere/at/all"),
+        ({"scratch": "nowhere/at/all"}, OSError, "scratch: expected a folder, got nowhere/at/all"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_clear_error(changed, error, message):
     features, labels, _ = blobs()
     with pytest.raises(error, match=re.escape(message)):
         audit_labels(**{"features": features, "labels": labels} | changed)
+
+
+def test_rows_too_short_for_the_dtype_are_named_before_they_are_normalised():
+    features, labels, _ = blobs()
+    features[110] *= 1e-40
+    with pytest.raises(ValueError, match="got others at 1 of 120: 110$"):
+        audit_labels(features, labels)
+    audit_labels(features, labels, dtype=torch.float64)
+
+
+def test_bank_with_rows_that_are_not_finite_is_refused():
+    bank = feature_bank(*blobs()[:2])
+    bank.storage[bank.position[77]] = torch.nan
+    with pytest.raises(
+        ValueError, match="^bank: expected rows of a positive, finite norm, got others at 1 of 120: 77$"
+    ):
+        audit_bank(bank)
+
+
+def test_random_numbers_of_the_caller_stay_as_they_are():
+    before = torch.get_rng_state()
+    audit_labels(*blobs()[:2])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_arguments_are_looked_at_before_the_features():
+    class Unread:
+        shape = (3, 2)
+
+    with pytest.raises(ValueError, match="^sigma"):
+        audit_labels(Unread(), [0, 1, 0], sigma=-1)
 
 
 def test_bad_method_names_the_choices():

@@ -106,7 +106,16 @@ def test_the_benchmark_table_is_drawn_from_the_data(capsys):
 def test_the_tables_of_scale_in_the_readme_are_drawn_from_the_data(capsys):
     scale.table(ROOT / "benchmarks" / "results" / "scale.json")
     printed = capsys.readouterr().out.splitlines()
-    section = (ROOT / "README.md").read_text().split("### What it costs")[1].split("## Experiments")[0]
+    section = (ROOT / "README.md").read_text().split("### What it costs")[1].split("## Audit")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
     assert len(rows) == 10 + 5 + 5 + 6
+    assert [row for row in rows if row not in printed] == []
+
+
+def test_the_tables_of_the_audit_in_the_readme_are_drawn_from_the_data(capsys):
+    audit.table(audit.EVIDENCE, audit.SPEED)
+    printed = capsys.readouterr().out.splitlines()
+    section = (ROOT / "README.md").read_text().split("### How well it finds wrong labels")[1].split("## Experiments")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) == 15 + 15 + 9
     assert [row for row in rows if row not in printed] == []

@@ -10,7 +10,11 @@ def main() -> int:
     """The command `ntdne`; says what to install where the extra was left out."""
     try:
         from ntdne_kernels.experiments import cli
+
+        return cli.main()
     except ModuleNotFoundError as error:
         print(f"ntdne: {error.name} is not installed; pip install 'ntdne_kernels[experiments]'", file=sys.stderr)
         return 2
-    return cli.main()
+    except KeyboardInterrupt:
+        print("ntdne: stopped", file=sys.stderr)
+        return 130

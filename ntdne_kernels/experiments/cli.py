@@ -359,6 +359,10 @@ def _audit(arguments: argparse.Namespace) -> None:
         scratch=arguments.scratch,
     )
     judged, suspects = int(audit.judged.sum()), int(audit.suspects(arguments.threshold).sum())
+    if judged == 0:
+        print("no label could be judged: no two images carry the same one")
+    elif audit.noise_rate > 0.5:
+        print("so many wrong labels are rare: more likely the features cannot tell these classes apart")
     print(
         f"{len(audit)} images, {len(audit.classes)} classes: {suspects} of {judged} judged labels are suspect; about "
         f"{100 * audit.noise_rate:.1f} % are estimated to be wrong"

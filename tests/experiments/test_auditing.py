@@ -338,7 +338,7 @@ LABELS = ["--labels", "labels.npy"]
         (None, ["nowhere.npy"], "nowhere.npy: no such file or folder"),
         (None, ["features.npy"], "--labels names the file"),
         (None, ["features.npy", "--labels", "none.npy"], "none.npy"),
-        (save_nan, ["bad.npy", *LABELS], "2 of 24 rows: 2, 9"),
+        (save_nan, ["bad.npy", *LABELS], "2 of 24: 2, 9"),
         (
             lambda: save("bad.npy", np.ones((24, 3), int)),
             ["bad.npy", *LABELS],

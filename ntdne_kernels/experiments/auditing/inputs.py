@@ -6,6 +6,7 @@ Shapes: N images, D features.
 """
 
 import re
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 MAGIC = {".npy": b"\x93NUMPY", ".npz": b"PK", ".parquet": b"PAR1"}  # how these files begin
 COLUMNS = {"features": ("features",), "label": ("label", "labels"), "path": ("path", "paths")}
-INTEGER = re.compile("-1|0|[1-9][0-9]{0,17}")  # 007 is a name
+INTEGER = re.compile(r"(-?[1-9][0-9]{0,17}|0)(\.0)?")  # 007 is a name; 1.0 is pandas' 1 beside missing values
 LOOKED_FOR = 100  # files of pictures, to see whether their folder is right
 BROKEN = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)  # what NumPy says of a broken file
 
@@ -240,8 +241,10 @@ def _csv(path: Path, **options: Any) -> Any:
     # Everything is text, as a class may be called NA or 007; and a blank line is a row, with no label.
     text = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False, "encoding_errors": "surrogateescape"}
     try:
-        return pd.read_csv(path, **text, **options)
-    except ValueError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows longer than the header
+            return pd.read_csv(path, index_col=False, **text, **options)
+    except (ValueError, pd.errors.ParserWarning) as error:
         raise _broken(path, error) from None
 
 
@@ -319,5 +322,5 @@ def _labels(path: Path, values: list[Any]) -> list[Any] | NDArray[np.int64]:
     if wrong is not None:
         raise ValueError(f"{path}: expected labels that are integers or names, got {wrong!r}")
     if known and all(isinstance(label, int) or INTEGER.fullmatch(label) for label in known):
-        return np.array([-1 if label is None else int(label) for label in labels])
+        return np.array([-1 if label is None else int(str(label).removesuffix(".0")) for label in labels])
     return [None if label is None else readable(str(label)) for label in labels]

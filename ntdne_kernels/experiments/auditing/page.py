@@ -388,7 +388,8 @@ judged labels, suspects apart"></p>
 {% endif %}
 
 <h2 id="confusions">Confusions</h2>
-<p>Which labels are thought to stand for which classes, over the whole archive. Counts are estimates.</p>
+<p>Which labels are thought to stand for which classes, over the whole archive. The counts are estimates of their own
+and need not agree with those of suspects, which are single images.</p>
 {% if confusions %}
 <div class="wide">
 <table>

@@ -80,7 +80,7 @@ def quality_histogram(audit: LabelAudit, suspects: Tensor, method: str | float) 
     axis.set(
         xlim=(0, 1),
         xlabel="score p of the label (0: no neighbour has it)" if by_score else "quality of the label (low: suspect)",
-        ylabel="images",
+        ylabel="images (logarithmic above 10)",
     )
     axis.set_yscale("symlog", linthresh=10)  # a few bad labels beside very many good ones
     axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
