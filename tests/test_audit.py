@@ -334,7 +334,7 @@ def test_features_of_any_container_give_the_same(kind, tmp_path):
         (np.array([3, 255, 3, 7], dtype=np.uint8), [0, 2, 0, 1], (3, 7, 255)),
         ([3, None, 3, 7], [0, -1, 0, 1], (3, 7)),
         (np.array([3.0, np.nan, 3.0, 7.0]), [0, -1, 0, 1], (3, 7)),
-        (["oak", None, "ash", float("nan")], [1, -1, 0, -1], ("ash", "oak")),
+        (["oak", None, "ash", float("nan"), ""], [1, -1, 0, -1, -1], ("ash", "oak")),
         (np.array(["10", "9", "10", "b"]), [0, 1, 0, 2], ("10", "9", "b")),
     ],
 )
@@ -432,6 +432,14 @@ def test_bank_with_rows_that_are_not_finite_is_refused():
         ValueError, match="^bank: expected rows of a positive, finite norm, got others at 1 of 120: 77$"
     ):
         audit_bank(bank)
+
+
+def test_what_is_no_bank_is_refused_by_name():
+    criterion = NTDNELoss(torch.tensor([0, 1]), dim=3)
+    with pytest.raises(
+        TypeError, match=r"^bank: expected a MemoryBank, got NTDNELoss; a criterion's is criterion.memory"
+    ):
+        audit_bank(criterion)
 
 
 def test_random_numbers_of_the_caller_stay_as_they_are():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import problems, scale, table
+from benchmarks import audit, problems, scale, table
 
 ROOT = Path(__file__).parent.parent
 

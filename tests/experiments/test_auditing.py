@@ -19,6 +19,7 @@ from ntdne_kernels.experiments import run as runs
 from ntdne_kernels.experiments.auditing import inputs, page, pictures, write_audit
 from ntdne_kernels.experiments.auditing.inputs import Source
 from ntdne_kernels.experiments.encoders import make_encoder
+from ntdne_kernels.experiments.files import write_whole
 
 WRONG = 3  # the image of the first class that carries the second one's label
 NAMES = ["lake", "pond"]
@@ -142,6 +143,44 @@ def test_names_that_look_like_something_else_stay_names(ntdne, files):
     assert ntdne("audit", "features.npy", "--labels", "labels.csv", "--output", "out", "--fix") == 0
     table = pd.read_csv("out/corrected.csv", dtype=str, keep_default_na=False)
     assert table.label.tolist() == ["007"] * 12 + ["NA"] * 12
+
+
+def test_text_of_whole_numbers_is_integers_also_where_pandas_wrote_them(ntdne, files):
+    labels = np.load("labels.npy")
+    Path("labels.txt").write_text("\n".join(f"{label}.0" if i else "" for i, label in enumerate(labels)))
+    assert ntdne("audit", "features.npy", "--labels", "labels.txt", "--output", "out") == 0
+    table = pd.read_csv("out/audit.csv", dtype=str, keep_default_na=False)
+    assert table.given_label[:3].tolist() == ["", "0", "0"]
+
+
+def test_negative_labels_in_text_are_no_names(ntdne, files, capsys):
+    Path("labels.txt").write_text("-2\n" + "-1\n" * 23)
+    assert ntdne("audit", "features.npy", "--labels", "labels.txt", "--output", "out") == 2
+    assert "labels: expected -1 (unlabelled) or a class from 0, got -2 at row 0" in capsys.readouterr().err
+
+
+def test_csv_whose_rows_are_longer_than_its_header_is_read_by_column(ntdne, files):
+    Path("labels.csv").write_text("label\n" + "".join(f"{label},{10 + label}\n" for label in np.load("labels.npy")))
+    assert ntdne("audit", "features.npy", "--labels", "labels.csv", "--output", "out") == 0
+    assert set(pd.read_csv("out/audit.csv").given_label) == {0, 1}
+
+
+def test_what_cannot_be_judged_or_believed_is_said(ntdne, files, capsys):
+    np.save("labels.npy", np.arange(24))
+    assert ntdne("audit", "features.npy", "--labels", "labels.npy", "--output", "out") == 0
+    assert "no label could be judged" in capsys.readouterr().out
+    np.save("labels.npy", np.random.default_rng(0).permutation(24) % 4)
+    assert ntdne("audit", "features.npy", "--labels", "labels.npy", "--output", "out") == 0
+    assert "so many wrong labels are rare" in capsys.readouterr().out
+
+
+def test_full_disk_is_told_by_the_file_and_leaves_no_part_of_it(tmp_path):
+    def fill(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=re.escape(f"[Errno 28] No space left on device: '{tmp_path / 'table'}'")):
+        write_whole(tmp_path / "table", fill)
+    assert not list(tmp_path.iterdir())
 
 
 def test_parquet_has_what_the_csv_has(ntdne, files):
