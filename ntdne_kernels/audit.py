@@ -511,8 +511,8 @@ class LabelAudit:
 
         Confident learning (Northcutt, Jiang and Chuang, JAIR 2021): among the classes whose share is at least the mean
         score of the images with that label, the one with the largest share. Where that is not the image's own label but
-        no class has a larger share than its own, it is its own: else the noise rate of archives with unequal classes
-        comes out too high, by 11 points in the mean over six, where it now is 2 points off.
+        no class has a larger share than its own, it is its own: else the noise rate of archives with classes of unequal
+        size comes out too high.
         """
         if not self.judged.any():
             return torch.full_like(self.labels, UNLABELLED)
