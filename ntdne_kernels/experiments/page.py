@@ -75,7 +75,22 @@ The same in all runs: {{ settings | safe_text }}.
 {% endfor %}
 """
 
-PAGE = """
+STYLE = """\
+body { margin: 0 auto; max-width: 76rem; padding: 1rem 1.5rem 4rem; color: #222; background: #fff;
+       font: 16px/1.5 system-ui, sans-serif; }
+h1, h2, h3 { line-height: 1.25; }
+h2 { margin-top: 3rem; border-bottom: 1px solid #ccc; }
+p, li { max-width: 56rem; }
+.wide { overflow-x: auto; margin: 0 0 2rem; }
+table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-size: 1rem; padding-bottom: 0.5rem; max-width: 56rem; }
+th, td { padding: 0.2rem 0.6rem; text-align: right; vertical-align: top; }
+nav ul { padding: 0; }
+nav li { display: inline-block; margin-right: 1.2rem; }
+"""
+
+PAGE = (
+    """
 {%- macro show(table) %}
 <div class="wide">
 <table>
@@ -117,24 +132,15 @@ PAGE = """
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Learning with wrong labels: report of {{ runs | length }} runs</title>
 <style>
-body { margin: 0 auto; max-width: 76rem; padding: 1rem 1.5rem 4rem; color: #222; background: #fff;
-       font: 16px/1.5 system-ui, sans-serif; }
-h1, h2, h3 { line-height: 1.25; }
-h2 { margin-top: 3rem; border-bottom: 1px solid #ccc; }
-p, li { max-width: 56rem; }
-.wide { overflow-x: auto; margin: 0 0 2rem; }
-table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-size: 1rem; padding-bottom: 0.5rem; max-width: 56rem; }
-th, td { padding: 0.2rem 0.6rem; text-align: right; vertical-align: top; }
-.word { text-align: left; white-space: nowrap; }
+"""
+    + STYLE
+    + """.word { text-align: left; white-space: nowrap; }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: pre; }
 tbody tr:not(.paper) td { border-top: 1px solid #ddd; }
 .paper { color: #666; font-style: italic; }
 figure { margin: 1rem 0 2.5rem; }
 figcaption { color: #555; font-size: 0.9rem; }
 img { max-width: 100%; height: auto; }
-nav ul { padding: 0; }
-nav li { display: inline-block; margin-right: 1.2rem; }
 </style>
 </head>
 <body>
@@ -202,3 +208,4 @@ judged on test images by their true labels. The less the wrong labels harm a los
 </body>
 </html>
 """
+)

@@ -16,6 +16,7 @@ from ntdne_kernels.audit import LabelAudit, nearest_neighbours
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.experiments.auditing.inputs import Source
 from ntdne_kernels.experiments.auditing.pictures import BY_CLASS, quality_histogram, thumbnails, transition_map
+from ntdne_kernels.experiments.page import STYLE
 
 MOST_CLASSES = 50  # with images of their own
 MOST_LISTED = 24  # images of a section
@@ -203,7 +204,8 @@ class _Items:
         }
 
 
-TEMPLATE = """
+TEMPLATE = (
+    """
 {%- macro picture(it, size) %}
 {% if it.thumbnail %}
 <img src="{{ it.thumbnail }}" alt="image {{ it.image }}" title="{{ it.path }}" class="{{ size }}">
@@ -277,21 +279,12 @@ score {{ it.score | share }}, quality {{ it.quality | share }}, rank {{ it.rank 
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Labels of {{ source.name }}: an audit</title>
 <style>
-body { margin: 0 auto; max-width: 76rem; padding: 1rem 1.5rem 4rem; color: #222; background: #fff;
-       font: 16px/1.5 system-ui, sans-serif; }
-h1, h2, h3 { line-height: 1.25; }
-h2 { margin-top: 3rem; border-bottom: 1px solid #ccc; }
-p, li { max-width: 56rem; }
-.wide { overflow-x: auto; margin: 0 0 2rem; }
-table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-size: 1rem; padding-bottom: 0.5rem; max-width: 56rem; }
-th, td { padding: 0.2rem 0.6rem; text-align: right; vertical-align: top; }
-.word { text-align: left; }
+"""
+    + STYLE
+    + """.word { text-align: left; }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
 tbody td, tbody th { border-top: 1px solid #ddd; }
 .facts th { text-align: left; font-weight: normal; }
-nav ul { padding: 0; }
-nav li { display: inline-block; margin-right: 1.2rem; }
 .drawn { max-width: 100%; height: auto; }
 .item { display: flex; flex-wrap: wrap; gap: 1rem; padding: 0.7rem 0; border-top: 1px solid #ddd; }
 .image { display: flex; gap: 0.7rem; width: 24rem; max-width: 100%; }
@@ -488,3 +481,4 @@ does not have. There are always some; what is said of their labels means little.
 </body>
 </html>
 """
+)
