@@ -580,10 +580,9 @@ class LabelAudit:
         """(N,) bool: labels that are probably wrong; no clean label is needed for any of the methods.
 
         Args:
-            method: "rate": as many of the lowest quality as the estimated noise rate says. The best where few labels
-                are wrong: it finds few or none in a clean archive.
+            method: "rate": as many of the lowest quality as the estimated noise rate says.
                 "otsu": the lower of the two groups of qualities that differ most (Otsu, 1979): a mixture of two
-                components of one width. The best where many labels are wrong or the features are weak.
+                components of one width.
                 "auto": p is below chance, the label's share of the other images, as in `NTDNELoss(k="auto")`.
                 A number k in (0, 1): p ≤ k, the paper's pruning (eq. 13).
                 Labels that are the suggested ones are no suspects of "rate" and "otsu".

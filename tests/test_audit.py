@@ -96,6 +96,10 @@ def test_each_method_finds_the_wrong_labels_of_well_apart_classes(method):
     assert float((suspects & wrong).sum() / wrong.sum()) > 0.9
 
 
+def test_clean_archive_has_no_suspects():
+    assert not audit_labels(*blobs(N=400, wrong=0)[:2]).suspects("rate").any()
+
+
 def test_transition_is_that_of_the_noise():
     features, labels, true = blobs(N=4000, C=3, wrong=0.3)
     found = audit_labels(features, labels)

@@ -67,6 +67,15 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(fused, device, dtype, sigm
     assert error(class_masses_of(fused)(*arguments, sigma)) <= 2 * plain + 1e-6
 
 
+def test_many_equal_terms_keep_their_digits(device):
+    N = 8192
+    bank = nn.functional.normalize(torch.tensor([[0.3, 0.7]], device=device), dim=1).repeat(N, 1)
+    index, offsets = torch.tensor([-1], device=device), torch.tensor([0, N], device=device)
+    log_mass = class_masses_of("streaming")(bank[:1] * 0.97, bank, index, offsets, 0.1)
+    expected = float(bank[0].double() @ (bank[0] * 0.97).double()) / 0.1 + math.log(N)
+    assert float(log_mass) == pytest.approx(expected, rel=0, abs=3e-5)
+
+
 def test_far_class_is_not_lost_at_a_low_temperature(backend, device):
     bank = torch.tensor([[1.0, 0], [-1.0, 0]], dtype=torch.float32, device=device)
     log_masses = class_masses_of(backend)(
