@@ -219,15 +219,6 @@ def test_confident_learning_is_that_of_loops():
     assert len(expected) > 3
 
 
-def test_class_of_which_no_label_is_confirmed_keeps_one():
-    features, labels, true = blobs(C=3, wrong=0)
-    labels[(true == 0) & (torch.arange(120) < 30)] = 5
-    found = audit_labels(features, labels, sigma=0.5)
-    given, same, images = found.confusions
-    assert (images[(given == same)] > 0).all()
-    assert set(given[given == same].tolist()) == {0, 1, 2, 3}
-
-
 def test_score_equal_to_k_is_pruned():
     found = audit_labels(torch.eye(3).repeat_interleave(2, 0)[:5], [0, 1, 0, 0, 1], sigma=1.0)
     k = float(found.score[1])
