@@ -12,7 +12,6 @@ Shapes: N images, D features, C classes.
 
 import argparse
 import csv
-import ctypes
 import json
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.memory import status
+from benchmarks import memory
 from benchmarks.scale import machine
 from ntdne_kernels import audit
 from ntdne_kernels.experiments.noise import dataset_of
@@ -223,18 +222,15 @@ def run_case(case: Case) -> Row:
     audit_once(features[:1000], labels[:1000] % 10, dtype)  # libraries allocate on first use
     sweep = Sweep(case.batches)
     audit.with_progress = sweep  # type: ignore[attr-defined]
-    ctypes.CDLL(None).malloc_trim(0)
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew here
     start = time.perf_counter()
-    audit_once(features, labels, dtype)
+    peak = memory.added_by(lambda: audit_once(features, labels, dtype))
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds + sweep.seconds * (sweep.share - 1),
         "sweep_seconds": sweep.seconds * sweep.share,
         "measured_seconds": seconds,
         "extrapolated": sweep.share > 1,
-        "peak_bytes": max(status("VmHWM") - before, 0),
+        "peak_bytes": peak,
         "copy_bytes": case.N * case.D * dtype.itemsize,
     }
 

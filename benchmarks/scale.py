@@ -10,7 +10,6 @@ Shapes: W ranks, b queries of each, B of all, N images, D features, C classes.
 """
 
 import argparse
-import ctypes
 import datetime
 import json
 import math
@@ -195,11 +194,7 @@ def train(N: int, batch: int, dtype: str, piece: int) -> Row:
 
     step(make(4 * batch))  # libraries allocate on first use
     criterion = make(N)
-    ctypes.CDLL(None).malloc_trim(0)  # what making the bank took and freed would hide what a step takes
-    before = memory.status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew here
-    step(criterion)
-    peak = max(memory.status("VmHWM") - before, 0)
+    peak = memory.added_by(lambda: step(criterion))
     seconds, communication = zip(*(step(criterion) for _ in range(REPEATS)), strict=True)
     return {"seconds": seconds, "communication": communication, "peak_bytes": peak}
 
