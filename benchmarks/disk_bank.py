@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import problems
+from benchmarks import problems, providers
 from ntdne_kernels import storage
 from ntdne_kernels.functional import update_bank_
 
@@ -24,7 +24,7 @@ ROUNDS = 7
 def step(problem: problems.Problem) -> float:
     """Seconds."""
     start = time.perf_counter()
-    problems.loss_and_gradient(problems.streaming, problem)
+    providers.PROVIDERS["streaming"].prepare(problem, True)()
     update_bank_(problem.bank, problem.features, problem.index)
     return time.perf_counter() - start
 

@@ -1,18 +1,32 @@
-"""Choose the tile shapes in ntdne_kernels/ops/triton/configs.json: `python -m benchmarks.tune [CAPABILITY ...]`.
+"""Choose the tile shapes in ntdne_kernels/ops/triton/configs.json.
 
-For each GPU generation, arithmetic, width of D and block of queries the first shape of an order of preference is taken
-that spills no register and fits the shared memory in every variant of the kernel. That needs no GPU.
+python -m benchmarks.tune choose [CAPABILITY ...]    into the table, for GPUs that need not be here
+python -m benchmarks.tune time B N D DTYPE           on the GPU that is here: all shapes that fit, the fastest first
+
+`choose` takes for each GPU generation, arithmetic, width of D and block of queries the first shape of an order of
+preference that spills no register and fits the shared memory in every variant of the kernel. What `time` finds to be
+better belongs into that order, which `candidates` is.
+
+Shapes: B queries, N bank rows, D features.
 """
 
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+import torch
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.aot import KERNELS, SHARED_LIMIT, checks, compile_for
+from benchmarks import problems, providers, timing
+from benchmarks.aot import KERNELS, SHARED_LIMIT, Variant, checks, compile_for
+from ntdne_kernels.ops import triton as backend
 from ntdne_kernels.ops.triton import configs
 from ntdne_kernels.ops.triton.configs import Config
 
@@ -71,8 +85,8 @@ def entries(kernel: str, capability: int, arithmetic: str, width: int) -> list[C
     return [config for block in blocks if (config := best(kernel, capability, arithmetic, width, block)) is not None]
 
 
-def main() -> None:
-    for capability in [int(x) for x in sys.argv[1:]] or CAPABILITIES:
+def choose(*capabilities: str) -> None:
+    for capability in map(int, capabilities or CAPABILITIES):
         keys = [
             (kernel, capability, arithmetic, width)
             for kernel in KERNELS
@@ -91,5 +105,65 @@ def main() -> None:
         TABLE.write_text(json.dumps(table).replace("}, ", "},\n") + "\n")
 
 
+def time_shapes(B: str, N: str, D: str, dtype: str) -> None:
+    """Of the loss's sums and means, with the classes known beforehand, in all launches that they take."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with providers.arithmetic(dtype):
+        problem = problems.make(int(B), int(float(N)), int(D), 45, providers.DTYPES[dtype], device)
+        here = backend.describe(problem.bank.device)
+        arithmetic = backend._arithmetic(problem.bank.dtype)
+        chosen = configs.choose(here, "range", arithmetic, int(D), int(B))
+        shapes = {config[:4]: config for config in (*feasible(here, arithmetic, int(D), dtype), chosen)}
+        calls = {config: partial(sum_with, config, problem) for config in shapes.values()}
+        for config, call in list(calls.items()):
+            try:
+                call()
+            except OutOfResources as error:
+                print(f"{config}: {error}")
+                del calls[config]
+        found, failed = timing.in_turns(calls, device, seconds=0.2)
+    for config, error in failed.items():
+        print(f"{config}: {error}")
+    rate = 4 * int(B) * int(float(N)) * int(D) / 1e12
+    for config, times in sorted(found.items(), key=lambda of: timing.quantiles(of[1].device or of[1].wall)[1]):
+        low, median, high = timing.quantiles(times.device or times.wall)
+        mark = " <- the table's" if config == chosen else ""
+        spread = f"{1e3 * median:9.4f} ms ({1e3 * low:.4f} to {1e3 * high:.4f})"
+        print(f"{spread}, {rate / median:6.1f} TFLOP/s  {config}{mark}")
+
+
+def sum_with(config: Config, problem: problems.Problem) -> Any:
+    with patch.object(backend, "choose", lambda *_: config):
+        classes = problem.classes.tensors()
+        given = problem.features.detach(), problem.bank, problem.labels, problem.index, classes
+        return backend.log_scores(*given, problems.SIGMA, True)
+
+
+def feasible(device: configs.Device, arithmetic: str, D: int, dtype: str) -> list[Config]:
+    """What neither spills nor needs too much, with the shared memory that it takes."""
+    width = min(width for width in WIDTHS[arithmetic] if width >= D)
+    tried = [
+        c for block in BLOCKS[arithmetic] for c in candidates("range", device.capability, arithmetic, width, block)
+    ]
+    variant = Variant({"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "fp32"), tracked=dtype == "float16")
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # forked ones would share this one's GPU
+        jobs = [
+            pool.submit(compile_for, "range", device.capability, arithmetic, D, config, variant) for config in tried
+        ]
+        used = [_or_none(job.result) for job in jobs]
+    return [
+        config._replace(shared=of.shared)
+        for config, of in zip(tried, used, strict=True)
+        if of is not None and not of.spilled and of.shared <= device.shared
+    ]
+
+
+def _or_none(result: Callable[[], Any]) -> Any:
+    try:
+        return result()
+    except (OutOfResources, RuntimeError):
+        return None
+
+
 if __name__ == "__main__":
-    main()
+    {"choose": choose, "time": time_shapes}[sys.argv[1]](*sys.argv[2:])

@@ -1,7 +1,7 @@
 """How a launch is cut up: tile shapes for a device and a problem, and into how many splits the bank goes.
 
-The tile shapes in configs.json were found offline by `python -m benchmarks.tune`, which takes none that spills
-registers or needs more shared memory than the device has. Nothing is tuned in a training loop.
+The tile shapes in configs.json were found offline by `python -m benchmarks.tune choose`, which takes none that
+spills registers or needs more shared memory than the device has. Nothing is tuned in a training loop.
 
 Shapes: B queries, N bank rows, D features.
 """
