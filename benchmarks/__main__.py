@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--C", nargs="+", type=classes, metavar="C", help="classes: a number, or N/2")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="arithmetic of the bank")
     gpu = torch.cuda.is_available()
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
+    parser.add_argument("--device", choices=("cuda", "cpu") if gpu else ("cpu",), default="cuda" if gpu else "cpu")
     parser.add_argument("--file", type=Path, help="of the results; one named after the machine")
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the figures")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so many")

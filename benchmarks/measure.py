@@ -7,6 +7,7 @@ import datetime
 import gc
 import platform
 import re
+import shutil
 import subprocess
 import time
 import traceback
@@ -49,10 +50,10 @@ Row = dict[str, Any]
 
 def machine(device: str) -> Row:
     if device == "cuda":
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-        ).stdout.splitlines()
-        here = {"machine": torch.cuda.get_device_name(), "driver": driver[0] if driver else ""}
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        known = shutil.which(asked[0]) is not None
+        driver = subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")[0] if known else ""
+        here = {"machine": torch.cuda.get_device_name(), "driver": driver}
     else:
         cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
         name = cpu[1] if cpu else platform.machine()

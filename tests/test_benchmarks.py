@@ -459,6 +459,13 @@ def test_every_tile_shape_sums_the_same():
         torch.testing.assert_close(providers.truncated(log_p.exp()), expected)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+def test_a_gpu_that_is_not_there_is_no_choice():
+    result = command("targets", "--device", "cuda")
+    assert result.returncode == 2
+    assert "--device: invalid choice: 'cuda'" in result.stderr.splitlines()[-1]
+
+
 # Reports
 
 
