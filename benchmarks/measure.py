@@ -108,7 +108,7 @@ def measure(
         if len(rows) and set(rows[column]) != {value}:
             raise SystemExit(f"{path}: measured with {column} {rows[column].iloc[0]!r}, here it is {value!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    gc.freeze()  # else each of the many collections takes 0.2 s
+    gc.freeze()  # else each of the many collections looks at all that was imported
     for case in cases:
         of_case = (rows[CASE] == list(case)).all(axis=1)
         known = rows[of_case]
@@ -215,7 +215,7 @@ def _is_broken(device: str) -> bool:
 
 
 def _expected(case: Case, name: str, rows: pd.DataFrame) -> float:
-    """Seconds, from the largest case of the same kind that took no longer; 0 where there is none."""
+    """Seconds, by the B·N of the largest smaller case of the same kind; 0 where there is none."""
     like = rows[(rows[["what", "D", "dtype"]] == [case.what, case.D, case.dtype]).all(axis=1) & (rows.provider == name)]
     like = like[(like.outcome == OK) & (like.B * like.N < case.B * case.N)]
     if case.what in (PRODUCTS, TRAFFIC, UPDATE, TRAINING) or like.empty:

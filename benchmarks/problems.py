@@ -40,7 +40,7 @@ _made: dict[tuple[object, ...], tuple[Tensor, Tensor, LabelIndex]] = {}
 
 
 def _archive(*shape: Any) -> tuple[Tensor, Tensor, LabelIndex]:
-    """That of the call before, where it had the same shape: 8 million rows take a core 15 s."""
+    """That of the call before, where it had the same shape: large ones take long to make."""
     if shape not in _made:
         _made.clear()  # first: two may not fit
         N, D, C, dtype, device = shape

@@ -5,7 +5,6 @@ Shapes: B queries, N bank rows, D features, C classes.
 
 import itertools
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +55,11 @@ UPDATES = {
 }
 
 
-def _training(head: Callable[[Problem], tuple[Callable[[Tensor], Tensor], Callable[[Tensor], None], int]]) -> Provider:
+Head = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], None], int]
+"""The loss of the encoder's outputs, what follows the step of the optimiser, and how many outputs there are."""
+
+
+def _training(head: Callable[[Problem], Head]) -> Provider:
     """Forward, backward, SGD and what follows it, of images that never change, in bfloat16 autocast."""
 
     def prepare(problem: Problem, gradient: bool) -> Run:
@@ -84,12 +87,12 @@ def _training(head: Callable[[Problem], tuple[Callable[[Tensor], Tensor], Callab
     return Provider("training", prepare)
 
 
-def _cross_entropy(problem: Problem) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], None], int]:
+def _cross_entropy(problem: Problem) -> Head:
     classes = len(problem.classes.classes)
     return lambda outputs: nn.functional.cross_entropy(outputs.float(), problem.labels), lambda outputs: None, classes
 
 
-def _naive(problem: Problem) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], None], int]:
+def _naive(problem: Problem) -> Head:
     def loss(features: Tensor) -> Tensor:
         return naive(problem._replace(features=nn.functional.normalize(features.float(), dim=1)))
 
@@ -99,7 +102,7 @@ def _naive(problem: Problem) -> tuple[Callable[[Tensor], Tensor], Callable[[Tens
     return loss, after, problem.bank.size(1)
 
 
-def _ours(problem: Problem) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], None], int]:
+def _ours(problem: Problem) -> Head:
     bank = problem.bank
     criterion = NTDNELoss(
         problem.bank_labels,
@@ -114,13 +117,9 @@ def _ours(problem: Problem) -> tuple[Callable[[Tensor], Tensor], Callable[[Tenso
     criterion.memory.storage.copy_(bank)
     return (
         lambda features: criterion(features, problem.index),
-        partial(_update_bank, criterion, problem.index),
+        lambda features: criterion.update_bank(features, problem.index),
         bank.size(1),
     )
-
-
-def _update_bank(criterion: NTDNELoss, index: Tensor, features: Tensor) -> None:
-    criterion.update_bank(features, index)
 
 
 TRAINING = {"cross-entropy": _training(_cross_entropy), "naive": _training(_naive), "ours": _training(_ours)}
