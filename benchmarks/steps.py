@@ -67,6 +67,7 @@ def _training(head: Callable[[Problem], Head]) -> Provider:
 
         device = problem.bank.device.type
         loss, after, outputs = head(problem)
+        torch.manual_seed(0)  # the same weights and images for every loss
         encoder = resnet18(num_classes=outputs).to(device, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(encoder.parameters(), lr=0.01, momentum=0.9)
         images = torch.randn(len(problem.features), 3, PIXELS[device], PIXELS[device], device=device)

@@ -145,15 +145,16 @@ def test_updates_are_equation_15(name, dtype):
 
 @pytest.mark.parametrize("name", steps.TRAINING)
 def test_training_steps_train(name):
-    torch.manual_seed(0)
-    made("bfloat16")  # the next bank is a new one, which training changes
-    problem = made("float32", 8, 40, 8, 3)
-    before = problem.bank.clone()
-    call = steps.TRAINING[name].prepare(problem, False)
-    losses = [float(call()[0]) for _ in range(6)]
+    losses = training_losses(name)
     assert losses[-1] < 0.9 * losses[0]
-    kept = torch.equal(before, problem.bank)
-    assert kept == (name != "naive")  # ours has a bank of its own
+    if name == "ours":  # the same encoder, and from the second step on the same rows updated
+        assert losses[:3] == pytest.approx(training_losses("naive")[:3], rel=1e-3)
+
+
+def training_losses(name: str) -> list[float]:
+    made("bfloat16")  # the next bank is a new one, which training changes
+    call = steps.TRAINING[name].prepare(made("float32", 8, 40, 8, 3), False)
+    return [float(call()[0]) for _ in range(6)]
 
 
 @pytest.mark.parametrize("result", ["loss", "mean", "log sum", "product"])
