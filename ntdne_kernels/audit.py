@@ -102,7 +102,7 @@ def encode_labels(labels: Any) -> tuple[Tensor, tuple[Any, ...]]:
         known = _of_one_kind(values[~missing])
         if known.dtype.kind in "US":
             names, places = np.unique(known.astype(str), return_inverse=True)
-            codes = torch.full((len(values),), UNLABELLED)
+            codes = torch.full((len(values),), UNLABELLED, device="cpu")
             codes[torch.from_numpy(~missing)] = torch.from_numpy(places)
             return codes, tuple(names.tolist())
         integers = np.full(len(values), UNLABELLED, dtype=np.int64)
@@ -259,9 +259,10 @@ def audit_bank(
         bad += bank.order[wrong.to(bank.device) + start].tolist()
     _refuse("bank", bad, N)
     sum_classes = class_masses_of(choose_backend(backend, bank.storage, bank.device))
-    log_score, log_density = torch.empty(N), torch.empty(N)
+    log_score, log_density = torch.empty(N, device="cpu"), torch.empty(N, device="cpu")
     # Float64: from the 1 - 1e-9 of a tight class float32 makes 1, and of its labels' quality noise.
-    top_classes, top_shares = torch.empty((N, m), dtype=torch.int64), torch.empty((N, m), dtype=torch.float64)
+    top_classes = torch.empty((N, m), dtype=torch.int64, device="cpu")
+    top_shares = torch.empty((N, m), dtype=torch.float64, device="cpu")
     batch = QUERIES.get(bank.device.type, QUERIES["cpu"])
     starts: Any = range(0, N, batch)
     for start in with_progress(starts, "Comparing images") if progress else starts:
@@ -360,11 +361,11 @@ def _largest(sums: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 def _duplicates(bank: MemoryBank) -> Tensor:
     """(N,) the first image whose row is exactly the same, of those before; −1 for none."""
-    D, hashes = bank.storage.size(1), torch.empty(len(bank), dtype=torch.int64)
+    D, hashes = bank.storage.size(1), torch.empty(len(bank), dtype=torch.int64, device="cpu")
     # Words of 16 bits: a changed sign is 2^63 times the factor in one of 64, the same for every odd factor.
     words = D * bank.storage.element_size() // 2
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (words,), generator=generator) * 2 + 1
+    factors = torch.randint(-(2**62), 2**62, (words,), generator=generator, device="cpu") * 2 + 1
     for start in range(0, len(bank), _rows_of(words)):
         part = slice(start, start + _rows_of(words))
         rows = bank.storage[part] + 0.0  # −0 is 0
@@ -374,7 +375,7 @@ def _duplicates(bank: MemoryBank) -> Tensor:
     _, run, sizes = torch.unique_consecutive(hashes, return_inverse=True, return_counts=True)
     firsts = images[(torch.cumsum(sizes, 0) - sizes)[run]]
     images, firsts = images[firsts != images], firsts[firsts != images]
-    duplicate_of = torch.full((len(bank),), NOT_IN_BANK)
+    duplicate_of = torch.full((len(bank),), NOT_IN_BANK, device="cpu")
     for image, first in zip(images.split(_rows_of(D)), firsts.split(_rows_of(D)), strict=True):
         equal = (bank.rows(image.to(bank.device)) == bank.rows(first.to(bank.device))).all(dim=1).cpu()
         duplicate_of[image[equal]] = first[equal]
@@ -464,7 +465,7 @@ class LabelAudit:
     @property
     def suggested_share(self) -> Tensor:
         """(N,) that share."""
-        return self.top_shares[:, 0] if self.classes else torch.zeros(len(self))
+        return self.top_shares[:, 0] if self.classes else torch.zeros(len(self), device="cpu")
 
     @cached_property
     def judged(self) -> Tensor:
@@ -474,7 +475,7 @@ class LabelAudit:
     @cached_property
     def conflicting(self) -> Tensor:
         """(N,) bool: an exact copy of the image carries another label; one of the two is wrong."""
-        group = torch.where(self.duplicate_of < 0, torch.arange(len(self)), self.duplicate_of)
+        group = torch.where(self.duplicate_of < 0, torch.arange(len(self), device="cpu"), self.duplicate_of)
         labelled = self.labels != UNLABELLED
         lowest = torch.full_like(group, len(self.classes)).scatter_reduce_(
             0, group[labelled], self.labels[labelled], "amin"
@@ -516,7 +517,7 @@ class LabelAudit:
         """
         if not self.judged.any():
             return torch.full_like(self.labels, UNLABELLED)
-        sizes, totals = self._sizes, torch.zeros(len(self.classes), dtype=torch.float64)
+        sizes, totals = self._sizes, torch.zeros(len(self.classes), dtype=torch.float64, device="cpu")
         totals.index_add_(0, self.labels[self.judged], self.score[self.judged].double())
         means = torch.where(sizes > 0, totals / sizes, torch.inf)
         # Less the rounding of shares and scores, which a class of equal scores would fall prey to.
@@ -538,7 +539,7 @@ class LabelAudit:
         given, true = pairs // max(C, 1), pairs % max(C, 1)
         on_diagonal = given == true
         count[on_diagonal] = (count[on_diagonal] - 1).clamp(min=1)
-        total = torch.zeros(C, dtype=torch.float64).index_add_(0, given, count)
+        total = torch.zeros(C, dtype=torch.float64, device="cpu").index_add_(0, given, count)
         return Confusions(given, true, count * (self._sizes / total)[given])
 
     @property
@@ -561,7 +562,7 @@ class LabelAudit:
         if C > MOST_DENSE_CLASSES:
             raise ValueError(f"joint: expected at most {MOST_DENSE_CLASSES} classes, got {C}; use confusions")
         given, true, images = self.confusions
-        joint = torch.zeros((C, C), dtype=torch.float64)
+        joint = torch.zeros((C, C), dtype=torch.float64, device="cpu")
         joint[true, given] = images / images.sum()
         return joint
 
@@ -574,7 +575,7 @@ class LabelAudit:
         """
         joint = self.joint
         total = joint.sum(dim=1, keepdim=True)
-        return torch.where(total > 0, joint / total, torch.eye(len(joint), dtype=joint.dtype))
+        return torch.where(total > 0, joint / total, torch.eye(len(joint), dtype=joint.dtype, device="cpu"))
 
     def suspects(self, method: str | float = "rate") -> Tensor:
         """(N,) bool: labels that are probably wrong; no clean label is needed for any of the methods.
@@ -619,7 +620,7 @@ def otsu_threshold(values: Tensor) -> float:
     values = values.double().sort().values
     if len(values) < 2:
         return -math.inf
-    lower = torch.arange(1, len(values), dtype=torch.float64)
+    lower = torch.arange(1, len(values), dtype=torch.float64, device="cpu")
     upper, sums = len(values) - lower, values.cumsum(0)
     between = lower * upper * (sums[:-1] / lower - (sums[-1] - sums[:-1]) / upper) ** 2
     return float(values[int(between.argmax()) + 1])

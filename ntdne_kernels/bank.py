@@ -253,16 +253,21 @@ class MemoryBank(nn.Module):
             check_integers(labels, "labels")
             if len(labels) != len(self):
                 raise ValueError(f"labels: expected one for each of the {len(self)} images, got {len(labels)}")
+            if labels.data_ptr() == self.labels.data_ptr():
+                raise ValueError(
+                    "labels: expected a tensor of its own, got the bank's `labels`; change a clone of them"
+                )
             return self._facts(labels, self.storage.size(1), self.storage.dtype)
 
         facts = check() if self.ranks is None else self.ranks.same_everywhere(check)
-        new = self._class_order(labels)
         facts |= {"first": self.images.start}
         path = None if self.path is None else self.path.with_name(f"{self.path.name}.relabelled")
         like = self.storage
-        rows = self._together(
-            lambda: allocate(self.kind, (len(like), like.size(1)), like.dtype, like.device, path, facts)
-        ).rows
+        with torch.inference_mode(False):  # what becomes a buffer can be written outside of it too
+            new = self._class_order(labels)
+            rows = self._together(
+                lambda: allocate(self.kind, (len(like), like.size(1)), like.dtype, like.device, path, facts)
+            ).rows
         most, step = len(self), INIT_CHUNK
         if self.ranks is not None:  # each rank gets the chunks of all
             most, step = self.ranks.most(len(self)), max(INIT_CHUNK // self.ranks.size, 1)
@@ -344,7 +349,9 @@ class MemoryBank(nn.Module):
 
     def _own_path(self, path: str | os.PathLike[str]) -> Path:
         path = Path(path)
-        return path if self.ranks is None else path.with_name(f"{path.name}.{self.ranks.rank}-of-{self.ranks.size}")
+        if self.ranks is not None:
+            path = path.with_name(f"{path.name}.{self.ranks.rank}-of-{self.ranks.size}")
+        return path.resolve()  # also after the working directory has changed; behind a link, its target is replaced
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MemoryBank":
         """`.to()` and its like: rows in host memory and on disk stay there."""
@@ -372,12 +379,16 @@ class MemoryBank(nn.Module):
     def _own_version(self) -> int:
         return -1 if self.labels.is_inference() else self.labels._version
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryBank":
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, by pickle too."""
         if self.path is not None:
             raise TypeError(f"MemoryBank: a bank on disk has the file {self.path} for itself and cannot be copied")
+        return self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryBank":
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         copied._version = copied._own_version()
         return copied
 

@@ -50,6 +50,7 @@ def save_checkpoint(
     *,
     keep: int = 2,
     process_group: ProcessGroup | DeviceMesh | None = None,
+    no_dist: bool = False,
 ) -> None:
     """Write a checkpoint of what a training loop needs to continue, and remove all but the newest ones.
 
@@ -64,12 +65,13 @@ def save_checkpoint(
         step: number of this checkpoint, larger than those before.
         keep: how many checkpoints to keep, this one included.
         process_group: the ranks that save; None: all of them, or this process alone where there is no process group.
+        no_dist: this process saves alone, whatever other ranks do.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
         CheckpointError: a rank failed. The older checkpoints are whole, and nothing is left of this one.
     """
-    ranks = _ranks(process_group)
+    ranks = None if no_dist else _ranks(process_group)
     items = _items(ranks, state, step=(step, 0), keep=(keep, 1))
     rank = 0 if ranks is None else ranks.rank
     folder = Path(folder)
@@ -115,6 +117,7 @@ def load_checkpoint(
     state: Mapping[str, Any],
     *,
     process_group: ProcessGroup | DeviceMesh | None = None,
+    no_dist: bool = False,
 ) -> int | None:
     """Load the newest checkpoint into what `save_checkpoint` was given, in place; all ranks call it together.
 
@@ -126,6 +129,7 @@ def load_checkpoint(
         folder: of this run's checkpoints.
         state: name → what was saved under that name.
         process_group: the ranks that load; None: all of them, or this process alone where there is no process group.
+        no_dist: this process loads alone, whatever other ranks do.
 
     Returns:
         The step of the checkpoint; None where there is none yet, and nothing was loaded.
@@ -135,7 +139,7 @@ def load_checkpoint(
         CheckpointError: the checkpoint is damaged or does not fit; the error says that nothing was changed, unless a
             disk failed while it was read.
     """
-    ranks = _ranks(process_group)
+    ranks = None if no_dist else _ranks(process_group)
     items = _items(ranks, state)
     folder = Path(folder)
     with _together(ranks, f"cannot look for checkpoints in {folder}"):
@@ -190,14 +194,17 @@ def load_checkpoint(
 
 
 def remove_checkpoints(
-    folder: str | os.PathLike[str], *, process_group: ProcessGroup | DeviceMesh | None = None
+    folder: str | os.PathLike[str],
+    *,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    no_dist: bool = False,
 ) -> None:
     """Remove all checkpoints in the folder, of a run that has reached its end; all ranks call it together.
 
     Raises:
         CheckpointError: one of them cannot be removed.
     """
-    ranks = _ranks(process_group)
+    ranks = None if no_dist else _ranks(process_group)
     with _together(ranks, f"cannot remove the checkpoints in {folder}"):
         if ranks is None or ranks.rank == 0:
             _remove_all_but(0, Path(folder))

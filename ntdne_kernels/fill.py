@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.data import IndexedDataset
+from ntdne_kernels.label_index import check_labels
+from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK
 from ntdne_kernels.storage import flush
 
 SAVE_SECONDS = 600.0  # between two checkpoints of a pass
@@ -44,7 +46,8 @@ def fill_bank(
         progress: show progress on standard error: a bar on a terminal where tqdm is installed, else a line per tenth.
         resume: folder for the state of the pass, saved every ten minutes. Called again with it after a kill, on any
             number of ranks, the pass goes on with the images that are missing; the end of the pass empties it. Needs a
-            DataLoader of an IndexedDataset, so that images need not be read to be skipped.
+            DataLoader of an IndexedDataset, so that images need not be read to be skipped. Banks that are not sharded
+            need a folder each.
 
     Returns:
         How many images were filled, on all ranks. A warning says so where some were not in the loader; their rows stay.
@@ -57,11 +60,12 @@ def fill_bank(
     """
     filled, done = _Filled(bank), 0
     state = {"filled": filled} if bank.path is not None else {"filled": filled, "bank": bank}
+    saving: dict[str, Any] = {"process_group": bank.process_group, "no_dist": bank.ranks is None}
     if resume is not None:
         from ntdne_kernels import checkpoint  # imports for a second, which others need not wait
 
         loader = _check_resumable(loader)
-        done = checkpoint.load_checkpoint(resume, state, process_group=bank.process_group) or 0
+        done = checkpoint.load_checkpoint(resume, state, **saving) or 0
         if done and bank.path is not None and any(_counts(bank, lambda: int(bank.fresh))):
             warnings.warn(
                 f"resume: the bank's file is newer than the pass in {resume}, which starts anew", stacklevel=2
@@ -93,13 +97,13 @@ def fill_bank(
             if resume is not None and _counts(bank, due.__int__)[0]:  # by the clock of one rank
                 if bank.path is not None:
                     flush(bank.path)  # before it is said which rows are there
-                checkpoint.save_checkpoint(resume, state, done, keep=1, process_group=bank.process_group)
+                checkpoint.save_checkpoint(resume, state, done, keep=1, **saving)
                 saved = time.monotonic()
     finally:
         for module, training in modes:
             module.training = training
     if resume is not None:
-        checkpoint.remove_checkpoints(resume, process_group=bank.process_group)
+        checkpoint.remove_checkpoints(resume, **saving)
     count = sum(_counts(bank, lambda: int(filled.filled.sum())))
     if count < len(bank):
         warnings.warn(
@@ -158,8 +162,9 @@ def _encode(encoder: nn.Module, batch: Any, device: torch.device) -> tuple[Tenso
             "loader: expected batches (images, ..., index) with a tensor of indices last, as from "
             f"DataLoader(IndexedDataset(dataset)); got {type(batch).__name__}"
         )
-    index = batch[-1].to(device)
-    if len(index.unique()) < len(index):
+    index = check_labels(batch[-1], "index").to(device)
+    images = index[index != NOT_IN_BANK]
+    if len(images.unique()) < len(images):
         raise ValueError(
             "loader: expected each image at most once in a batch, got the same index twice; does the batch end "
             "with labels instead of indices? Wrap the dataset in IndexedDataset"

@@ -69,7 +69,7 @@ def to_frame(
             raise ValueError(f"paths: expected one for each of the {len(audit)} images, got {len(names)}")
         columns["path"] = pd.Series(names, dtype=object)  # pandas' str refuses file names that are not UTF-8
     rank = torch.empty_like(audit.ranking)
-    rank[audit.ranking] = torch.arange(1, len(audit) + 1)
+    rank[audit.ranking] = torch.arange(1, len(audit) + 1, device="cpu")
     columns |= {
         "given_label": pd.Categorical.from_codes(audit.labels.numpy(), list(audit.classes)),
         "predicted_label": pd.Categorical.from_codes(audit.suggested.numpy(), list(audit.classes)),
@@ -97,7 +97,7 @@ def pred_probs(audit: LabelAudit) -> NDArray[np.floating[Any]]:
     kept, C = audit.top_shares.size(1), len(audit.classes)
     if kept < C:
         raise ValueError(f"audit: expected the shares of all {C} classes, got the largest {kept}; audit with top={C}")
-    shares = torch.zeros((len(audit), C), dtype=audit.top_shares.dtype)
+    shares = audit.top_shares.new_zeros((len(audit), C))
     return shares.scatter_(1, audit.top_classes, audit.top_shares).numpy()
 
 

@@ -289,8 +289,9 @@ class _NeighbourhoodLoss(nn.Module):
                 row = int((index == NOT_IN_BANK).nonzero()[0])
                 raise ValueError(f"labels: expected labels, because index is -1 in row {row}; got None")
             labels = torch.full_like(index, UNLABELLED)
+        labels = check_labels(labels, "labels")
         check_classes(labels, look=self.validate)
-        return index, labels.to(torch.int64)
+        return index, labels
 
     def _note_training(self, B: int) -> None:
         """Warn, once each, of ways to train that cannot be meant; not in a compiled criterion."""

@@ -81,7 +81,7 @@ def allocate(
     if kind == "host":
         # PyTorch takes a power of two of pinned bytes; PYTORCH_CUDA_ALLOC_CONF=pinned_max_round_threshold_mb:1024 takes
         # what is asked for.
-        return Rows(torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda"), fresh=True)
+        return Rows(torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda"), fresh=True)
     return Rows(torch.empty(shape, dtype=dtype, device=device), fresh=True)
 
 

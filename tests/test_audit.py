@@ -437,6 +437,15 @@ def test_what_is_no_bank_is_refused_by_name():
         audit_bank(criterion)
 
 
+def test_default_device_of_the_caller_holds_nothing_of_an_audit():
+    features, labels, _ = blobs()
+    expected = audit_labels(features, labels)
+    with torch.device("meta"):
+        found = audit_labels(features, labels.tolist())
+        assert same(found, expected)
+        assert torch.equal(found.transition, expected.transition)
+
+
 def test_random_numbers_of_the_caller_stay_as_they_are():
     before = torch.get_rng_state()
     audit_labels(*blobs()[:2])

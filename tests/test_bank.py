@@ -1,6 +1,7 @@
 """MemoryBank: rows by image whatever their storage order, checkpoints that load whole or not."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,22 @@ def test_relabel_keeps_rows_with_their_images_and_forgets_scores_of_changed_ones
     assert torch.equal(bank.labels, new)
     assert bank.labels[bank.order].tolist() == sorted(new.tolist())
     assert bank.last_log_p.isnan().nonzero()[:, 0].tolist() == [0, 2]
+
+
+def test_a_bank_that_was_relabelled_in_inference_mode_loads_a_checkpoint():
+    bank, saved = bank_of(), bank_of(seed=1).state_dict()
+    with torch.inference_mode():
+        bank.relabel(LABELS.clone())
+    bank.load_state_dict(saved)
+    assert torch.equal(bank.rows(torch.arange(10)), bank_of(seed=1).rows(torch.arange(10)))
+
+
+def test_labels_changed_in_the_bank_itself_are_refused():
+    """Which scores they leave behind could not be seen."""
+    bank = bank_of()
+    bank.labels[3] = 2
+    with pytest.raises(ValueError, match="labels: expected a tensor of its own"):
+        bank.relabel(bank.labels)
 
 
 def test_a_bad_relabel_changes_nothing():
@@ -255,6 +272,22 @@ def test_a_bank_on_disk_that_was_relabelled_is_one_of_its_new_labels(tmp_path):
     assert torch.equal(on("disk", tmp_path, labels=LABELS.flip(0)).rows(torch.arange(10)), rows)
 
 
+def test_a_relabel_finds_the_file_behind_a_link_and_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "bank").symlink_to(tmp_path / "large" / "bank")
+    monkeypatch.chdir(tmp_path / "work")
+    bank = bank_of(storage="disk", path="bank")
+    rows = bank.rows(torch.arange(10))
+    monkeypatch.chdir(tmp_path)
+    bank.relabel(LABELS.flip(0))
+    del bank
+    assert sorted(path.name for path in (tmp_path / "large").iterdir()) == ["bank", "bank.json"]
+    assert [path.is_symlink() for path in (tmp_path / "work").iterdir()] == [True]
+    again = bank_of(LABELS.flip(0), storage="disk", path=tmp_path / "work" / "bank")
+    assert torch.equal(again.rows(torch.arange(10)), rows)
+
+
 def test_a_relabel_that_stops_leaves_the_rows_as_they_were(tmp_path, monkeypatch):
     bank = on("disk", tmp_path)
     rows = bank.rows(torch.arange(10))
@@ -294,6 +327,9 @@ def test_a_checkpoint_is_loaded_into_the_file_also_when_it_is_to_be_assigned(tmp
 def test_a_bank_on_disk_is_not_copied(tmp_path):
     with pytest.raises(TypeError, match="a bank on disk has the file .*bank for itself and cannot be copied"):
         copy.deepcopy(on("disk", tmp_path))
+    with pytest.raises(TypeError, match="a bank on disk has the file .*bank for itself and cannot be copied"):
+        pickle.dumps(on("disk", tmp_path))
+    assert torch.equal(pickle.loads(pickle.dumps(bank_of())).rows(torch.arange(10)), bank_of().rows(torch.arange(10)))
     assert torch.equal(copy.deepcopy(bank_of()).rows(torch.arange(10)), bank_of().rows(torch.arange(10)))
 
 

@@ -50,6 +50,18 @@ def test_fill_bank_wants_indices():
         fill_bank(bank, encoder, [torch.zeros(4, 3)], progress=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_indices_have_any_integer_dtype_and_images_of_no_row_may_repeat(dtype):
+    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+    images = loader.dataset.dataset.tensors[0]
+    none = torch.tensor([-1, -1]).to(dtype) if dtype.is_signed else torch.tensor([], dtype=dtype)
+    index = torch.cat([torch.arange(10, dtype=dtype), none])
+    assert fill_bank(bank, encoder, [(images[index.long()], index)], progress=False) == 10
+    torch.testing.assert_close(
+        bank.rows(torch.arange(10)), nn.functional.normalize(encoder.eval()(images), dim=1).detach()
+    )
+
+
 def test_fill_bank_refuses_labels_in_place_of_indices():
     bank, (encoder, loader) = bank_of(), encoder_and_loader()
     before = bank.rows(torch.arange(10))
@@ -83,11 +95,15 @@ class Scans(Dataset[tuple[Tensor, int]]):
 
 
 def fill_scans(
-    folder: Path | None = None, unreadable: int = -1, save_seconds: float = 0, disk: Path | None = None
+    folder: Path | None = None,
+    unreadable: int = -1,
+    save_seconds: float = 0,
+    disk: Path | None = None,
+    shared: bool | None = None,
 ) -> dict[str, Any]:
     """Fill a bank of the scans; on ranks a shared one. How many were filled, what was read, the rows or the error."""
     fill.SAVE_SECONDS = save_seconds
-    shared = distributed.is_initialized()
+    shared = distributed.is_initialized() if shared is None else shared
     scans = Scans(unreadable)
     bank = MemoryBank(
         torch.arange(23) % 4,
@@ -154,6 +170,22 @@ def test_a_pass_that_stopped_goes_on_with_the_images_that_are_missing(before, af
     assert set(read_before) | set(read_after) == set(range(23))
     assert len(read_after) < 23 - 8  # what is missing, and what DistributedSampler gives twice
     assert list(tmp_path.iterdir()) == []  # the next pass is a new one
+
+
+def fill_alone(folder: Path, first: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Each rank fills a bank of its own, stopped at an image of its own; but for rank 2, which fills none."""
+    rank = distributed.get_rank()
+    if rank == 2:
+        return {}, {}
+    own = folder / f"{rank}"
+    return fill_scans(own, first + rank, shared=False), fill_scans(own, shared=False)
+
+
+def test_ranks_with_banks_of_their_own_fill_and_go_on_each_for_itself(tmp_path):
+    for rank, (stopped, finished) in enumerate(ranks.run(fill_alone, 3, tmp_path, 8, timeout=60)[:2]):
+        assert f"image {8 + rank} is damaged" in stopped["error"]
+        assert finished["error of rows"] < 1e-6
+        assert sorted(finished["read"]) == list(range(8, 23))
 
 
 def test_a_pass_over_a_bank_on_disk_saves_its_rows_once(tmp_path, monkeypatch):

@@ -105,6 +105,13 @@ def test_features_outside_the_archive_use_the_given_labels():
     assert none_in_archive[3:].max() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.int32])
+def test_labels_of_other_images_have_any_integer_dtype(dtype):
+    criterion = filled().eval()
+    features, given = batch()[0], torch.arange(B) % 4
+    assert torch.equal(criterion(features, labels=given.to(dtype)), criterion(features, labels=given))
+
+
 def test_pruned_images_have_exactly_no_gradient_whatever_the_others_do():
     """Eq. 13 per sample: the published code scales all by the kept share instead."""
     features, index = batch()

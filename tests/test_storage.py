@@ -73,7 +73,8 @@ def test_a_file_has_its_place_on_the_disk_from_the_start(path):
 
 @pytest.mark.parametrize("kind", ["device", "host"])
 def test_memory_is_always_fresh(kind):
-    rows, fresh = storage.allocate(kind, (30, 8), torch.bfloat16, CPU)
+    with torch.device("meta"):  # a default device, as torch.set_default_device sets it
+        rows, fresh = storage.allocate(kind, (30, 8), torch.bfloat16, CPU)
     assert fresh
     assert (rows.shape, rows.dtype, rows.device) == ((30, 8), torch.bfloat16, CPU)
 

@@ -99,7 +99,7 @@ def chunks_of(bank: Tensor, device: torch.device, length: int) -> Iterator[tuple
         buffers = [torch.empty(shape, dtype=bank.dtype, device=device) for _ in range(2)]
     staging = None
     if not bank.is_pinned():  # the GPU reads pinned memory alone on its own
-        staging = [torch.empty(shape, dtype=bank.dtype, pin_memory=True) for _ in range(2)]
+        staging = [torch.empty(shape, dtype=bank.dtype, device="cpu", pin_memory=True) for _ in range(2)]
     copied, used = ([torch.cuda.Event(), torch.cuda.Event()] for _ in range(2))
     for c, start in enumerate(starts):
         slot, rows = c % 2, bank[start : start + length]
