@@ -5,8 +5,8 @@ python -m benchmarks table       Markdown, of what has been measured
 python -m benchmarks targets     which of the speeds aimed at on a GPU are reached
 python -m benchmarks plot        figures, into docs/
 
-Without options all of the grid is meant (benchmarks/grid.py), the cases that matter most first: that takes hours, and
-can be stopped at any time.
+Without options all of the grid is meant (benchmarks/grid.py), the cases that matter most first: that takes hours on a
+GPU and days on a CPU, and can be stopped at any time.
 """
 
 import argparse

@@ -13,6 +13,7 @@ import contextlib
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.fill import with_progress
-from ntdne_kernels.functional import BANK_DTYPES, check_choice, check_number, choose_backend
+from ntdne_kernels.functional import BANK_DTYPES, check_choice, check_number, check_range, choose_backend
 from ntdne_kernels.label_index import check_labels
 from ntdne_kernels.ops.backends import BACKENDS, class_masses_of
 from ntdne_kernels.ops.bank_update import accumulator_dtype
@@ -97,7 +98,8 @@ def encode_labels(labels: Any) -> tuple[Tensor, tuple[Any, ...]]:
     else:
         values = np.asarray(labels, dtype=None if hasattr(labels, "dtype") else object)
         if values.ndim != 1:
-            raise ValueError(f"labels: expected one dimension, got shape {values.shape}")
+            found = f"shape {values.shape}" if values.ndim else type(labels).__name__
+            raise ValueError(f"labels: expected one dimension, got {found}")
         missing = np.array([_is_missing(value) for value in values.tolist()], dtype=bool)
         known = _of_one_kind(values[~missing])
         if known.dtype.kind in "US":
@@ -155,7 +157,8 @@ def feature_bank(
         features = features.to_numpy()
     shape = tuple(features.shape) if hasattr(features, "shape") else ()
     if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"features: expected shape (N, D), got {shape or type(features).__name__}")
+        found = f"shape {shape}" if hasattr(features, "shape") else type(features).__name__
+        raise ValueError(f"features: expected a tensor, array or DataFrame (N, D) of at least one value, got {found}")
     floating = features.is_floating_point() if isinstance(features, Tensor) else features.dtype.kind == "f"
     if not floating:
         raise TypeError(f"features: expected float values, got {features.dtype}")
@@ -252,6 +255,10 @@ def audit_bank(
     classes = tuple(bank.classes.tolist() if classes is None else classes)
     if len(classes) != len(bank.classes):
         raise ValueError(f"classes: expected {len(bank.classes)} names, got {len(classes)}")
+    if bank.fresh:
+        warnings.warn(
+            "bank: its rows are still the random ones of its start; fill_bank brings an encoder's", stacklevel=2
+        )
     N, m, D = len(bank), min(int(top), len(classes)), bank.storage.size(1)
     bad: list[int] = []
     for start in range(0, N, _rows_of(D)):
@@ -387,7 +394,14 @@ def nearest_neighbours(bank: MemoryBank, images: Tensor, k: int) -> tuple[Tensor
 
     Returns:
         (n, k) images and their cosine similarities; fewer than k where the bank has fewer.
+
+    Raises:
+        TypeError, ValueError, IndexError: images are no integers (n,) of the bank, or k is not 1 or more.
     """
+    images = check_labels(images, "images")
+    check_range("images", images, len(bank))
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: expected 1 or more neighbours, got {k!r}")
     found = [_nearest(bank, block, min(k, len(bank) - 1)) for block in images.to(bank.device).split(NEIGHBOUR_QUERIES)]
     nearest, similarity = zip(*found, strict=True)
     return torch.cat(nearest), torch.cat(similarity)

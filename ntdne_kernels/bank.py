@@ -55,7 +55,7 @@ class MemoryBank(nn.Module):
         storage: (n, D) the rows in class order, on a CPU for "host" and "disk".
         order: (n,) image of each stored row.
         images: the n images whose labels and scores are kept here.
-        fresh: whether the rows started at random; False where they were taken up from a file.
+        fresh: whether the rows are still those of the random start: not taken up from a file, updated or loaded.
         kind, path: the arguments `storage` and `path`, the latter of this rank's own file.
         ranks: the `distributed.Ranks` that share the bank, or None.
 
@@ -233,6 +233,7 @@ class MemoryBank(nn.Module):
             index = self._check_index(index)
             check_range("index", index, len(self), look=validate)
             self._write(features, self.places(index), momentum, validate)
+            self.fresh = False
             return self
         sizes = self.ranks.counts("update_bank", lambda: self._check_update(features, index, momentum, validate))
         index = index.to(torch.int64)
@@ -240,6 +241,7 @@ class MemoryBank(nn.Module):
         features = self.ranks.gather(features.detach().to(self._wide), sizes)  # of one dtype on all ranks
         if self.images:
             self._write(features, self.local(batch.places), momentum, validate=False)
+        self.fresh = False
         return self
 
     def relabel(self, labels: Tensor) -> None:
@@ -459,6 +461,7 @@ class MemoryBank(nn.Module):
         local_metadata = local_metadata | {"assign_to_params_buffers": False}
         super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._version = self._own_version()
+        self.fresh &= f"{prefix}storage" not in state
         if scores is not None:
             self.last_log_p.copy_(scores)
         elif strict:

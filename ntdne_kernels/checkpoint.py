@@ -302,6 +302,8 @@ def _items(ranks: Ranks | None, state: Mapping[str, Any], **numbers: tuple[int, 
 def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
     """The state without the wrappers that give every entry of a module another name."""
     items = {}
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: expected a dict of names and what to save, got {type(state).__name__}")
     for name, item in state.items():
         if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"state: expected names without a dot, got {name!r}")

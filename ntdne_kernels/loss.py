@@ -4,6 +4,7 @@ Shapes: B images of a batch, N images of the archive, D features.
 """
 
 import math
+import operator
 import os
 import warnings
 import zlib
@@ -72,7 +73,6 @@ class _NeighbourhoodLoss(nn.Module):
         )
         self.epoch = 0
         self._epoch_was_set = False
-        self._bank_was_updated = False
         self._images_seen = 0
 
     def forward(
@@ -173,13 +173,11 @@ class _NeighbourhoodLoss(nn.Module):
     def update_bank(self, features: Tensor, index: Tensor) -> None:
         """Blend the batch into the bank (eq. 15), in place; detaches by itself. See `functional.update_bank_`."""
         self.memory.update_(features, index, self.momentum, validate=self.validate)
-        self._bank_was_updated = True
 
     def fill_bank(
         self, encoder: nn.Module, loader: Iterable[Any], *, progress: bool = True, resume: str | Path | None = None
     ) -> int:
         """Replace the bank by the encoder's features of the archive; see `ntdne_kernels.fill_bank`."""
-        self._bank_was_updated = True
         return fill_bank(self.memory, encoder, loader, progress=progress, resume=resume)
 
     @torch.no_grad()
@@ -224,8 +222,9 @@ class _NeighbourhoodLoss(nn.Module):
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the loss which epoch begins, from 0, as with DistributedSampler.set_epoch."""
-        if isinstance(epoch, bool) or not isinstance(epoch, int):
+        if isinstance(epoch, bool) or not hasattr(epoch, "__index__"):
             raise TypeError(f"epoch: expected an integer, got {type(epoch).__name__}")
+        epoch = operator.index(epoch)
         if epoch < 0:
             raise ValueError(f"epoch: expected 0 or more, got {epoch}")
         self.epoch = epoch
@@ -312,7 +311,7 @@ class _NeighbourhoodLoss(nn.Module):
 
     def _note_first_pass(self) -> None:
         """What can be said once as many images were seen as the archive has."""
-        if not self._bank_was_updated:
+        if self.memory.fresh:
             warnings.warn(
                 "the whole archive was seen and the bank still holds its random start; call criterion.update_bank("
                 "features, index) after each step",

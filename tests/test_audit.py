@@ -5,6 +5,7 @@ Shapes: N images, D features, C classes.
 
 import dataclasses
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -387,9 +388,9 @@ def test_rows_that_are_not_finite_or_zero_are_all_named(value, tmp_path, monkeyp
     ("changed", "error", "message"),
     [
         ({"features": torch.ones(119, 8)}, ValueError, "labels: expected one for each of the 119 rows of features"),
-        ({"features": torch.ones(120)}, ValueError, "features: expected shape (N, D), got (120,)"),
-        ({"features": torch.ones(0, 8)}, ValueError, "features: expected shape (N, D), got (0, 8)"),
-        ({"features": [[1.0]]}, ValueError, "features: expected shape (N, D), got list"),
+        ({"features": torch.ones(120)}, ValueError, "of at least one value, got shape (120,)"),
+        ({"features": torch.ones(0, 8)}, ValueError, "of at least one value, got shape (0, 8)"),
+        ({"features": [[1.0]]}, ValueError, "of at least one value, got list"),
         ({"features": torch.ones(120, 8).int()}, TypeError, "features: expected float values, got torch.int32"),
         ({"features": np.array([["a"]] * 120)}, TypeError, "features: expected float values, got <U1"),
         ({"labels": torch.full((120,), -2)}, ValueError, "labels: expected -1 (unlabelled) or a class from 0, got -2"),
@@ -444,6 +445,32 @@ def test_default_device_of_the_caller_holds_nothing_of_an_audit():
         found = audit_labels(features, labels.tolist())
         assert same(found, expected)
         assert torch.equal(found.transition, expected.transition)
+
+
+def test_bank_that_nothing_was_written_to_is_warned_of():
+    bank = MemoryBank(torch.arange(10) % 3, 8)
+    with pytest.warns(UserWarning, match="bank: its rows are still the random ones of its start"):
+        audit_bank(bank)
+    saved = bank.update_(torch.randn(10, 8), torch.arange(10)).state_dict()
+    loaded = MemoryBank(torch.arange(10) % 3, 8)
+    loaded.load_state_dict(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        audit_bank(bank)
+        audit_bank(loaded)
+
+
+@pytest.mark.parametrize(
+    ("images", "k", "error", "message"),
+    [
+        ([0, 1], 3, TypeError, "images: expected an integer tensor, got list"),
+        (torch.tensor([12]), 3, IndexError, "images: expected"),
+        (torch.tensor([1]), 0, ValueError, "k: expected 1 or more neighbours, got 0"),
+    ],
+)
+def test_neighbours_that_cannot_be_meant_are_named(images, k, error, message):
+    with pytest.raises(error, match=message):
+        nearest_neighbours(MemoryBank(torch.arange(10) % 3, 8), images, k)
 
 
 def test_random_numbers_of_the_caller_stay_as_they_are():

@@ -282,6 +282,8 @@ def test_bad_arguments(tmp_path):
         save_checkpoint(tmp_path, {"encoder": module}, 1, keep=0)
     with pytest.raises(ValueError, match="state: expected names without a dot, got 'a.b'"):
         save_checkpoint(tmp_path, {"a.b": module}, 1)
+    with pytest.raises(TypeError, match="state: expected a dict of names and what to save, got Linear"):
+        save_checkpoint(tmp_path, nn.Linear(2, 1), 1)
     with pytest.raises(TypeError, match=r"state\['epoch'\]: expected something with state_dict .*, got int"):
         load_checkpoint(tmp_path, {"epoch": 3})
     assert not list(tmp_path.iterdir())

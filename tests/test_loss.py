@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -206,7 +207,7 @@ def test_auto_follows_the_size_of_a_class_and_new_labels():
 def test_auto_without_any_label_prunes_nothing():
     criterion = NTDNELoss(torch.full((5,), -1), D, k="auto", warmup_epochs=0)
     criterion(torch.randn(3, D), torch.arange(3))
-    criterion.set_epoch(1)
+    criterion.set_epoch(np.int64(1))  # of any kind of integer
     assert not criterion.pruned.any()
 
 
@@ -553,7 +554,7 @@ def test_set_epoch_is_not_missed_where_it_changes_nothing(options):
 
 
 def test_never_updating_the_bank_warns_after_a_pass_over_the_archive():
-    criterion = filled(SNCALoss)
+    criterion, _ = made(SNCALoss)
     for seed in range(N // B):
         criterion(*batch(seed))
     with pytest.warns(UserWarning, match="the bank still holds its random start"):

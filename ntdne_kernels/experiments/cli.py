@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import yaml
 
 from ntdne_kernels.audit import METHODS as AUDIT_METHODS
+from ntdne_kernels.experiments.files import check_folder
 from ntdne_kernels.experiments.losses import LOSSES, loss_name, loss_options
 from ntdne_kernels.experiments.paper import METHODS
 from ntdne_kernels.experiments.settings import PRESETS, RATELESS, Settings, read_preset
@@ -250,13 +252,18 @@ def _fail(error: BaseException | str) -> int:
 
 def _train(arguments: argparse.Namespace) -> None:
     from ntdne_kernels.experiments.run import run
+    from ntdne_kernels.experiments.training import make_criterion
 
     settings, variant = _settings(arguments, {})
     folder = arguments.output or _archive_folder(arguments.data) / _cell(settings, variant)
+    check_folder(folder, _images(arguments.data))
+    make_criterion(settings, torch.tensor([0, 1]))  # before the images are decoded
     results = run(settings, variant, folder, _machine(arguments))
     if results is not None:
         _print_metrics(results)
-        print(f"written to {folder}: last.ckpt, results.json, figures.npz; next: ntdne report {folder}")
+        print(
+            f"written to {folder}: last.ckpt, results.json, figures.npz; next: ntdne report {shlex.quote(str(folder))}"
+        )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -270,6 +277,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     from ntdne_kernels.experiments.training import make_criterion
 
     output = arguments.output or _archive_folder(arguments.data)
+    check_folder(output, _images(arguments.data))
     cells = _cells(arguments, output)
     for settings, _, _ in cells:  # before hours are spent on the cells before it
         make_criterion(settings, torch.tensor([0, 1]))
@@ -288,7 +296,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
             _print_metrics(results)
     if failed:
         raise ValueError(f"{len(failed)} of {len(missing)} runs failed, see above; the others are finished")
-    print(f"next: ntdne report {output}")
+    print(f"next: ntdne report {shlex.quote(str(output))}")
 
 
 def _cells(arguments: argparse.Namespace, output: Path) -> list[tuple[Settings, str, Path]]:
@@ -313,7 +321,9 @@ def _cells(arguments: argparse.Namespace, output: Path) -> list[tuple[Settings, 
 def _report(arguments: argparse.Namespace) -> None:
     from ntdne_kernels.experiments.report import write_report
 
-    for path in write_report(arguments.runs, arguments.output or arguments.runs / "report"):
+    output = arguments.output or arguments.runs / "report"
+    check_folder(output)
+    for path in write_report(arguments.runs, output):
         print(path)
 
 
@@ -370,6 +380,8 @@ def _audit(arguments: argparse.Namespace) -> None:
     )
     for path in written:
         print(path)
+    for path in auditing.left_over(output, written):
+        print(f"ntdne: {path} is of an earlier audit", file=sys.stderr)
 
 
 def _positive(text: str) -> float:
@@ -393,7 +405,7 @@ def _device(text: str) -> str:
             raise ValueError from error
         return text
 
-    return _checked(device, text, bool, "a device that is there, as cpu or cuda")
+    return _checked(device, text, bool, "a device of this machine, as cpu")
 
 
 def _checked(kind: Callable[[str], T], text: str, good: Callable[[T], bool], expected: str) -> T:
@@ -464,6 +476,11 @@ def _machine(arguments: argparse.Namespace) -> "Machine":
 
     names = {setting.name for setting in dataclasses.fields(Machine)}
     return Machine(**{name: value for name, value in vars(arguments).items() if name in names})
+
+
+def _images(data: str) -> Path | None:
+    """The folder of class folders, if that is what the archive is."""
+    return Path(data).expanduser() if Path(data).expanduser().is_dir() else None
 
 
 def _archive_folder(data: str) -> Path:

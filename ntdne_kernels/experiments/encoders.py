@@ -57,7 +57,8 @@ def _load(encoder: nn.Module, path: Path) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no exception of its own
-        raise ValueError(f"weights: {path} holds no state dict that can be read: {error}") from None
+        reason = str(error).partition(". ")[0] or type(error).__name__  # more of it advises to load what it may run
+        raise ValueError(f"weights: {path} holds no state dict that can be read: {reason}") from None
     own = encoder.state_dict()
     if not isinstance(state, dict) or state.keys() != own.keys():
         raise ValueError(f"weights: {path} is no state dict of this network")

@@ -6,6 +6,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
+def check_folder(folder: Path, archive: Path | None = None) -> None:
+    """ValueError where a folder for outputs cannot be written to, or lies in the folder of the images."""
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"--output: expected a folder that can be written to, but {place} is none")
+    if archive is not None and folder.resolve().is_relative_to(archive.resolve()):
+        raise ValueError(f"--output: {folder} lies in the archive {archive}, which stays as it is; give another folder")
+
+
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file under another name in its folder, then rename it: whatever moment that is stopped at."""
     partial = path.with_name(f"{path.name}.partial")

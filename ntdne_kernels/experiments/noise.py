@@ -236,7 +236,8 @@ def _difference(classes: Sequence[str]) -> str:
         f"classes: expected all classes of {' or '.join(maps)}, which the authors' maps are for; against the "
         f"{len(known)} of {nearest}, the {len(classes)} given "
         f"lack {_listed([name for key, name in known.items() if key not in given])}, "
-        f"and unknown are {_listed([name for key, name in given.items() if key not in known])}"
+        f"and unknown are {_listed([name for key, name in given.items() if key not in known])}; for other classes give "
+        "a noise_file of lines 'true class: wrong class'"
     )
 
 

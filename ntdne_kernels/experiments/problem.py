@@ -91,6 +91,8 @@ def _matrix(settings: Settings, classes: list[str]) -> Tensor:
     if settings.noise == "none":
         return noise.uniform(len(classes), 0)
     if settings.noise == "matrix":
+        if not settings.noise_file:
+            raise ValueError("noise_file: expected a .npy or .csv with the matrix for noise 'matrix', got none")
         return noise.read_matrix(settings.noise_file, len(classes))
     if settings.noise_file:
         targets = noise.targets_by_name(classes, _read_targets(settings.noise_file))

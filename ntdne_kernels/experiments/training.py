@@ -131,7 +131,11 @@ class Training(LightningModule):
             if isinstance(self.criterion, NTDNELoss | SNCALoss):
                 memory = self.criterion.memory
                 memory.record_(self._of_all_ranks(memory.last_log_p[outputs["index"]]), index)
-        self.criterion.update_bank(features, index)
+        try:
+            self.criterion.update_bank(features, index)
+        except ValueError as error:  # of features without a direction
+            epoch = self.current_epoch + 1
+            raise ValueError(f"training diverged in epoch {epoch}; try a lower --lr than {self._lr}: {error}") from None
         self.train_features[index] = normalize(features, dim=1)
         self._losses.append(outputs["loss"].detach())
 

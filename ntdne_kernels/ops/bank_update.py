@@ -72,7 +72,7 @@ def _warn_of_missing_kernel(device_type: str) -> None:
         _warned.add(device_type)
         warnings.warn(
             f"bank updates on {device_type} run through PyTorch, right but slower: {LOAD_ERRORS[device_type]}. "
-            "Once that is mended, install again: pip install --force-reinstall --no-deps --no-build-isolation",
+            "Once that is mended, in its folder: pip install --force-reinstall --no-deps --no-build-isolation -e .",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -91,7 +91,10 @@ def _load_libraries() -> dict[str, str]:
     ):
         library = Path(__file__).parent.parent / f"{name}.abi3.so"
         if not library.exists():
-            errors[device_type] = f"{needs} was missing where ntdne_kernels was built"
+            place = library.parent.parent
+            errors[device_type] = (
+                f"{needs} was missing where ntdne_kernels was built, or {place} holds its source alone"
+            )
             continue
         try:
             torch.ops.load_library(library)

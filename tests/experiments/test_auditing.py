@@ -83,6 +83,24 @@ def test_a_wrong_label_is_found_and_corrected_in_a_list(ntdne, files, capsys):
     assert printed.splitlines()[1:] == ["out/audit.html", "out/audit.csv", "out/corrected.csv"]
 
 
+@pytest.mark.parametrize("kind", ["txt", "csv"])
+def test_labels_of_another_encoding_stay_apart(ntdne, files, kind):
+    features, codes = clusters(classes=3)
+    np.save("features.npy", features)
+    lines = [["forêt", "forèt", "foröt"][code] for code in codes]
+    Path(f"names.{kind}").write_text("\n".join(["label"] * (kind == "csv") + lines) + "\n", encoding="latin-1")
+    assert ntdne("audit", "features.npy", "--labels", f"names.{kind}", "--output", "out") == 0
+    assert pd.read_csv("out/audit.csv").given_label.nunique() == 3
+
+
+def test_files_of_an_earlier_audit_are_named(ntdne, files, capsys):
+    assert ntdne("audit", "features.npy", *LABELS, "--fix", "--output", "out") == 0
+    assert capsys.readouterr().err == ""
+    assert ntdne("audit", "features.npy", *LABELS, "--format", "parquet", "--output", "out") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"ntdne: out/{name} is of an earlier audit" for name in ("audit.csv", "corrected.csv")]
+
+
 def test_only_fix_writes_a_list(ntdne, files):
     assert ntdne("audit", "features.npy", "--labels", "labels.npy") == 0
     assert sorted(path.name for path in Path("audit/features").iterdir()) == ["audit.csv", "audit.html"]
@@ -261,7 +279,7 @@ def test_a_file_name_of_any_bytes_is_written_back(ntdne, photos, trained):
         assert ntdne(*given) == 0
     for file in ("out/audit.csv", "out/corrected.csv"):
         assert b"dark/\xe9t\xe9.png" in Path(file).read_bytes()
-    assert "dark/\ufffdt\ufffd.png" in pd.read_parquet("out/audit.parquet").path.tolist()
+    assert r"dark/\xe9t\xe9.png" in pd.read_parquet("out/audit.parquet").path.tolist()
 
 
 # The page
@@ -417,7 +435,7 @@ LABELS = ["--labels", "labels.npy"]
         (None, ["features.npy", *LABELS, "--threshold", "best"], "got 'best'"),
         (None, ["features.npy", *LABELS, "--sigma", "-1"], "--sigma: expected a positive number"),
         (None, ["features.npy", *LABELS, "--top", "0"], "--top"),
-        (None, ["features.npy", *LABELS, "--device", "gpu"], "--device: expected a device that is there"),
+        (None, ["features.npy", *LABELS, "--device", "gpu"], "--device: expected a device of this machine"),
         (None, ["features.npy", *LABELS, "--scratch", "none"], "--scratch: expected a folder, got none"),
         (None, ["features.npy", *LABELS, "--output", "features.npy"], "--output: expected a folder"),
         (None, ["features.npy", *LABELS, "--output", "features.npy/x"], "features.npy is none"),

@@ -101,6 +101,20 @@ def test_the_authors_preset_is_continued_and_known_again(ntdne, photos, capsys):
     assert capsys.readouterr().out.count("epoch 2/2") == 1
 
 
+def test_the_archive_does_not_become_an_archive_of_runs(ntdne, photos, capsys, monkeypatch):
+    for command in ("train", "reproduce"):
+        assert ntdne(command, photos, *QUICK, "--output", photos / "runs") == 2
+        monkeypatch.chdir(photos)
+        assert ntdne(command, ".", *QUICK) == 2
+        assert capsys.readouterr().err.count("lies in the archive") == 2
+    assert sorted(path.name for path in photos.iterdir()) == ["bright", "dark"]
+
+
+def test_what_comes_next_can_be_pasted(ntdne, photos, capsys):
+    assert ntdne("train", photos, *QUICK, "--epochs", 1, "--loss", "NSL", "--output", "my run") == 0
+    assert "next: ntdne report 'my run'" in capsys.readouterr().out
+
+
 def test_a_mistaken_setting_does_not_take_the_folder(ntdne, photos):
     Path("no.pt").write_bytes(b"nothing")
     assert ntdne("train", photos, *QUICK, "--weights", "no.pt", "--output", "run") == 2
@@ -226,7 +240,10 @@ def other_run(photos: Path) -> None:
         (None, ["train", "{photos}", "--noise", "label-dependent"], "bright"),
         (column_stochastic, ["train", "{photos}", "--noise", "matrix", "--noise-file", "matrix.csv"], "column"),
         (None, ["train", "{photos}", "--noise", "matrix", "--noise-file", "none.csv"], "none.csv"),
+        (None, ["train", "{photos}", "--noise", "matrix"], "noise_file: expected a .npy or .csv"),
         (None, ["train", "{photos}", "--weights", "none.pt"], "none.pt"),
+        (None, ["train", "{photos}", "--output", "{photos}/dark/00.png"], "--output: expected a folder"),
+        (None, ["train", "no/such/folder", "--loss-option", "k=7"], "k: expected"),
         (other_run, ["train", "{photos}", "--output", "taken"], "lr 0.3 there, 0.1 now"),
         (None, ["evaluate", "no-run"], "no-run"),
         (None, ["report", "no-run"], "no-run"),

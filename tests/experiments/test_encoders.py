@@ -37,6 +37,13 @@ def test_weights_of_another_network_are_refused(tmp_path, state, message):
         make_encoder("small", 7, str(tmp_path / "weights.pt"))
 
 
+def test_weights_that_cannot_be_read_come_with_no_advice_to_run_them(tmp_path):
+    (tmp_path / "weights.pt").write_text("print('hello')")
+    with pytest.raises(ValueError, match="holds no state dict that can be read") as error:
+        make_encoder("small", 7, str(tmp_path / "weights.pt"))
+    assert "weights_only" not in str(error.value)
+
+
 def test_weights_of_other_shapes_are_refused(tmp_path):
     state = make_encoder("small", 7).state_dict()
     state["0.weight"] = torch.ones(5, 3, 3, 3)

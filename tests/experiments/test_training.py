@@ -178,9 +178,10 @@ def test_a_run_is_not_continued_on_other_images_or_labels(tmp_path):
         train(settings, other, tmp_path / "run", accelerator="cpu")
 
 
-def test_a_diverged_run_says_so(tmp_path):
-    settings = small_settings(lr=1e30, loss="MAE", loss_options={})
-    with pytest.raises(ValueError, match="training diverged; try a lower --lr"):
+@pytest.mark.parametrize(("loss", "said"), [("MAE", "training diverged; try"), ("NTDNE", "diverged in epoch 1; try")])
+def test_a_diverged_run_says_so(tmp_path, loss, said):
+    settings = small_settings(lr=1e30, loss=loss, loss_options={})
+    with pytest.raises(ValueError, match=f"{said} a lower --lr"):
         train(settings, make_problem(settings, tmp_path / "cache"), tmp_path / "run", accelerator="cpu")
 
 

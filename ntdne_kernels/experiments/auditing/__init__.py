@@ -7,11 +7,18 @@ import torch
 
 from ntdne_kernels.audit import LabelAudit, audit_bank, encode_labels, feature_bank
 from ntdne_kernels.experiments.auditing.inputs import Source, encode_folder, read_features
-from ntdne_kernels.experiments.auditing.outputs import CORRECTED, PAGE, check_output, write_corrected, write_table
+from ntdne_kernels.experiments.auditing.outputs import (
+    CORRECTED,
+    PAGE,
+    check_output,
+    left_over,
+    write_corrected,
+    write_table,
+)
 from ntdne_kernels.experiments.auditing.page import as_html
 from ntdne_kernels.experiments.files import write_whole
 
-__all__ = ["Source", "check_output", "encode_folder", "read_features", "write_audit"]
+__all__ = ["Source", "check_output", "encode_folder", "left_over", "read_features", "write_audit"]
 
 
 def write_audit(

@@ -142,8 +142,8 @@ def encode_folder(data: str, run: Path, *, cache: Path | None, download: bool, d
 
 
 def readable(name: str) -> str:
-    """A file's name, which may be any bytes, as text that can be written as UTF-8."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """A name, which may be any bytes, as text that can be written as UTF-8: other names stay other text."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _archive_picture(archive: "Archive", folder: Path, image: int) -> Image.Image:
@@ -239,7 +239,7 @@ def _csv(path: Path, **options: Any) -> Any:
     import pandas as pd
 
     # Everything is text, as a class may be called NA or 007; and a blank line is a row, with no label.
-    text = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False, "encoding_errors": "surrogateescape"}
+    text = {"dtype": object, "keep_default_na": False, "skip_blank_lines": False, "encoding_errors": "surrogateescape"}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows longer than the header

@@ -6,13 +6,12 @@ Shapes: N images.
 """
 
 import importlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ntdne_kernels.audit import LabelAudit
 from ntdne_kernels.experiments.auditing.inputs import Source, readable
-from ntdne_kernels.experiments.files import write_whole
+from ntdne_kernels.experiments.files import check_folder, write_whole
 from ntdne_kernels.interchange import to_frame
 
 if TYPE_CHECKING:
@@ -34,11 +33,7 @@ def check_output(folder: Path, inputs: list[Path], archive: Path | None, format:
         ValueError: the folder lies in the archive, cannot be written to, or has an input by an output's name; or what
             writes the format is not installed.
     """
-    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f"--output: expected a folder that can be written to, but {place} is none")
-    if archive is not None and folder.resolve().is_relative_to(archive.resolve()):
-        raise ValueError(f"--output: {folder} lies in the archive {archive}, which stays as it is; give another folder")
+    check_folder(folder, archive)
     for name in (f"audit.{format}", CORRECTED, PAGE):
         path = folder / name
         if path.exists() and any(file.exists() and path.samefile(file) for file in inputs):
@@ -48,6 +43,12 @@ def check_output(folder: Path, inputs: list[Path], archive: Path | None, format:
             importlib.import_module(module)
         except ImportError:
             raise ValueError(f"a table as .{format} needs {module}: pip install 'ntdne_kernels[audit]'") from None
+
+
+def left_over(folder: Path, written: list[Path]) -> list[Path]:
+    """Files of an earlier audit, which say something else than those that were written."""
+    paths = [folder / name for name in ("audit.csv", "audit.parquet", CORRECTED)]
+    return [path for path in paths if path.exists() and path not in written]
 
 
 def write_table(audit: LabelAudit, source: Source, method: str | float, path: Path) -> None:
