@@ -56,7 +56,7 @@ class MemoryBank(nn.Module):
         order: (n,) image of each stored row.
         images: the n images whose labels and scores are kept here.
         fresh: whether the rows are still those of the random start: not taken up from a file, updated or loaded.
-        kind, path: the arguments `storage` and `path`, the latter of this rank's own file.
+        kind, path: the arguments `storage` and `path`, the latter of this rank's own file and absolute.
         ranks: the `distributed.Ranks` that share the bank, or None.
 
     Raises:
