@@ -168,8 +168,10 @@ class Streams:
         yield
         self.current = self.main
 
-    def empty(self, shape: tuple[int, int], *, dtype: torch.dtype, device=None, pin_memory: bool = False) -> "Memory":
-        assert (device is None) == pin_memory
+    def empty(
+        self, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device | str, pin_memory: bool = False
+    ) -> "Memory":
+        assert (torch.device(device).type == "cpu") == pin_memory
         return Memory(self, torch.full(shape, torch.nan, dtype=dtype))
 
     def enqueue(self, work: Callable[[], bool]) -> None:
