@@ -22,7 +22,7 @@ from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.distributed import Ranks, ShardedLoss
 from ntdne_kernels.fill import fill_bank
 from ntdne_kernels.functional import check_choice, check_classes, check_number, check_range
-from ntdne_kernels.label_index import check_labels
+from ntdne_kernels.label_index import check_integers
 from ntdne_kernels.ops import sharded
 from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED
@@ -273,14 +273,15 @@ class _NeighbourhoodLoss(nn.Module):
         for name, given in (("index", index), ("labels", labels)):
             if given is None:
                 continue
-            if len(check_labels(given, name)) != B:
+            check_integers(given, name)
+            if len(given) != B:
                 raise ValueError(f"{name}: expected one value for each of the {B} features, got {len(given)}")
             if given.device != memory.device:
                 raise ValueError(f"{name}: expected the bank's device, {memory.device}, got {given.device}")
         if index is None:
             index = memory.labels.new_full((B,), NOT_IN_BANK)
         else:
-            index = check_labels(index, "index")
+            index = index.to(torch.int64)
             check_range("index", index, len(memory), look=self.validate)
         if labels is None:
             looking = self.validate or (index.device.type == "cpu" and not torch.compiler.is_compiling())
@@ -288,7 +289,7 @@ class _NeighbourhoodLoss(nn.Module):
                 row = int((index == NOT_IN_BANK).nonzero()[0])
                 raise ValueError(f"labels: expected labels, because index is -1 in row {row}; got None")
             labels = torch.full_like(index, UNLABELLED)
-        labels = check_labels(labels, "labels")
+        labels = labels.to(torch.int64)
         check_classes(labels, look=self.validate)
         return index, labels
 

@@ -345,7 +345,7 @@ def _audit(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--scratch: expected a folder, got {arguments.scratch}")
     output = arguments.output or Path("audit") / (data.resolve().name if images else data.stem).replace(":", "-")
     read = [file for file in (data, checkpoint, labels, paths) if file is not None]
-    auditing.check_output(output, read, data if images and data.is_dir() else None, arguments.format)
+    auditing.check_output(output, read, _images(arguments.data), arguments.format)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if images:
         source = auditing.encode_folder(
