@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import ProcessGroup
 from ntdne_kernels.distributed import Ranks
 from ntdne_kernels.functional import BANK_DTYPES, check_range, check_update, update_bank_
 from ntdne_kernels.label_index import LabelIndex, check_integers, check_labels, class_order, fingerprint
-from ntdne_kernels.ops.bank_update import accumulator_dtype
+from ntdne_kernels.ops.bank_update import accumulator_dtype, skipped_counter
 from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED
 from ntdne_kernels.storage import allocate, mark, take_place
 
@@ -104,7 +104,7 @@ class MemoryBank(nn.Module):
             self.register_buffer(name, tensor, persistent=name == "order")
         rows = self._together(lambda: allocate(storage, (n, dim), dtype, device, self.path, facts | {"first": first}))
         self.register_buffer("storage", rows.rows)
-        # One place more than there are images, where queries that are not kept here write theirs.
+        # Extra last slot: a sink for queries that are not kept here.
         self.register_buffer("scores", torch.full((n + 1,), torch.nan, device=device), persistent=False)
         self.fresh = rows.fresh
         if rows.fresh:
@@ -147,6 +147,11 @@ class MemoryBank(nn.Module):
         −inf: no other image has its label. NaN: not scored yet, or unlabelled.
         """
         return self.scores[:-1]
+
+    @property
+    def archive(self) -> list[Tensor]:
+        """What a batch of images is looked up in, of a bank that is not sharded; see `leave_one_out.look_up`."""
+        return [self.labels, self.position, self.scores]
 
     def places(self, index: Tensor) -> Tensor:
         """(B,) rows of `storage` that hold the images `index` (B,), of a bank that is not sharded.
@@ -294,16 +299,7 @@ class MemoryBank(nn.Module):
 
         Of a sharded bank each rank remembers those of its own images.
         """
-        n = len(self.images)
-        if n == 0:
-            return
-        image = self.local(index)
-        inside = (image >= 0) & (image < n)
-        labels = self.labels[image.clamp(0, n - 1)]
-        log_p = torch.where(labels == UNLABELLED, torch.nan, log_p)
-        self.scores.scatter_reduce_(
-            0, torch.where(inside, image, n), log_p.to(self.scores.dtype), "amax", include_self=False
-        )
+        torch.ops.ntdne_kernels.record_scores_(self.scores, log_p, self.local(index), self.labels)
 
     def extra_repr(self) -> str:
         shared = "" if self.ranks is None else f", {len(self.images)} images on this rank of {self.ranks.size}"
@@ -311,8 +307,12 @@ class MemoryBank(nn.Module):
         return f"{len(self)} images, {D} values, {len(self.classes)} classes, {self.storage.dtype}{shared}"
 
     def skipped_rows(self) -> int:
-        """Features that updates on this bank's GPU have left out so far, for any bank; 0 on a CPU. Synchronises."""
-        return int(torch.ops.ntdne_kernels.skipped_rows(self.storage))
+        """Features without a direction that were left out so far on the bank's GPU, of the loss and of updates.
+
+        They are counted for all banks on it. 0 on a CPU, where they raise. Synchronises.
+        """
+        on_device = int(skipped_counter(self.device)) if self.device.type != "cpu" else 0
+        return on_device + int(torch.ops.ntdne_kernels.skipped_rows(self.storage))
 
     @property
     def _wide(self) -> torch.dtype:

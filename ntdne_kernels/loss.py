@@ -21,11 +21,11 @@ from ntdne_kernels import functional
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.distributed import Ranks, ShardedLoss
 from ntdne_kernels.fill import fill_bank
-from ntdne_kernels.functional import check_choice, check_classes, check_number, check_range
+from ntdne_kernels.functional import check_choice, check_classes, check_directions, check_number, check_range
 from ntdne_kernels.label_index import check_integers
 from ntdne_kernels.ops import sharded
 from ntdne_kernels.ops.bank_update import accumulator_dtype
-from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED
+from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED, indicator_of, log_chance, normalise
 from ntdne_kernels.ops.losses import Loss
 
 REFRESH_CHUNK = 1024  # bank rows scored at a time
@@ -103,16 +103,16 @@ class _NeighbourhoodLoss(nn.Module):
             return self._forward_over_ranks(memory.ranks, features, index, labels, return_scores)
         self._check_features(features)
         index, labels = self._check_images(len(features), index, labels)
-        images = index.clamp(0, len(memory) - 1)
-        labels = torch.where(index >= 0, memory.labels[images], labels)
-        loss, log_p = functional.loss_and_log_scores(
-            self._unit(features),
+        check_directions("features", features, look=self.validate)
+        check_number("sigma", self.sigma, 0, math.inf)
+        loss, log_p = functional.archive_loss(
+            features,
             memory.storage,
             labels,
-            memory.index,
-            memory.places(index),
+            index,
+            memory.index.tensors(),
+            memory.archive,
             self._loss(),
-            self._indicator(memory.scores[images], labels, index),
             sigma=self.sigma,
             backend=self._backend,
         )
@@ -132,8 +132,10 @@ class _NeighbourhoodLoss(nn.Module):
             """How many images there are; whether a gradient is wanted, beside a number of the settings."""
             memory.check_untouched()
             self._check_features(features)
+            check_directions("features", features, look=self.validate)
             check_number("sigma", self.sigma, 0, float("inf"))
-            given.extend(self._check_images(len(features), index, labels))
+            images, own_labels = self._check_images(len(features), index, labels)
+            given.extend([images, torch.full_like(images, UNLABELLED) if own_labels is None else own_labels])
             settings = (self.sigma, self.momentum, self._loss(), getattr(self, "indicator", None), self.training)
             number = 0 if torch.compiler.is_compiling() else zlib.crc32(repr(settings).encode())
             return len(features), 2 * number + int(torch.is_grad_enabled() and features.requires_grad)
@@ -147,6 +149,7 @@ class _NeighbourhoodLoss(nn.Module):
                 f"those of ranks {differing} differ from rank 0's; all call set_epoch, train and eval"
             )
         batch = memory.look_up(given[0], given[1], sizes)
+        loss_kind = self._loss()
         loss, log_p = ShardedLoss.apply(
             self._unit(features),
             memory.storage,
@@ -154,8 +157,15 @@ class _NeighbourhoodLoss(nn.Module):
             memory.local(batch.places),
             memory.index.tensors(),
             float(self.sigma),
-            self._loss(),
-            self._indicator(batch.scores, batch.labels, batch.images),
+            loss_kind,
+            indicator_of(
+                loss_kind.indicator,
+                batch.scores,
+                batch.labels,
+                batch.images,
+                [memory.classes, memory.offsets],
+                len(memory),
+            ),
             functional.choose_backend(self._backend, memory.storage, memory.device),
             any(number % 2 for _, number in found),  # all ranks make directions where one wants its gradient
             sizes,
@@ -168,7 +178,7 @@ class _NeighbourhoodLoss(nn.Module):
 
     def _unit(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
-            return nn.functional.normalize(features.to(accumulator_dtype(self.memory.storage.dtype)), dim=1)
+            return normalise(features, accumulator_dtype(self.memory.storage.dtype))[0]
 
     def update_bank(self, features: Tensor, index: Tensor) -> None:
         """Blend the batch into the bank (eq. 15), in place; detaches by itself. See `functional.update_bank_`."""
@@ -249,10 +259,6 @@ class _NeighbourhoodLoss(nn.Module):
     def _loss(self) -> Loss:
         raise NotImplementedError
 
-    def _indicator(self, stored: Tensor, labels: Tensor, index: Tensor) -> Tensor | None:
-        """The log scores (B,) that decide on pruning in place of the current ones, from those stored (B,)."""
-        return None
-
     def _check_features(self, features: Tensor) -> None:
         storage = self.memory.storage
         if not isinstance(features, Tensor) or not features.is_floating_point():
@@ -265,8 +271,8 @@ class _NeighbourhoodLoss(nn.Module):
                 f"features: expected shape (B, {storage.size(1)}) as in the bank, got {tuple(features.shape)}"
             )
 
-    def _check_images(self, B: int, index: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Images, −1 for none, and the labels given (B,), −1 for none, as int64."""
+    def _check_images(self, B: int, index: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Images, −1 for none, and the labels given (B,) or None, as int64."""
         memory = self.memory
         if index is None and labels is None:
             raise ValueError("index: expected the images of the batch, or labels for features without one; got neither")
@@ -288,7 +294,7 @@ class _NeighbourhoodLoss(nn.Module):
             if looking and bool((index == NOT_IN_BANK).any()):
                 row = int((index == NOT_IN_BANK).nonzero()[0])
                 raise ValueError(f"labels: expected labels, because index is -1 in row {row}; got None")
-            labels = torch.full_like(index, UNLABELLED)
+            return index, None
         labels = labels.to(torch.int64)
         check_classes(labels, look=self.validate)
         return index, labels
@@ -453,8 +459,11 @@ class NTDNELoss(_NeighbourhoodLoss):
         check_number("q", self.q, 0, 1, upper_included=True)
         _check_k(self.k)
         # With "auto", the k of eq. 13's constant and of features of no image in the archive: chance in C even classes.
+        auto = isinstance(self.k, str)
         k = 1 / max(2, len(self.memory.classes)) if isinstance(self.k, str) else self.k
-        return Loss(self.q, k if self.pruning else None, self.reduction)
+        if not self.pruning or k is None:
+            return Loss(self.q, None, self.reduction)
+        return Loss(self.q, k, self.reduction, "auto" if auto else self.indicator)
 
     def _log_threshold(self, labels: Tensor) -> Tensor | float:
         """log k of images with these labels (B,); k="auto" is the share of the other images that carry the label."""
@@ -463,18 +472,7 @@ class NTDNELoss(_NeighbourhoodLoss):
             return math.nan  # nothing is at most that
         if not isinstance(self.k, str):
             return math.log(self.k)
-        place = torch.searchsorted(memory.classes, labels).clamp(max=len(memory.classes) - 1)
-        others = memory.offsets.diff()[place] - 1
-        return torch.log(others.double() / max(len(memory) - 1, 1))  # half precision ends at 65,504 images
-
-    def _indicator(self, stored: Tensor, labels: Tensor, index: Tensor) -> Tensor | None:
-        auto = isinstance(self.k, str)
-        if not self.pruning or (self.indicator == "current" and not auto):
-            return None
-        if auto:
-            stored = torch.where(stored <= self._log_threshold(labels), -torch.inf, torch.inf)
-        kept_unless_known = stored.nan_to_num(nan=torch.inf, neginf=-torch.inf)
-        return torch.where(index >= 0, kept_unless_known, torch.nan)
+        return log_chance(labels, [memory.classes, memory.offsets], len(memory))
 
     def _note_pruned_share(self) -> None:
         if self._pruning_much_was_said:

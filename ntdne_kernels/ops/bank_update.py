@@ -7,6 +7,7 @@ Shapes: B features, N bank rows, D values each.
 """
 
 import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,13 +16,22 @@ from torch import Tensor
 VANISHING = 1e-12
 """A row whose blend with the new feature is shorter than this, or not finite, becomes the new feature."""
 
-_skipped: dict[torch.device, Tensor] = {}
 _warned: set[str] = set()
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for a float64 bank, float32 for every other: the dtype of sums, scores and losses."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@cache
+@torch.inference_mode(False)
+def skipped_counter(device: torch.device) -> Tensor:
+    """(1,) int64: features without a direction that were left out on the device since the program started.
+
+    Those that the CUDA library left out of updates it counts itself.
+    """
+    return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 @torch.no_grad()
@@ -39,7 +49,7 @@ def update_bank_in_pytorch(bank: Tensor, features: Tensor, index: Tensor, moment
         valid = (norm > 0) & norm.isfinite() & (index >= 0) & (index < len(bank))
         skipped = (~valid & (index != -1)).sum()
         if bank.device.type != "cpu":
-            _skipped[bank.device] = _skipped.get(bank.device, 0) + skipped
+            skipped_counter(bank.device).add_(skipped)
         elif skipped:
             raise RuntimeError("update_bank_: a feature has norm 0 or is not finite, or an index is out of range")
         new, index = (new / norm.unsqueeze(1))[valid], index[valid]
@@ -63,7 +73,7 @@ def _turns(index: Tensor) -> Tensor:
 
 def skipped_rows_in_pytorch(bank: Tensor) -> int:
     """Features that updates on the bank's device have left out since the program started. Synchronises."""
-    return int(_skipped.get(bank.device, 0))
+    return 0
 
 
 def _warn_of_missing_kernel(device_type: str) -> None:
