@@ -45,12 +45,15 @@ def _from(rows, origin):
 
 
 @gluon.jit
-def _segment_end(places, origin, begin, end, FOLD_ROWS: gl.constexpr, BLOCK_B: gl.constexpr, WARPS: gl.constexpr):
+def _ranges(places, origin, BLOCK_B: gl.constexpr, WARPS: gl.constexpr):
+    """Where the classes of the block's queries begin and end, as `_segment_end` takes them."""
+    i = gl.arange(0, BLOCK_B, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    return _from(gl.load(places + i * 4 + _LOW), origin), _from(gl.load(places + i * 4 + _HIGH), origin)
+
+
+@gluon.jit
+def _segment_end(low, high, begin, end, FOLD_ROWS: gl.constexpr):
     """Where the segment that begins at `begin` ends: up to there no query changes from other to same or back."""
-    rows: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    i = gl.arange(0, BLOCK_B, rows)
-    low = _from(gl.load(places + i * 4 + _LOW), origin)
-    high = _from(gl.load(places + i * 4 + _HIGH), origin)
     next_end = gl.minimum(gl.where(low > begin, low, _OUT_OF_SIGHT), gl.where(high > begin, high, _OUT_OF_SIGHT))
     return gl.minimum(gl.minimum(end, begin + FOLD_ROWS), gl.min(next_end, 0))
 
@@ -62,10 +65,11 @@ def _load(queries, bank, q_smem, ring, q_full, full, empty, places, first_query,
     mbarrier.expect(q_full, BLOCK_B * queries.block_type.shape[1] * 2)
     for half in gl.static_range(BLOCK_B // _HALF):
         tma.async_copy_global_to_shared(queries, [first_query + half * _HALF, 0], q_full, q_smem.index(half))
+    low, high = _ranges(places, origin, BLOCK_B, 1)
     taken = 0
     begin = 0
     while begin < end:
-        stop = _segment_end(places, origin, begin, end, FOLD_ROWS, BLOCK_B, 1)
+        stop = _segment_end(low, high, begin, end, FOLD_ROWS)
         for start in range(begin, stop, BLOCK_N):
             stage = taken % STAGES
             mbarrier.wait(empty.index(stage), ((taken // STAGES) & 1) ^ 1)  # passes in the first round
@@ -78,25 +82,17 @@ def _load(queries, bank, q_smem, ring, q_full, full, empty, places, first_query,
 
 
 @gluon.jit
-def _weigh(s, start, stop, next_own, places, origin, scale, BLOCK_N: gl.constexpr, S: gl.constexpr):
-    """2^(s·scale − scale) of a tile, 0 for rows at `stop` and behind it and for each query's own row."""
-    w = gl.exp2(s * scale - scale)
-    # Most tiles hold no query's own row and end before the segment does: they need no mask. The branch stands behind
-    # the exponentials to keep them there: the assembler would move them behind the wait for the second product.
-    if start + BLOCK_N > gl.minimum(stop, next_own):
-        i = gl.arange(0, _HALF, gl.SliceLayout(1, S))
-        j = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
-        own = _from(gl.load(places + i * 4 + _OWN), origin)
-        w = gl.where((j[None, :] == own[:, None]) | (j >= stop)[None, :], 0.0, w)
-        next_own = gl.min(gl.where(own >= start + BLOCK_N, own, _OUT_OF_SIGHT), 0)
-    return w, next_own
+def _masked(w, start, stop, own, BLOCK_N: gl.constexpr, S: gl.constexpr):
+    """The weights w of a tile, 0 for rows at `stop` and behind it and for each query's own row."""
+    j = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
+    return gl.where((j[None, :] == own[:, None]) | (j >= stop)[None, :], 0.0, w)
 
 
 @gluon.jit
 def _fold(vectors, slot, held, v, FIRST: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr):
     """Add v to the columns from FIRST on of the rows `slot` of vectors; rows not held are empty."""
     WIDTH: gl.constexpr = v.shape[1]
-    if WIDTH > 64:  # the addresses of more do not fit the registers
+    if WIDTH > 32:  # the addresses of more do not fit the registers
         left, right = gl.split(gl.permute(gl.reshape(v, [_HALF, 2, WIDTH // 2]), (0, 2, 1)))
         _fold(vectors, slot, held, left, FIRST, D, WARPS)
         _fold(vectors, slot, held, right, FIRST + WIDTH // 2, D, WARPS)
@@ -122,8 +118,9 @@ def _sum(q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end
     V: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, W, 16])
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=V, k_width=2)
     dtype: gl.constexpr = ring.dtype
-    own_places = places + WHICH * _HALF * 4
-    i = gl.arange(0, _HALF, gl.SliceLayout(1, S))
+    i = WHICH * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, S))
+    own = _from(gl.load(places + i * 4 + _OWN), origin)
+    low, high = _ranges(places, origin, BLOCK_B, WARPS)
     zero = gl.zeros([_HALF, BLOCK_N], gl.float32, S)
     total_other = gl.zeros([_HALF], gl.float32, gl.SliceLayout(1, S))
     total_same = total_other
@@ -132,57 +129,75 @@ def _sum(q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end
     taken = 0
     begin = 0
     while begin < end:
-        stop = _segment_end(places, origin, begin, end, FOLD_ROWS, BLOCK_B, WARPS)
-        own = _from(gl.load(own_places + i * 4 + _OWN), origin)
-        next_own = gl.min(gl.where(own >= begin, own, _OUT_OF_SIGHT), 0)
+        stop = _segment_end(low, high, begin, end, FOLD_ROWS)
+        my_low = _from(gl.load(places + i * 4 + _LOW), origin)
+        my_high = _from(gl.load(places + i * 4 + _HIGH), origin)
+        same = (my_low <= begin) & (begin < my_high)
         total = gl.zeros([_HALF], gl.float32, gl.SliceLayout(1, S))
         v = gl.zeros([_HALF, W], gl.float32, V)
+        start = begin
+        while start < stop:
+            # A run of tiles, of which the last holds the end of the segment or a query's own row: it alone is masked.
+            # A branch in the loop would cost each tile as much as a tenth of its products.
+            next_own = gl.min(gl.where(own >= start, own, _OUT_OF_SIGHT), 0)
+            last = start + (gl.minimum(stop - 1, next_own) - start) // BLOCK_N * BLOCK_N
 
-        stage = taken % STAGES
-        mbarrier.wait(full.index(stage), (taken // STAGES) & 1)
-        s = warpgroup_mma(q, ring.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
-        w, next_own = _weigh(s, begin, stop, next_own, own_places, origin, scale, BLOCK_N, S)
-        total += gl.sum(w, 1)
-        if WEIGHTED:
-            p = gl.convert_layout(w.to(dtype), P)  # stays in registers
-        else:
-            mbarrier.arrive(empty.index(stage))
-        taken += 1
-        for start in range(begin + BLOCK_N, stop, BLOCK_N):
-            before = stage
             stage = taken % STAGES
             mbarrier.wait(full.index(stage), (taken // STAGES) & 1)
             s = warpgroup_mma(q, ring.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-            if WEIGHTED:
-                v = warpgroup_mma(p, ring.index(before), v, is_async=True)
-                s = warpgroup_mma_wait(1, deps=[s])  # the second product goes on under the exponentials
-                w, next_own = _weigh(s, start, stop, next_own, own_places, origin, scale, BLOCK_N, S)
-                total += gl.sum(w, 1)
-                next_p = gl.convert_layout(w.to(dtype), P)
-                v, p = warpgroup_mma_wait(0, deps=[v, next_p])
-                mbarrier.arrive(empty.index(before))
-            else:
-                s = warpgroup_mma_wait(0, deps=[s])
+            s = warpgroup_mma_wait(0, deps=[s])
+            w = gl.exp2(s * scale - scale)  # one fused multiply-add
+            if start == last:
+                w = _masked(w, start, stop, own, BLOCK_N, S)
+            total += gl.sum(w, 1)
+            p = gl.convert_layout(w.to(dtype), P)  # stays in registers
+            if not WEIGHTED:
                 mbarrier.arrive(empty.index(stage))
-                w, next_own = _weigh(s, start, stop, next_own, own_places, origin, scale, BLOCK_N, S)
-                total += gl.sum(w, 1)
             taken += 1
-        low = _from(gl.load(own_places + i * 4 + _LOW), origin)
-        high = _from(gl.load(own_places + i * 4 + _HIGH), origin)
-        same = (low <= begin) & (begin < high)
+            for _ in range(start + BLOCK_N, last, BLOCK_N):
+                before = stage
+                stage = taken % STAGES
+                mbarrier.wait(full.index(stage), (taken // STAGES) & 1)
+                s = warpgroup_mma(q, ring.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+                if WEIGHTED:
+                    v = warpgroup_mma(p, ring.index(before), v, is_async=True)
+                    s = warpgroup_mma_wait(1, deps=[s])  # the second product goes on under the exponentials
+                    w = gl.exp2(s * scale - scale)
+                    total += gl.sum(w, 1)
+                    next_p = gl.convert_layout(w.to(dtype), P)
+                    v, p = warpgroup_mma_wait(0, deps=[v, next_p])
+                    mbarrier.arrive(empty.index(before))
+                else:
+                    s = warpgroup_mma_wait(0, deps=[s])
+                    mbarrier.arrive(empty.index(stage))
+                    total += gl.sum(gl.exp2(s * scale - scale), 1)
+                taken += 1
+            if WEIGHTED:
+                v = warpgroup_mma(p, ring.index(stage), v, is_async=True)
+                v = warpgroup_mma_wait(0, deps=[v])
+                mbarrier.arrive(empty.index(stage))
+            if start < last:
+                stage = taken % STAGES
+                mbarrier.wait(full.index(stage), (taken // STAGES) & 1)
+                s = warpgroup_mma(q, ring.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(0, deps=[s])
+                w = _masked(gl.exp2(s * scale - scale), last, stop, own, BLOCK_N, S)
+                total += gl.sum(w, 1)
+                if WEIGHTED:
+                    v = warpgroup_mma(gl.convert_layout(w.to(dtype), P), ring.index(stage), v, is_async=True)
+                    v = warpgroup_mma_wait(0, deps=[v])
+                mbarrier.arrive(empty.index(stage))
+                taken += 1
+            start = last + BLOCK_N
         if WEIGHTED:
-            v = warpgroup_mma(p, ring.index(stage), v, is_async=True)
-            v = warpgroup_mma_wait(0, deps=[v])
-            mbarrier.arrive(empty.index(stage))
             held = gl.where(same, total_same, total_other) != 0
-            slot = i + gl.where(same, BLOCK_B, 0) + WHICH * _HALF
+            slot = i + gl.where(same, BLOCK_B, 0)
             _fold(vectors, slot, held, v, 0, D, WARPS)
         total_other += gl.where(same, 0.0, total)
         total_same += gl.where(same, total, 0.0)
         begin = stop
-    gl.store(totals + WHICH * _HALF + i, total_other)
-    gl.store(totals + BLOCK_B + WHICH * _HALF + i, total_same)
+    gl.store(totals + i, total_other)
+    gl.store(totals + BLOCK_B + i, total_same)
 
 
 @gluon.jit(do_not_specialize=["B", "N", "splits", "rows_per_split"])

@@ -524,8 +524,8 @@ def merge_to_log_scores(
                     divisor = tl.maximum(tl.sum(kept, 0), 1.0)
                     for begin in range(0, B, BLOCK):
                         j = begin + tl.arange(0, BLOCK)
-                        derivative = tl.load(slope + j, mask=j < B, other=0.0, cache_modifier=".cg")
-                        tl.store(slope + j, (derivative / divisor).to(slope.dtype.element_ty), mask=j < B)
+                        unscaled = tl.load(slope + j, mask=j < B, other=0.0, cache_modifier=".cg")
+                        tl.store(slope + j, (unscaled / divisor).to(slope.dtype.element_ty), mask=j < B)
                 tl.store(value, (tl.sum(total, 0) / divisor).to(value.dtype.element_ty))
 
 
