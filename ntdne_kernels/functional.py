@@ -201,18 +201,21 @@ def update_bank_(
         )
     features = features.detach() if isinstance(features, Tensor) else features
     index = check_update(bank, features, index, momentum, N, look=validate)
-    if not torch.compiler.is_compiling() and features.untyped_storage().data_ptr() == bank.untyped_storage().data_ptr():
-        features = features.clone()  # rows of the bank itself: an update must not read what another one wrote
+    write_rows(bank, features, index, momentum)
+    return bank
+
+
+def write_rows(bank: Tensor, features: Tensor, index: Tensor, momentum: float, position: Tensor | None = None) -> None:
+    """As `update_bank_`, of what `check_update` has passed; with a `position` (n,) the row of index i is position[i]."""
     with torch.no_grad():
         try:
-            torch.ops.ntdne_kernels.update_bank_(bank, features, index, float(momentum))
+            torch.ops.ntdne_kernels.update_bank_(bank, features, index, float(momentum), position)
         except RuntimeError:
             # The CPU kernel found a bad value, before it wrote anything: say which.
             if _can_look_inside(index):
-                check_range("index", index, N)
+                check_range("index", index, len(bank if position is None else position))
                 _check_directions(features, index, bank)
             raise
-    return bank
 
 
 def check_update(bank: Tensor, features: Tensor, index: Tensor, momentum: float, N: int, *, look: bool) -> Tensor:
