@@ -206,7 +206,7 @@ def update_bank_(
 
 
 def write_rows(bank: Tensor, features: Tensor, index: Tensor, momentum: float, position: Tensor | None = None) -> None:
-    """As `update_bank_`, of what `check_update` has passed; with a `position` (n,) the row of index i is position[i]."""
+    """As `update_bank_`, of what `check_update` has passed; with a `position` (n,) index i means row position[i]."""
     with torch.no_grad():
         try:
             torch.ops.ntdne_kernels.update_bank_(bank, features, index, float(momentum), position)
