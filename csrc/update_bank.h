@@ -79,11 +79,11 @@ inline void check_arguments(
 
 // The tensor, contiguous and outside the bank's memory: a kernel that reads what it has written would mix old rows with
 // new ones. Whoever calls cannot see to it, for a compiler may drop the copy made before the call. The ordinary case
-// compares two addresses.
+// compares addresses and copies nothing.
 inline Tensor dense_beside(const Tensor& bank, const Tensor& tensor) {
-  const auto begin = [](const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()); };
+  const auto begin = [](const Tensor& x) { return static_cast<const char*>(x.const_data_ptr()); };
   const auto end = [&](const Tensor& x) { return begin(x) + x.numel() * x.element_size(); };
-  Tensor dense = torch::stable::contiguous(tensor);
+  const Tensor dense = torch::stable::contiguous(tensor);
   return begin(dense) < end(bank) && begin(bank) < end(dense) ? torch::stable::clone(dense) : dense;
 }
 

@@ -109,7 +109,7 @@ void update_bank_cpu(
   bump_version(bank);
   const Tensor dense_features = dense_beside(bank, features);
   const Tensor dense_index = torch::stable::contiguous(index);
-  const Tensor dense_position = torch::stable::contiguous(position.value_or(index));
+  const Tensor dense_position = position ? torch::stable::contiguous(*position) : dense_index;
   const int64_t* image = static_cast<const int64_t*>(dense_index.const_data_ptr());
   const int64_t* place = position ? static_cast<const int64_t*>(dense_position.const_data_ptr()) : nullptr;
   std::vector<int64_t> rows(features.size(0));

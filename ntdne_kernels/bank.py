@@ -45,12 +45,13 @@ class MemoryBank(nn.Module):
     class order, and the labels and scores of as many images. Methods that take images or labels are then called by all
     ranks together, each with images of its own (relabel: with all labels).
 
-    None of its tensors is a buffer of PyTorch: what averages, broadcasts or casts the buffers of a module cannot turn
-    labels into others or rows into some of no unit length. `.to()` moves all of them, and gives its float dtype to the
-    rows; `state_dict` holds what a checkpoint needs. A copy that AveragedModel or its like keep (with `use_buffers` or
-    without) has the bank of the module it was copied from, as it is when the copy is next used; but not once features
-    went into the copy itself. Where labels, order or rows were changed in place all the same, through the tensors of
-    `state_dict()` say, the next use raises RuntimeError. Neither is looked at in compiled code.
+    None of its tensors is a buffer of PyTorch, so what averages, broadcasts or casts a module's buffers changes no label
+    and leaves rows of unit length. `.to()` moves all of them and gives its float dtype to the rows; `state_dict` holds
+    what a checkpoint needs. A deep copy that AveragedModel or its like average, with `use_buffers` or without, takes the
+    bank of the module it was copied from when it is next used, until features go into the copy itself; the criterion's
+    settings and epoch are the copy's own. Where labels, order or rows are changed in place all the same, through the
+    tensors of `state_dict()` say, the next use raises RuntimeError. Compiled code does neither: call `check_untouched()`
+    before it.
 
     Args:
         labels: (N,) integer class of each image; −1 is unlabelled.
@@ -176,7 +177,8 @@ class MemoryBank(nn.Module):
 
         −inf: no other image has its label. NaN: not scored yet, or unlabelled.
         """
-        self._follow()
+        if not torch.compiler.is_compiling():
+            self._follow()  # no more: the criterion looks at scores while it loads a checkpoint into what is lost
         return self.scores[:-1]
 
     def places(self, index: Tensor) -> Tensor:
@@ -434,8 +436,10 @@ class MemoryBank(nn.Module):
             RuntimeError: labels or order are not those of construction or `relabel`, or rows are not of unit length; or
                 the source of an averaged copy is no more.
         """
+        if torch.compiler.is_compiling():
+            return
         self._follow()
-        if not torch.compiler.is_compiling() and self._sealed != self._seals():
+        if self._sealed != self._seals():
             self._check_labels()
             self._check_lengths()
             self._seal()
@@ -483,7 +487,7 @@ class MemoryBank(nn.Module):
 
     def _follow(self) -> None:
         """Take the state of the source, where this is a copy that was averaged with it since the last look."""
-        if torch.compiler.is_compiling() or self._source is None or self._seen == _version(self.touched):
+        if self._source is None or self._seen == _version(self.touched):
             return
         if float(self.touched) != self._generation:  # else others wrote, as DistributedDataParallel does
             source = self._source()

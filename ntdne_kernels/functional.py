@@ -172,7 +172,7 @@ def update_bank_(
 
     In place and outside autograd; features are normalised here. Where an index stands twice, its updates follow one
     another in batch order, on every device. A row whose blend nearly vanishes (norm < 1e-12) or is not finite becomes
-    the new feature.
+    the new feature. Features and index may lie in the bank's memory: they are read as they were before the call.
     A bfloat16 bank stalls at a momentum near 1: at 0.999 the step is below its rounding.
 
     On a CPU, bad values raise and nothing is written. On a GPU the kernel leaves such a feature out and counts it
