@@ -191,7 +191,7 @@ def update_bank_(
 
     In place and outside autograd; features are normalised here. Where an index stands twice, its updates follow one
     another in batch order, on every device. A row whose blend nearly vanishes (norm < 1e-12) or is not finite becomes
-    the new feature.
+    the new feature. Features and index may lie in the bank's memory: they are read as they were before the call.
     A bfloat16 bank stalls at a momentum near 1: at 0.999 the step is below its rounding.
 
     On a CPU, bad values raise and nothing is written. On a GPU the kernel leaves such a feature out and counts it
@@ -220,18 +220,21 @@ def update_bank_(
         )
     features = features.detach() if isinstance(features, Tensor) else features
     index = check_update(bank, features, index, momentum, N, look=validate)
-    if not torch.compiler.is_compiling() and features.untyped_storage().data_ptr() == bank.untyped_storage().data_ptr():
-        features = features.clone()  # rows of the bank itself: an update must not read what another one wrote
+    write_rows(bank, features, index, momentum)
+    return bank
+
+
+def write_rows(bank: Tensor, features: Tensor, index: Tensor, momentum: float, position: Tensor | None = None) -> None:
+    """As `update_bank_`, of what `check_update` has passed; with a `position` (n,) index i means row position[i]."""
     with torch.no_grad():
         try:
-            torch.ops.ntdne_kernels.update_bank_(bank, features, index, float(momentum))
+            torch.ops.ntdne_kernels.update_bank_(bank, features, index, float(momentum), position)
         except RuntimeError:
             # The CPU kernel found a bad value, before it wrote anything: say which.
             if _can_look_inside(index):
-                check_range("index", index, N)
+                check_range("index", index, len(bank if position is None else position))
                 check_directions("features", features, index, accumulator_dtype(bank.dtype), look=True)
             raise
-    return bank
 
 
 def check_update(bank: Tensor, features: Tensor, index: Tensor, momentum: float, N: int, *, look: bool) -> Tensor:

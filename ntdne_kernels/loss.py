@@ -370,8 +370,7 @@ class NTDNELoss(_NeighbourhoodLoss):
         device, dtype: of the bank. The dtype decides the arithmetic, whatever autocast says.
         process_group: ranks that share the bank, each holding a part of its rows (a torch.distributed group, or a
             DeviceMesh of one dimension). Every call is then made by all of them; the batch is that of all ranks, and
-            loss and gradients are those of one process on it, once DistributedDataParallel has averaged the latter. A
-            criterion inside the wrapped module needs DistributedDataParallel(..., broadcast_buffers=False).
+            loss and gradients are those of one process on it, once DistributedDataParallel has averaged the latter.
         storage, path: "device", "host" or "disk": where the rows live; see `MemoryBank`.
 
     Attributes:

@@ -35,17 +35,24 @@ def skipped_counter(device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def update_bank_in_pytorch(bank: Tensor, features: Tensor, index: Tensor, momentum: float) -> None:
+def update_bank_in_pytorch(
+    bank: Tensor, features: Tensor, index: Tensor, momentum: float, position: Tensor | None = None
+) -> None:
     """Blend (B, D) `features` into the rows `index` (B,) of the (N, D) `bank`, in place and in batch order.
 
     Features are normalised first; index −1 marks a feature that has no row. On a CPU a feature without a direction
     (norm 0 or not finite) or an index outside the bank raises a RuntimeError and nothing is written; elsewhere that
-    feature is left out and counted.
+    feature is left out and counted. With `position` the index counts its entries, which are the rows; one outside them
+    is treated as one outside the bank. Whatever shares memory with the bank is read as it was before the call.
     """
     _warn_of_missing_kernel(bank.device.type)
     with torch.autocast(bank.device.type, enabled=False):
-        new = features.to(accumulator_dtype(bank.dtype))
+        # Contiguous, because sums over other strides are added up in another order.
+        new = features.to(accumulator_dtype(bank.dtype)).contiguous()
         norm = torch.linalg.vector_norm(new, dim=1)
+        if position is not None:
+            inside = (index >= 0) & (index < len(position))
+            index = torch.where(inside, position[torch.where(inside, index, 0)], torch.where(index == -1, -1, -2))
         valid = (norm > 0) & norm.isfinite() & (index >= 0) & (index < len(bank))
         skipped = (~valid & (index != -1)).sum()
         if bank.device.type != "cpu":
@@ -88,7 +95,9 @@ def _warn_of_missing_kernel(device_type: str) -> None:
         )
 
 
-def _update_bank_fake(bank: Tensor, features: Tensor, index: Tensor, momentum: float) -> None:
+def _update_bank_fake(
+    bank: Tensor, features: Tensor, index: Tensor, momentum: float, position: Tensor | None = None
+) -> None:
     return None
 
 
@@ -114,7 +123,8 @@ def _load_libraries() -> dict[str, str]:
 
 
 torch.library.define(
-    "ntdne_kernels::update_bank_", "(Tensor(a!) bank, Tensor features, Tensor index, float momentum) -> ()"
+    "ntdne_kernels::update_bank_",
+    "(Tensor(a!) bank, Tensor features, Tensor index, float momentum, Tensor? position=None) -> ()",
 )
 torch.library.impl("ntdne_kernels::update_bank_", "CompositeExplicitAutograd", update_bank_in_pytorch)
 torch.library.register_fake("ntdne_kernels::update_bank_", _update_bank_fake)
