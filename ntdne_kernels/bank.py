@@ -45,13 +45,13 @@ class MemoryBank(nn.Module):
     class order, and the labels and scores of as many images. Methods that take images or labels are then called by all
     ranks together, each with images of its own (relabel: with all labels).
 
-    None of its tensors is a buffer of PyTorch, so what averages, broadcasts or casts a module's buffers changes no label
-    and leaves rows of unit length. `.to()` moves all of them and gives its float dtype to the rows; `state_dict` holds
-    what a checkpoint needs. A deep copy that AveragedModel or its like average, with `use_buffers` or without, takes the
-    bank of the module it was copied from when it is next used, until features go into the copy itself; the criterion's
-    settings and epoch are the copy's own. Where labels, order or rows are changed in place all the same, through the
-    tensors of `state_dict()` say, the next use raises RuntimeError. Compiled code does neither: call `check_untouched()`
-    before it.
+    None of its tensors is a buffer of PyTorch, so what averages, broadcasts or casts a module's buffers changes no
+    label and leaves rows of unit length. `.to()` moves all of them and gives its float dtype to the rows; `state_dict`
+    holds what a checkpoint needs. A deep copy that AveragedModel or its like average, with `use_buffers` or without,
+    takes the bank of the module it was copied from when it is next used, until features go into the copy itself; the
+    criterion's settings and epoch are the copy's own. Where labels, order or rows are changed in place all the same,
+    through the tensors of `state_dict()` say, the next use raises RuntimeError. Compiled code does neither: call
+    `check_untouched()` before it.
 
     Args:
         labels: (N,) integer class of each image; −1 is unlabelled.

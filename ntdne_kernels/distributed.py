@@ -16,10 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import ProcessGroup
 
 from ntdne_kernels.ops import sharded
-from ntdne_kernels.ops.backends import BACKENDS
-from ntdne_kernels.ops.leave_one_out import not_again
+from ntdne_kernels.ops.leave_one_out import not_again, rows_times
 from ntdne_kernels.ops.losses import Loss, loss_and_slope
-from ntdne_kernels.ops.streaming import STREAMING
 
 T = TypeVar("T")
 
@@ -209,7 +207,6 @@ class ShardedLoss(torch.autograd.Function):
         log_p, direction = sharded.log_scores(
             features, shard, labels, index, classes, sigma, need_direction, backend, sizes, ranks.name
         )
-        ctx.backend = BACKENDS[backend] or STREAMING
         value, slope = loss_and_slope(log_p, indicator, loss)
         own = ranks.own(sizes)
         if loss.reduction == "none":
@@ -226,5 +223,5 @@ class ShardedLoss(torch.autograd.Function):
         if grad is None:
             return (None,) * 12
         direction, log_p, slope, features = ctx.saved_tensors
-        gradient = ctx.backend.features_gradient(direction, log_p, slope, grad, features, log_p[:0])
+        gradient = rows_times(grad * slope, direction, log_p).to(features.dtype)
         return not_again(gradient, grad, features), *(None,) * 11

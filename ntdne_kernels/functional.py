@@ -124,7 +124,7 @@ def loss_and_log_scores(
     sigma: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """A loss (log p for None) and log p (B,): what the functions above share. The log p beside a loss has no gradient."""
+    """A loss (log p for None) and log p (B,), which beside a loss has no gradient: what the functions above share."""
     check_number("sigma", sigma, 0, math.inf)
     N = _check_bank(bank)
     if isinstance(bank_labels, LabelIndex):

@@ -4,9 +4,8 @@
     ∂log p_i/∂f_i  = (μ_same_i − μ_all_i)/σ                softmax-weighted means of bank rows      (eq. 6)
     ∂log p_i/∂f_j  = ([same]·p̃_ij − p_ij)/σ · f_i          p̃_ij = p_ij/p_i                          (eq. 7)
 
-The gradient direction of the queries is made in the forward pass, and so is dL_i/dlog p_i: backward multiplies each row
-of the direction by a number, and nothing of the bank has to be kept. The gradient of the bank, wanted by few, is a
-second pass over it.
+The gradient of the queries is made in the forward pass: backward multiplies it by a number, and nothing of the bank has
+to be kept. The gradient of the bank, wanted by few, is a second pass over it.
 
 Shapes: B queries, N bank rows, D features.
 """
@@ -162,39 +161,27 @@ def loss_of(
     archive: list[Tensor],
     sigma: float,
     loss: losses.Loss,
-    need_direction: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Backend.loss` of a backend that has no better way than one after the other."""
     queries = look_up(features, labels, index, classes, archive, accumulator_dtype(bank.dtype), loss.indicator)
     log_p, direction, log_sum_all = log_scores(
-        queries.features, bank, queries.labels, queries.places, classes, sigma, need_direction
+        queries.features, bank, queries.labels, queries.places, classes, sigma, need_gradient
     )
     if queries.counted is not None:
         log_p = torch.where(queries.counted, log_p, torch.nan)
     value, slope = losses.loss_and_slope(log_p, queries.indicator, loss, queries.counted)
-    return value, log_p, slope, direction, queries.norms, log_sum_all
+    gradient = rows_times(slope, direction, log_p) if need_gradient else direction
+    if need_gradient and archive:  # of f = x/|x| the gradient of x is (g − (g·f)f)/|x|
+        along = (gradient * queries.features).sum(dim=1, keepdim=True)
+        norms = torch.where(queries.norms != 0, queries.norms, 1).unsqueeze(1)
+        gradient = (gradient - along * queries.features) / norms
+    return value, log_p, slope, gradient, log_sum_all
 
 
-def features_gradient(
-    direction: Tensor, log_p: Tensor, slope: Tensor | None, grad: Tensor, features: Tensor, norms: Tensor
-) -> Tensor:
-    """grad · dL_i/dlog p_i · ∂log p_i/∂f_i (B, D) in the features' dtype.
-
-    With `norms` (B,), those of `look_up`, it is the gradient of the features before they were normalised.
-    """
-    gradient = _grad_log_p(log_p, slope, grad).unsqueeze(1) * direction
-    if len(norms) > 0:
-        directed = (norms != 0).unsqueeze(1)
-        length = torch.where(directed, norms.unsqueeze(1), 1)
-        unit = torch.where(directed, features, 0).to(gradient.dtype) / length
-        gradient = (gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit) / length
-        gradient = torch.where(directed, gradient, 0)
-    return gradient.to(features.dtype)
-
-
-def _grad_log_p(log_p: Tensor, slope: Tensor | None, grad: Tensor) -> Tensor:
-    """grad · dL_i/dlog p_i (B,); a query without positives has none, whatever comes in."""
-    return torch.where(log_p == -torch.inf, 0, grad if slope is None else grad * slope)
+def rows_times(factor: Tensor, direction: Tensor, log_p: Tensor) -> Tensor:
+    """factor (B,) · direction (B, D); exactly 0, whatever comes in, where a query has no positives or no direction."""
+    return torch.where((log_p > -torch.inf).unsqueeze(1), factor.unsqueeze(1) * direction, 0)
 
 
 ClassSumsFunction = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -219,15 +206,14 @@ class Backend:
     """
     bank_gradient: Callable[..., Tensor]
     """(features, bank, labels, index, classes, sigma, log_p, log_sum_all, grad_log_p) → gradient of the bank (N, D)."""
-    features_gradient: Callable[..., Tensor] = features_gradient
-    fused_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] | None = None
+    fused_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | None = None
     """`loss` in fewer steps than `loss_of`, where the device has a way."""
 
-    def loss(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(features, bank, labels or None, index, classes, archive, sigma, loss, need_direction), as `look_up` says →
+    def loss(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(features, bank, labels or None, index, classes, archive, sigma, loss, need_gradient), as `look_up` says →
 
-        the loss, log p (B,), dL/dlog p (B,), ∂log p/∂f (B, D) or (0, D), norms (B,) or (0,), log Σ_all (B,). Features
-        without a direction have log p = NaN and are left out of the loss.
+        the loss, log p (B,), dL/dlog p (B,), dL/df (B, D) or (0, D), log Σ_all (B,). Features without a direction have
+        log p = NaN and are left out of the loss. Under "none" row i of the gradient is that of loss i.
         """
         return loss_of(self.log_scores, *arguments) if self.fused_loss is None else self.fused_loss(*arguments)
 
@@ -274,35 +260,34 @@ class LeaveOneOutLoss(torch.autograd.Function):
         backend: Backend,
         need_direction: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        slope = None
         if loss is None:
-            log_p, direction, log_sum_all = backend.log_scores(
+            log_p, gradient, log_sum_all = backend.log_scores(
                 features, bank, labels, index, classes, sigma, need_direction
             )
-            value, norms = log_p, log_p[:0]
+            value, slope = log_p, torch.ones_like(log_p) if ctx.needs_input_grad[1] else None
         else:
-            value, log_p, slope, direction, norms, log_sum_all = backend.loss(
+            value, log_p, slope, gradient, log_sum_all = backend.loss(
                 features, bank, labels, index, classes, archive, sigma, loss, need_direction
             )
             ctx.mark_non_differentiable(log_p)
             ctx.set_materialize_grads(False)  # of log p: a tensor of zeros
         ctx.sigma, ctx.backend = sigma, backend
-        for_bank = (log_sum_all, bank, labels, index, *classes) if ctx.needs_input_grad[1] else ()
-        ctx.save_for_backward(log_p, slope, direction, features, norms, *for_bank)
+        for_bank = (slope, log_sum_all, bank, labels, index, *classes) if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(log_p, gradient, features, *for_bank)
         return log_p if loss is None else (value, log_p)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:  # nothing depends on the loss
             return (None,) * 10
-        log_p, slope, direction, features, norms, *for_bank = ctx.saved_tensors
+        log_p, gradient, features, *for_bank = ctx.saved_tensors
         grad_features = grad_bank = None
         if ctx.needs_input_grad[0]:
-            grad_features = ctx.backend.features_gradient(direction, log_p, slope, grad, features, norms)
-            grad_features = not_again(grad_features, grad, features)
+            scaled = gradient * grad if grad.dim() == 0 else rows_times(grad, gradient, log_p)
+            grad_features = not_again(scaled.to(features.dtype), grad, features)
         if ctx.needs_input_grad[1]:
-            log_sum_all, bank, labels, index, *classes = for_bank
-            grad_log_p = _grad_log_p(log_p, slope, grad)
+            slope, log_sum_all, bank, labels, index, *classes = for_bank
+            grad_log_p = torch.where(log_p > -torch.inf, grad * slope, 0)
             grad_bank = ctx.backend.bank_gradient(
                 features, bank, labels, index, classes, ctx.sigma, log_p, log_sum_all, grad_log_p
             )

@@ -12,8 +12,8 @@ from ntdne_kernels.ops.leave_one_out import UNLABELLED
 def record_scores_in_pytorch(scores: Tensor, log_p: Tensor, index: Tensor, image_labels: Tensor) -> None:
     """scores (N + 1,) of the images `index` (B,) become log p (B,); of an image given twice the higher one.
 
-    Unlabelled images have no score, and keep theirs NaN; a log p of NaN, of a feature without a direction, changes none.
-    Indices that are no image are passed over. The last place of `scores` is theirs.
+    Unlabelled images have no score; a log p of NaN, that of a feature without a direction, changes none. Indices that
+    are no image are passed over: the last place of `scores` is theirs.
     """
     N = len(image_labels)
     if N == 0:

@@ -4,7 +4,6 @@ Shapes: B queries, N bank rows, D features, C classes.
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
@@ -51,6 +50,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 8
 # Of the larger strides a tile's offsets would not fit 32 bits. No bank but a view of something else has such.
 _LARGEST_STRIDE = 1 << 23
 _FLOAT16_SHIFT = 14  # float16 ends at 2^16
+BLOCK_Q = 16  # queries that a program of `prepare` takes
 _HERE = nullcontext()
 
 
@@ -85,9 +85,7 @@ def _log_scores(
     """`Backend.log_scores` in three launches."""
     out = log_scores_fake(features, bank, labels, index, classes, sigma, need_direction)
     if len(features) > 0:
-        unused = out[0]
-        _sum_up("merge_to_log_scores", features, bank, labels, index, classes, [], sigma, need_direction, None, (
-            *out, index, unused, unused, unused, unused, unused), (0.0, 0.0, 0.0))  # fmt: skip
+        _sum_up("merge_to_log_scores", features, bank, labels, index, classes, [], sigma, need_direction, None, out)
     return out
 
 
@@ -103,7 +101,7 @@ def _class_sums(
     """`Backend.class_sums` in three launches."""
     out = class_sums_fake(features, bank, labels, index, classes, sigma, need_means)
     if len(features) > 0 and len(bank) > 0:
-        _sum_up("merge_to_class_sums", features, bank, labels, index, classes, [], sigma, need_means, None, out, ())
+        _sum_up("merge_to_class_sums", features, bank, labels, index, classes, [], sigma, need_means, None, out)
     else:
         for sums, nothing in zip(out, (-math.inf, -math.inf, 0, 0), strict=True):
             sums.fill_(nothing)
@@ -122,14 +120,13 @@ def _loss_fake(
     k: float | None,
     reduction: str,
     indicator: str,
-    need_direction: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, D = features.shape
     log_p = bank.new_empty(B, dtype=accumulator_dtype(bank.dtype))
     value = log_p.new_empty(B if reduction == "none" else ())
-    direction = log_p.new_empty((B if need_direction else 0, D))
-    norms = log_p.new_empty(B if archive else 0)
-    return value, log_p, torch.empty_like(log_p), direction, norms, torch.empty_like(log_p)
+    gradient = log_p.new_empty((B if need_gradient else 0, D))
+    return value, log_p, torch.empty_like(log_p), gradient, torch.empty_like(log_p)
 
 
 def _loss(
@@ -144,25 +141,18 @@ def _loss(
     k: float | None,
     reduction: str,
     indicator: str,
-    need_direction: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Backend.loss` in three launches."""
-    out = _loss_fake(features, bank, labels, index, classes, archive, sigma, q, k, reduction, indicator, need_direction)
-    value, log_p, slope, direction, norms, log_sum_all = out
+    out = _loss_fake(features, bank, labels, index, classes, archive, sigma, q, k, reduction, indicator, need_gradient)
     if len(features) == 0:
-        value.zero_()
+        out[0].zero_()
         return out
-    index = index.contiguous()
-    scores = archive[2] if archive else log_p
-    parts = log_p.new_empty((len(features), 2), dtype=torch.float64) if reduction != "none" else log_p
-    q_or_1 = 1.0 if q is None else q
-    log_k = -math.inf if k is None else math.log(k)
-    merged = (log_p, direction, log_sum_all, index, scores, norms if archive else log_p, value, slope, parts)
-    numbers = (q_or_1, log_k, -math.expm1(q_or_1 * log_k) / q_or_1)
-    kind = _LossKind("snca" if q is None else "ntdne", k is not None, indicator, reduction)
+    value, log_p, slope, gradient, log_sum_all = out
+    loss = _LossKind("snca" if q is None else "ntdne", k is not None, indicator, reduction)
     _sum_up(
-        "merge_to_log_scores", features, bank, labels, index, classes, archive, sigma, need_direction, kind, merged,
-        numbers, norms,
+        "merge_to_log_scores", features, bank, labels, index, classes, archive, sigma, need_gradient, loss,
+        (log_p, gradient, log_sum_all), value, slope, q, k,
     )  # fmt: skip
     return out
 
@@ -176,7 +166,7 @@ def class_masses(features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor,
         return log_masses.t()
     with _on(bank.device):
         device, arithmetic = describe(bank.device), _arithmetic(bank.dtype)
-        config = choose(device, "range", arithmetic, D, B)
+        config = choose(device, "stream", arithmetic, D, B)
         features, bank = _with_unit_stride(features), _with_unit_stride(bank)
         blocks = triton.cdiv(B, config.block_b)
         splits = min(C, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, blocks))
@@ -212,50 +202,18 @@ def _bank_gradient(
         config = choose(device, "gradient", arithmetic, D, N)
         bank = _with_unit_stride(bank)
         labels, index = labels.contiguous(), index.contiguous()
-        layout = _Layout.of([c.contiguous() for c in classes], bank)
-        launch = _prepare_launch(B, D, config.block_b, layout.by_range, layout.gather, False, True)
-        queries, places = _prepare(launch, None, features, bank, labels, index, layout, [], config.block_b, log_p)
+        layout = _Layout.of(classes)
+        launch = _prepare_launch(B, D, config.block_b, layout.sorted_labels, layout.gather, False, True, False)
+        queries, places, _ = _prepare(launch, None, features, bank, labels, index, layout, [], config.block_b, log_p)
         D1, D2 = columns(D)
         kernels.gradient_to_bank[(triton.cdiv(N, config.block_n),)](
-            queries, bank, layout.order, layout.first, places, log_p, log_sum_all, grad_log_p.contiguous(), gradient,
+            queries, bank, layout.order, places, log_p, log_sum_all, grad_log_p.contiguous(), gradient,
             B, N, bank.stride(0), math.log2(math.e) / sigma, sigma,
-            D=D, D1=D1, D2=D2, BLOCK_B=config.block_b, BLOCK_N=config.block_n, BY_RANGE=layout.by_range,
+            D=D, D1=D1, D2=D2, BLOCK_B=config.block_b, BLOCK_N=config.block_n,
             GATHER=layout.gather, PRECISION=PRECISION[arithmetic],
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return gradient
-
-
-def _features_gradient(
-    direction: Tensor, log_p: Tensor, slope: Tensor | None, grad: Tensor, features: Tensor, norms: Tensor
-) -> Tensor:
-    """`leave_one_out.features_gradient` in one launch."""
-    B, D = direction.shape
-    gradient = torch.empty_like(direction, dtype=features.dtype)
-    if B == 0:
-        return gradient
-    launch = _gradient_launch(
-        B, D, slope is not None, len(norms) > 0, features.device, features.dtype, direction.dtype, grad.dtype,
-        features.stride(), grad.dim(), grad.stride(),
-    )  # fmt: skip
-    with _on(direction.device):
-        launch(
-            _stream(direction, grad, features),
-            direction, log_p, log_p if slope is None else slope, grad, features, norms if len(norms) > 0 else log_p,
-            gradient, B, grad.stride(0) if grad.dim() else 0, features.stride(0), features.stride(1),
-        )  # fmt: skip
-    return gradient
-
-
-@lru_cache(maxsize=256)
-def _gradient_launch(B: int, D: int, has_slope: bool, normalised: bool, *_: Any) -> "_Launch":
-    """The other arguments, which the compiled kernel depends on, tell launches apart."""
-    BLOCK_D = triton.next_power_of_2(D)
-    BLOCK_B = max(2048 // BLOCK_D, 1)
-    return _Launch(
-        kernels.gradient_to_features, (triton.cdiv(B, BLOCK_B),),
-        D=D, HAS_SLOPE=has_slope, NORMALISED=normalised, BLOCK_B=BLOCK_B, BLOCK_D=BLOCK_D,
-    )  # fmt: skip
 
 
 def record_scores_(scores: Tensor, log_p: Tensor, index: Tensor, image_labels: Tensor) -> None:
@@ -306,30 +264,39 @@ class _LossKind(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Which rows of the bank belong to which class, as kernels take it; see `leave_one_out.neighbours_of`."""
+    """Which rows of the bank belong to which class, as kernels take it: ranges of rows, or of places in an order."""
 
-    first: Tensor
-    """Labels of the rows, or the classes."""
+    classes: Tensor
     offsets: Tensor
     order: Tensor
     position: Tensor
-    by_range: bool
     gather: bool
+    sorted_labels: bool
+    """`classes` are the sorted labels of all rows; there are no offsets."""
 
     @staticmethod
-    def of(classes: list[Tensor], unused: Tensor) -> "_Layout":
-        first, *rest = classes
-        offsets, order, position = (*rest, first, first, first)[:3] if len(rest) < 3 else rest
-        return _Layout(first, offsets, order, position, len(rest) > 0, len(rest) > 1)
+    def of(tensors: list[Tensor]) -> "_Layout":
+        """From what `leave_one_out.neighbours_of` takes.
+
+        Labels of the rows are sorted: 0.2 ms for 10^6 of them, where kernels that compare labels took 1.0 ms longer
+        than those that know ranges (H200, B = 256).
+        """
+        if len(tensors) == 1:
+            labels, order = torch.sort(tensors[0], stable=True)
+            position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+            return _Layout(labels, labels, order, position, True, True)
+        classes, offsets, *rest = (tensor.contiguous() for tensor in tensors)
+        order, position = rest or (classes, classes)
+        return _Layout(classes, offsets, order, position, len(rest) > 0, False)
 
 
 def _prepare_launch(
-    B: int, D: int, block_b: int, by_range: bool, gather: bool, look_up: bool, has_labels: bool
+    B: int, D: int, block_b: int, sorted_labels: bool, gather: bool, look_up: bool, has_labels: bool, snca: bool
 ) -> _Launch:
     return _Launch(
-        kernels.prepare, (block_b * triton.cdiv(B, block_b) // 16,),
-        D=D, BY_RANGE=by_range, GATHER=gather, LOOK_UP=look_up, HAS_LABELS=has_labels, SHORTEST=SHORTEST,
-        BLOCK_Q=16, BLOCK=128,
+        kernels.prepare, (block_b * triton.cdiv(B, block_b) // BLOCK_Q,),
+        D=D, SORTED_LABELS=sorted_labels, GATHER=gather, LOOK_UP=look_up, HAS_LABELS=has_labels, SNCA=snca,
+        SHORTEST=SHORTEST, BLOCK_Q=BLOCK_Q, BLOCK=128,
     )  # fmt: skip
 
 
@@ -344,23 +311,22 @@ def _prepare(
     archive: list[Tensor],
     block_b: int,
     norms: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The features in the bank's dtype (B', D), sorted by class, and (B' + 1, 4) where their neighbours stand."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The features in the bank's dtype (B', D), sorted by class; (B', 4) where their neighbours stand; and counts."""
     B, D = features.shape
-    image_labels, position, N = (
-        (archive[0], archive[1], len(archive[0])) if archive else (index, layout.position, len(bank))
-    )
+    image_labels, position, *_ = archive or (index, layout.position)
     padded = block_b * triton.cdiv(B, block_b)
     queries = torch.empty((padded, D), dtype=bank.dtype, device=bank.device)
-    places = index.new_empty((padded + 1, 4))
-    C = len(layout.first)
+    places = index.new_empty((padded, 4))
+    counts = torch.empty(1 + padded // BLOCK_Q, dtype=torch.int32, device=bank.device)
     launch(
         stream,
-        features, index if labels is None else labels, index, layout.first, layout.offsets, position, image_labels,
-        queries, places, norms, skipped_counter(bank.device),
-        B, N, C, features.stride(0), features.stride(1), C.bit_length(),
+        features, index if labels is None else labels, index, layout.classes, layout.offsets, position, image_labels,
+        queries, places, counts, norms, skipped_counter(bank.device),
+        B, len(image_labels) if archive else len(bank), len(layout.classes), features.stride(0), features.stride(1),
+        len(layout.classes).bit_length(),
     )  # fmt: skip
-    return queries, places
+    return queries, places, counts
 
 
 class _Plan(NamedTuple):
@@ -387,7 +353,7 @@ def _plan(
     D: int,
     bank_dtype: torch.dtype,
     arithmetic: str,
-    by_range: bool,
+    sorted_labels: bool,
     gather: bool,
     look_up: bool,
     has_labels: bool,
@@ -398,17 +364,15 @@ def _plan(
     *_: Any,
 ) -> _Plan:
     """The arguments that the compiled kernels depend on besides tell plans apart."""
-    kinds = 1 if by_range else 2
-    config = choose(device, "range" if by_range else "labels", arithmetic, D, B)
-    tiles = None
-    if hopper_serves and not tracked and by_range and not gather:
+    config, hopper_rows = choose(device, "stream", arithmetic, D, B), 0
+    if hopper_serves and not tracked and not gather:
         tiles = hopper_tiles(device, D, B)
-    config = config if tiles is None else tiles
-    rows = config.block_n * triton.cdiv(triton.cdiv(N, split_count(device, config, B, N, D, kinds)), config.block_n)
+        config, hopper_rows = (config, 0) if tiles is None else (tiles, tiles.block_n)
+    rows = config.block_n * triton.cdiv(triton.cdiv(N, split_count(device, config, B, N, D)), config.block_n)
     splits, blocks = triton.cdiv(N, rows), triton.cdiv(B, config.block_b)
     D1, D2 = columns(D)
     numbers = {"TRACKED": tracked, "SHIFT": _FLOAT16_SHIFT if bank_dtype == torch.float16 else 0, "WEIGHTED": weighted}
-    if tiles is not None:
+    if hopper_rows > 0:
         stream = _Launch(
             hopper.stream, (splits * blocks,),
             D=D, W=hopper_width(D), BLOCK_B=config.block_b, BLOCK_N=config.block_n, STAGES=config.num_stages,
@@ -416,8 +380,8 @@ def _plan(
         )  # fmt: skip
     else:
         stream = _Launch(
-            kernels.stream, (kinds * splits * blocks,),
-            D=D, D1=D1, D2=D2, BLOCK_B=config.block_b, BLOCK_N=config.block_n, BY_RANGE=by_range, GATHER=gather,
+            kernels.stream, (splits * blocks,),
+            D=D, D1=D1, D2=D2, BLOCK_B=config.block_b, BLOCK_N=config.block_n, GATHER=gather,
             **numbers, PRECISION=PRECISION[arithmetic], FOLD_ROWS=FOLD_ROWS,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -425,10 +389,10 @@ def _plan(
     if merge == "merge_to_log_scores":
         name, pruning, indicator, reduction = loss or _LossKind("", False, "current", "none")
         constants = {"LOSS": name, "PRUNING": pruning, "INDICATOR": indicator, "REDUCTION": reduction}
-        constants |= {"LOOK_UP": look_up, "BLOCK": 256}
-    element_size = accumulator_dtype(bank_dtype).itemsize
+        constants |= {"LOOK_UP": look_up, "BLOCK_Q": BLOCK_Q, "BLOCK": 256}
+    element_size, snca = accumulator_dtype(bank_dtype).itemsize, loss is not None and loss.loss == "snca"
     return _Plan(
-        _prepare_launch(B, D, config.block_b, by_range, gather, look_up, has_labels),
+        _prepare_launch(B, D, config.block_b, sorted_labels, gather, look_up, has_labels, snca),
         stream,
         _Launch(
             getattr(kernels, merge), (B,),
@@ -439,7 +403,7 @@ def _plan(
         (splits, blocks, 2, config.block_b),
         rows,
         tracked,
-        0 if tiles is None else config.block_n,
+        hopper_rows,
     )  # fmt: skip
 
 
@@ -454,30 +418,32 @@ def _sum_up(
     sigma: float,
     weighted: bool,
     loss: _LossKind | None,
-    merged: tuple[Tensor, ...],
-    numbers: tuple[float, ...],
-    norms: Tensor | None = None,
+    out: tuple[Tensor, ...],
+    value: Tensor | None = None,
+    slope: Tensor | None = None,
+    q: float | None = None,
+    k: float | None = None,
 ) -> None:
-    """Sum the splits of the bank up for each query; the kernel `merge` makes `merged` of them and of `numbers`."""
+    """Sum the splits of the bank up for each query; the kernel `merge` makes `out`, and a loss, of the sums."""
     B, D = features.shape
     N = len(bank)
     with _on(bank.device):
         device, arithmetic = describe(bank.device), _arithmetic(bank.dtype)
         bank, index = _with_unit_stride(bank), index.contiguous()
         labels = None if labels is None else labels.contiguous()
-        layout = _Layout.of([c.contiguous() for c in classes], index)
+        layout = _Layout.of(classes)
         tracked = sigma < SMALLEST_PLAIN_SIGMA or bank.dtype == torch.float16
         plan = _plan(
-            merge, device, B, N, D, bank.dtype, arithmetic, layout.by_range, layout.gather, len(archive) > 0,
-            labels is not None, tracked, weighted, loss, hopper_serves(bank), bank.device, len(layout.first),
-            features.dtype, features.stride(), bank.stride(0), merged[0].dtype,
+            merge, device, B, N, D, bank.dtype, arithmetic, layout.sorted_labels, layout.gather, len(archive) > 0,
+            labels is not None,
+            tracked, weighted, loss, hopper_serves(bank), bank.device, len(layout.classes), features.dtype,
+            features.stride(), bank.stride(0), out[0].dtype,
         )  # fmt: skip
-        stream = _stream(features, bank, index, labels if labels is not None else index, *classes, *archive)
-        first = merged[0]
-        queries, places = _prepare(
-            plan.prepare, stream, features, bank, labels, index, layout, archive, plan.block_b,
-            first if norms is None or not archive else norms,
-        )  # fmt: skip
+        stream = _stream(features, bank, labels if labels is not None else index, index, *layout[:4], *archive)
+        norms = torch.empty_like(out[0]) if archive else out[0]
+        queries, places, counts = _prepare(
+            plan.prepare, stream, features, bank, labels, index, layout, archive, plan.block_b, norms
+        )
         totals = bank.new_empty(plan.slots, dtype=accumulator_dtype(bank.dtype))
         maxima = torch.empty_like(totals) if tracked else totals
         vectors = totals.new_empty((*plan.slots, D if weighted else 0))
@@ -489,11 +455,21 @@ def _sum_up(
             )  # fmt: skip
         else:
             plan.stream(
-                stream, queries, bank, places if not layout.gather else layout.order, layout.first, places,
-                totals, maxima, vectors, B, N, bank.stride(0), scale, plan.slots[0], plan.rows_per_split,
+                stream, queries, bank, layout.order, places, totals, maxima, vectors, B, N, bank.stride(0), scale,
+                plan.rows_per_split,
             )  # fmt: skip
-        count = (B, len(archive[0]) if archive else N) if merge == "merge_to_log_scores" else (B,)
-        plan.merge(stream, totals, maxima, vectors, places, *merged, *count, scale, plan.slots[0], *numbers)
+        if merge == "merge_to_class_sums":
+            plan.merge(stream, totals, maxima, vectors, places, *out, B, scale, plan.slots[0])
+            return
+        unused = out[0]
+        losses = unused if loss is None or loss.reduction == "none" else unused.new_empty(B, dtype=torch.float64)
+        q_or_1, log_k = 1.0 if q is None else q, -math.inf if k is None else math.log(k)
+        plan.merge(
+            stream, totals, maxima, vectors, places, *out, index, archive[2] if archive else unused, features, norms,
+            unused if value is None else value, unused if slope is None else slope, losses, counts,
+            B, len(archive[0]) if archive else N, features.stride(0), features.stride(1), scale, plan.slots[0],
+            q_or_1, log_k, -math.expm1(q_or_1 * log_k) / q_or_1,
+        )  # fmt: skip
 
 
 def hopper_serves(bank: Tensor) -> bool:
@@ -577,16 +553,10 @@ bank_gradient = _op(
 )
 loss_op = _op(
     "triton_loss(Tensor features, Tensor bank, Tensor? labels, Tensor index, Tensor[] classes, Tensor[] archive, "
-    "float sigma, float? q, float? k, str reduction, str indicator, bool need_direction) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float sigma, float? q, float? k, str reduction, str indicator, bool need_gradient) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _loss,
     _loss_fake,
-)
-features_gradient = _op(
-    "triton_features_gradient(Tensor direction, Tensor log_p, Tensor? slope, Tensor grad, Tensor features, "
-    "Tensor norms) -> Tensor",
-    _features_gradient,
-    lambda direction, log_p, slope, grad, features, norms: torch.empty_like(direction, dtype=features.dtype),
 )
 
 
@@ -599,16 +569,16 @@ def fused_loss(
     archive: list[Tensor],
     sigma: float,
     loss: Loss,
-    need_direction: bool,
+    need_gradient: bool,
 ) -> tuple[Tensor, ...]:
     """`Backend.loss` in one op."""
     result: tuple[Tensor, ...] = loss_op(
         features, bank, labels, index, classes, archive, sigma, loss.q, loss.k, loss.reduction, loss.indicator,
-        need_direction,
+        need_gradient,
     )  # fmt: skip
     return result
 
 
 if not INTERPRETED:
     _LIBRARY.impl("record_scores_", record_scores_, "CUDA")
-TRITON = Backend(log_scores, class_sums, class_masses, bank_gradient, features_gradient, fused_loss)
+TRITON = Backend(log_scores, class_sums, class_masses, bank_gradient, fused_loss)

@@ -108,7 +108,7 @@ def merge_blocks(D: int, element_size: int, splits: int) -> dict[str, int]:
 
 @cache
 def choose(device: Device, kernel: str, arithmetic: str, D: int, rows: int) -> Config:
-    """Tiles for a kernel that keeps the sums of `rows` queries ("range", "labels") or bank rows ("gradient").
+    """Tiles for a kernel that keeps the sums of `rows` queries ("stream") or bank rows ("gradient").
 
     arithmetic is "16-bit", "tf32", "ieee" or "fp64". Of the entries that fit the device, the first whose block holds
     all rows, else the one of most. Batches up to 16, up to 64, and all larger ones share a block, so that a last,
@@ -123,12 +123,12 @@ def choose(device: Device, kernel: str, arithmetic: str, D: int, rows: int) -> C
 
 
 @cache
-def split_count(device: Device, config: Config, B: int, N: int, D: int, kinds: int = 1) -> int:
+def split_count(device: Device, config: Config, B: int, N: int, D: int) -> int:
     """Into how many splits the bank goes: the fewest of those that take the least time.
 
     The device works in rounds of as many programs as it holds at once; every program of a round takes as long as its
     tiles and its start. With 2 blocks of queries on 132 multiprocessors, 66 splits fill one round; with 32 blocks 4
-    splits do to 97 %. Partial sums are to stay small beside the bank. `kinds` of programs share a block and a split.
+    splits do to 97 %. Partial sums are to stay small beside the bank.
     """
     blocks, tiles = ceil(B / config.block_b), ceil(N / config.block_n)
     # The kernels use all registers that 8 warps can have.
@@ -139,7 +139,7 @@ def split_count(device: Device, config: Config, B: int, N: int, D: int, kinds: i
     most = max(min(tiles, programs, _LARGEST_PARTIAL_SUMS // bytes_per_split), least)
 
     def time(splits: int) -> int:
-        return ceil(kinds * blocks * splits / programs) * (ceil(tiles / splits) + _TILES_PER_START)
+        return ceil(blocks * splits / programs) * (ceil(tiles / splits) + _TILES_PER_START)
 
     return min(range(least, most + 1), key=time)
 

@@ -9,17 +9,13 @@ over the rows of the query's own class, so that nothing cancels where p is near 
 
 A launch over the whole bank ends in these two, one over a part of it in log Σ and v/Σ of both sums.
 
-How rows of a query's class are told apart, and what it costs in products (one pass over the bank is 1):
-
-- The bank in class order, or visited in it through `order`: a class is one range of rows, and queries stand sorted by
-  class. Between two ends of ranges no query changes from other to same, so a program sums such a *segment* as any
-  attention kernel would, without a look at labels, and adds it to the sum it belongs to. Cost 1, whether there are 2
-  classes, 45 or one; a second pass over the classes alone would be 1 + 1/C, a second accumulator 1.5. Segments end in a
-  ragged tile: where each query has a class of its own (C = N/2) that is up to 2·BLOCK_B tiles more per block of
-  queries, on average 3 % at N = 10^6. Snapshots of one accumulator at the ends of a range would spare adding segments
-  up, and cancel log2(1/p) bits.
-- A tensor of labels: no order is known and none is made. Programs of two kinds run, of which one masks the query's
-  class and the other all else. Cost 2; a second accumulator would cost 1.5 and leave registers for half as wide tiles.
+The bank stands in class order, or is visited in it through `order`: a class is one range of rows, and queries stand
+sorted by class. Between two ends of ranges no query changes from other to same, so a program sums such a *segment* as
+any attention kernel would, without a look at labels, and adds it to the sum it belongs to. That costs one pass over the
+bank, whether there are 2 classes, 45 or one; a second pass over the classes alone would be 1 + 1/C, a second
+accumulator 1.5. Segments end in a ragged tile: where each query has a class of its own (C = N/2) that is up to
+2·BLOCK_B tiles more per block of queries, on average 3 % at N = 10^6. Snapshots of one accumulator at the ends of a
+range would spare adding segments up, and cancel log2(1/p) bits.
 
 The sums over each of many classes need no vectors: one product, one exponential, and no label, for a program walks the
 ranges one after the other with its tiles and writes each sum once. A class costs its ragged last tile and a start of
@@ -45,7 +41,6 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 OUT_OF_SIGHT = tl.constexpr(2**31 - 1)  # a row that no split reaches
-MATCHES_NOTHING = tl.constexpr(-(2**62))
 BEHIND_ALL = tl.constexpr(2**62)  # a row of no bank
 LOW, HIGH, OWN, SOURCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # columns of `places`
 # The interpreter holds bfloat16 as integers: it would multiply those, and cuts digits off instead of rounding them.
@@ -92,20 +87,35 @@ def _label_of(labels, images, image_labels, i, live, N, HAS_LABELS: tl.constexpr
     return label
 
 
+@_part
+def _search(classes, label, left, right, C, search_steps, BEHIND: tl.constexpr):
+    """Place of the first of the ascending `classes` in [left, right) that is not below the label; BEHIND: above it."""
+    for _ in range(search_steps):
+        middle = (left + right) // 2
+        here = tl.load(classes + middle, mask=middle < C, other=0)
+        below = (left < right) & ((here <= label) if BEHIND else (here < label))
+        right = tl.where(below, right, tl.maximum(middle, left))
+        left = tl.where(below, middle + 1, left)
+    return left
+
+
 @triton.jit(do_not_specialize=["B", "N", "C", "search_steps"])
 def prepare(
     features, labels, index, classes, offsets, position, image_labels,
     queries,  # out (B', D): the features in the bank's dtype, sorted by label where classes are ranges
-    places,  # out (B' + 1, 4): LOW and HIGH, the range of j of the query's class (without ranges LOW is the label);
-    # OWN, j of the query itself; SOURCE, which query stands here; and last 0, for `merge_to_log_scores` to count in
+    places,  # out (B', 4): LOW and HIGH, the range of j of the query's class; OWN, j of the query itself; SOURCE, which
+    # query stands here
+    counts,  # out: 0, in which `merge_to_log_scores` counts the queries it has finished; then how many queries of each
+    # program count in a mean
     norms,  # out (B,): lengths of the features, 0 for those without a direction
     skipped,  # in and out: how many had none since the program started
     B, N, C, stride_b, stride_d, search_steps,
-    D: tl.constexpr, BY_RANGE: tl.constexpr, GATHER: tl.constexpr, LOOK_UP: tl.constexpr, HAS_LABELS: tl.constexpr,
-    SHORTEST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, SORTED_LABELS: tl.constexpr, GATHER: tl.constexpr, LOOK_UP: tl.constexpr,
+    HAS_LABELS: tl.constexpr, SNCA: tl.constexpr, SHORTEST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries: their places in the order of labels, their classes' ranges, their own rows.
 
+    SORTED_LABELS: `classes` are the labels of all rows, sorted, and a class is a run of them.
     LOOK_UP: `index` are images of an archive of N; their labels and rows are looked up, and features are normalised.
     The programs go on to the end of the last block of queries with features of 0 that have no class and no row.
     """
@@ -113,42 +123,42 @@ def prepare(
     live = i < B
     label = _label_of(labels, index, image_labels, i, live, N, HAS_LABELS, LOOK_UP)
     itself = tl.load(index + i, mask=live, other=-1)
-    place = i
-    if BY_RANGE:
-        before = tl.full((BLOCK_Q,), 0, tl.int32)
-        for first in range(0, B, BLOCK):
-            k = first + tl.arange(0, BLOCK)
-            other = _label_of(labels, index, image_labels, k, k < B, N, HAS_LABELS, LOOK_UP)
-            comes_first = (other[None, :] < label[:, None]) | (
-                (other[None, :] == label[:, None]) & (k[None, :] < i[:, None])
-            )
-            before += tl.sum((comes_first & (k < B)[None, :]).to(tl.int32), 1)
-        place = tl.where(live, before, i)
+    before = tl.full((BLOCK_Q,), 0, tl.int32)
+    for first in range(0, B, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        other = _label_of(labels, index, image_labels, k, k < B, N, HAS_LABELS, LOOK_UP)
+        comes_first = (other[None, :] < label[:, None]) | (
+            (other[None, :] == label[:, None]) & (k[None, :] < i[:, None])
+        )
+        before += tl.sum((comes_first & (k < B)[None, :]).to(tl.int32), 1)
+    place = tl.where(live, before, i)
 
+    if SORTED_LABELS:
+        begin = _search(classes, label, i * 0, i * 0 + C, C, search_steps, False)
+        stop = _search(classes, label, begin, i * 0 + C, C, search_steps, True)
+        low = tl.where(live & (label >= 0), begin, 0)
+        high = tl.where(live & (label >= 0), stop, 0)
+    else:
         # Where the labels are 0, 1, 2, ... a class stands at its label, and nothing is searched.
         guess = tl.maximum(tl.minimum(label, C - 1), 0)
         at_guess = tl.load(classes + guess, mask=guess < C, other=-1) == label
-        left = tl.where(at_guess, guess, 0)
-        right = tl.where(at_guess, guess, C)
-        if tl.max((right - left).to(tl.int32), 0) > 0:
-            for _ in range(search_steps):
-                middle = (left + right) // 2
-                smaller = (left < right) & (tl.load(classes + middle, mask=middle < C, other=0) < label)
-                right = tl.where(smaller, right, tl.maximum(middle, left))
-                left = tl.where(smaller, middle + 1, left)
-        found = live & (tl.load(classes + left, mask=left < C, other=-1) == label) & (label >= 0)
-        tl.store(places + place * 4 + LOW, tl.load(offsets + left, mask=found, other=0))
-        tl.store(places + place * 4 + HIGH, tl.load(offsets + left + 1, mask=found, other=0))
-    else:
-        tl.store(places + place * 4 + LOW, tl.where(label >= 0, label, MATCHES_NOTHING))
+        c = tl.where(at_guess, guess, 0)
+        if tl.min(at_guess.to(tl.int32), 0) == 0:
+            c = _search(classes, label, c, tl.where(at_guess, c, C), C, search_steps, False)
+        found = live & (tl.load(classes + c, mask=c < C, other=-1) == label) & (label >= 0)
+        low = tl.load(offsets + c, mask=found, other=0)
+        high = tl.load(offsets + c + 1, mask=found, other=0)
     if GATHER or LOOK_UP:
         inside = (itself >= 0) & (itself < N)
         itself = tl.load(position + itself, mask=inside, other=-1)
+    tl.store(places + place * 4 + LOW, low)
+    tl.store(places + place * 4 + HIGH, high)
     tl.store(places + place * 4 + OWN, itself)
     tl.store(places + place * 4 + SOURCE, i)
-    if tl.program_id(0) == 0:
-        tl.store(places + tl.num_programs(0).to(tl.int64) * BLOCK_Q * 4, 0)
 
+    counted = live
+    if SNCA:  # ignores queries without positives
+        counted = counted & (high - low > ((low <= itself) & (itself < high)).to(tl.int64))
     norm = tl.full((BLOCK_Q,), 1, norms.dtype.element_ty)
     if LOOK_UP:
         squares = norm * 0
@@ -162,6 +172,10 @@ def prepare(
         tl.atomic_add(skipped, undirected, mask=undirected > 0)
         tl.store(norms + i, tl.where(directed, norm, 0.0), mask=live)
         norm = tl.where(directed, norm, float("inf"))
+        counted = counted & directed
+    if tl.program_id(0) == 0:
+        tl.store(counts, 0)
+    tl.store(counts + 1 + tl.program_id(0), tl.sum(counted.to(tl.int32), 0))
     for first in range(0, D, BLOCK):
         d = first + tl.arange(0, BLOCK)
         rows = _load_features(features, i, live, d, stride_b, stride_d, D)
@@ -230,14 +244,14 @@ def _fold(vectors, row, v, held, factor_held, factor_new, FIRST: tl.constexpr, D
         tl.store(pointers, old * factor_held[:, None] + v * factor_new[:, None], mask=here)
 
 
-@triton.jit(do_not_specialize=["B", "N", "splits", "rows_per_split"])
+@triton.jit(do_not_specialize=["B", "N", "rows_per_split"])
 def stream(
-    queries, bank, order, bank_labels, places,
+    queries, bank, order, places,
     totals, maxima, vectors,  # out (K, blocks, 2, BLOCK_B), the same, (..., D): Σ, its maximum and v over the rows of
     # the other classes and over those of the query's class
-    B, N, bank_stride, scale: tl.float64, splits, rows_per_split,
+    B, N, bank_stride, scale: tl.float64, rows_per_split,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
-    BY_RANGE: tl.constexpr, GATHER: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr,
+    GATHER: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr,
     WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, FOLD_ROWS: tl.constexpr,
 ):  # fmt: skip
     """The sums of BLOCK_B queries over one split of the bank."""
@@ -245,8 +259,6 @@ def stream(
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(B, BLOCK_B)
     split = program // blocks
-    kind = split // splits  # without ranges: 0 sums the other classes, 1 the query's
-    split = split % splits
     block = program % blocks
     first = block * BLOCK_B
     i = tl.arange(0, BLOCK_B)  # from here on queries are counted from `first`
@@ -259,11 +271,11 @@ def stream(
     scale = tl.full((), scale, totals.dtype.element_ty)
 
     zeros = tl.full((BLOCK_B,), 0, totals.dtype.element_ty)
-    first_slot = ((split * blocks + block) * 2 + kind) * BLOCK_B
+    first_slot = (split * blocks + block) * 2 * BLOCK_B
     totals += first_slot
     maxima += first_slot
     vectors += first_slot * D
-    for slots in tl.static_range(0, 2 * BLOCK_B if BY_RANGE else BLOCK_B, BLOCK_B):
+    for slots in tl.static_range(0, 2 * BLOCK_B, BLOCK_B):
         tl.store(totals + slots + i, zeros)
         if TRACKED:
             tl.store(maxima + slots + i, zeros - float("inf"))
@@ -272,7 +284,6 @@ def stream(
     origin = split * rows_per_split
     end = tl.minimum(rows_per_split, N - origin).to(tl.int32)
     far_stride = origin * 0 + bank_stride  # 64 bits
-    bank_labels += origin
     if GATHER:
         order += origin
     else:
@@ -280,14 +291,13 @@ def stream(
     begin = end * 0
     while begin < end:
         stop = tl.minimum(end, begin + FOLD_ROWS)
-        if BY_RANGE:
-            # Up to the next end of a range no query changes from other to same or back.
-            my_low = _from(tl.load(places + i * 4 + LOW), origin)
-            my_high = _from(tl.load(places + i * 4 + HIGH), origin)
-            next_end = tl.minimum(
-                tl.where(my_low > begin, my_low, OUT_OF_SIGHT), tl.where(my_high > begin, my_high, OUT_OF_SIGHT)
-            )
-            stop = tl.minimum(stop, tl.min(next_end, 0))
+        # Up to the next end of a range no query changes from other to same or back.
+        my_low = _from(tl.load(places + i * 4 + LOW), origin)
+        my_high = _from(tl.load(places + i * 4 + HIGH), origin)
+        next_end = tl.minimum(
+            tl.where(my_low > begin, my_low, OUT_OF_SIGHT), tl.where(my_high > begin, my_high, OUT_OF_SIGHT)
+        )
+        stop = tl.minimum(stop, tl.min(next_end, 0))
         my_row = _from(tl.load(places + i * 4 + OWN), origin)
         next_own = tl.min(tl.where(my_row >= begin, my_row, OUT_OF_SIGHT), 0)
 
@@ -318,10 +328,6 @@ def stream(
                 x = tl.where((start + j)[None, :] == my_row[:, None], float("-inf"), x)
                 x = tl.where(inside[None, :], x, float("-inf"))
                 next_own = tl.min(tl.where(my_row >= start + BLOCK_N, my_row, OUT_OF_SIGHT), 0)
-            if not BY_RANGE:
-                my_label = tl.load(places + i * 4 + LOW)
-                label = tl.load(bank_labels + start + j, mask=inside, other=-1)
-                x = tl.where((label[None, :] == my_label[:, None]) == (kind == 1), x, float("-inf"))
             if TRACKED:
                 raised = tl.maximum(maximum, tl.max(x, 1) * scale)
                 offset = tl.where(raised == float("-inf"), 0.0, raised - SHIFT)  # all masked: no −inf − (−inf)
@@ -343,11 +349,9 @@ def stream(
                     v2 = _dot(rounded, t2, v2, PRECISION)
 
         tl.debug_barrier()  # what other threads of this program wrote is read now
-        slot = i
-        if BY_RANGE:
-            my_low = _from(tl.load(places + i * 4 + LOW), origin)
-            my_high = _from(tl.load(places + i * 4 + HIGH), origin)
-            slot += tl.where((my_low <= begin) & (begin < my_high), BLOCK_B, 0)
+        my_low = _from(tl.load(places + i * 4 + LOW), origin)
+        my_high = _from(tl.load(places + i * 4 + HIGH), origin)
+        slot = i + tl.where((my_low <= begin) & (begin < my_high), BLOCK_B, 0)
         held = tl.load(totals + slot)
         factor_held = zeros + 1.0
         factor_new = factor_held
@@ -376,7 +380,7 @@ def _merged(
 ):  # fmt: skip
     """log Σ and μ = v/Σ of the query at place i: of its class's rows, then of the others'; −inf and 0 of no row.
 
-    The sums of both are read in one loop: what it waits for is memory.
+    Both sums are read in one loop, and which slots are empty is read ahead: what the loop waits for is memory.
     """
     k = tl.arange(0, BLOCK_K)
     first = i // BLOCK_B * 2 * BLOCK_B + i % BLOCK_B
@@ -394,24 +398,31 @@ def _merged(
             highest_other = tl.maximum(highest_other, tl.max(maximum, 0))
             maximum = tl.load(maxima + slot + BLOCK_B, mask=here, other=float("-inf"))
             highest_same = tl.maximum(highest_same, tl.max(maximum, 0))
+    slot = first + k * stride
+    next_other = tl.load(totals + slot, mask=k < splits, other=0.0)
+    next_same = tl.load(totals + slot + BLOCK_B, mask=k < splits, other=0.0)
     for split in range(0, splits, BLOCK_K):
+        part_other, part_same = next_other, next_same
         slot = first + (split + k) * stride
-        here = split + k < splits
-        part_other = tl.load(totals + slot, mask=here, other=0.0)
-        part_same = tl.load(totals + slot + BLOCK_B, mask=here, other=0.0)
-        factor_other = tl.full((BLOCK_K,), 1.0, zero.dtype)
-        factor_same = factor_other
-        if TRACKED:
-            factor_other = _relative(maxima + slot, here, highest_other)
-            factor_same = _relative(maxima + slot + BLOCK_B, here, highest_same)
-        total_other += tl.sum(part_other * factor_other, 0)
-        total_same += tl.sum(part_same * factor_same, 0)
         if WEIGHTED:
             pointers = vectors + slot[:, None] * D + d[None, :]
             inside = (d < D)[None, :]
             # The vector of an empty slot was never written.
             rows_other = tl.load(pointers, mask=(part_other != 0)[:, None] & inside, other=0.0)
             rows_same = tl.load(pointers + BLOCK_B * D, mask=(part_same != 0)[:, None] & inside, other=0.0)
+        following = split + BLOCK_K + k
+        next_slot = first + following * stride
+        next_other = tl.load(totals + next_slot, mask=following < splits, other=0.0)
+        next_same = tl.load(totals + next_slot + BLOCK_B, mask=following < splits, other=0.0)
+        factor_other = tl.full((BLOCK_K,), 1.0, zero.dtype)
+        factor_same = factor_other
+        if TRACKED:
+            here = split + k < splits
+            factor_other = _relative(maxima + slot, here, highest_other)
+            factor_same = _relative(maxima + slot + BLOCK_B, here, highest_same)
+        total_other += tl.sum(part_other * factor_other, 0)
+        total_same += tl.sum(part_same * factor_same, 0)
+        if WEIGHTED:
             v_other += tl.sum(rows_other * factor_other[:, None], 0)
             v_same += tl.sum(rows_same * factor_same[:, None], 0)
     log_same = _log_of(total_same, highest_same, scale, TRACKED, SHIFT)
@@ -439,20 +450,23 @@ def _log_of(total, highest, scale, TRACKED: tl.constexpr, SHIFT: tl.constexpr):
 @triton.jit(do_not_specialize=["B", "N", "splits"])
 def merge_to_log_scores(
     totals, maxima, vectors, places,
-    log_p, direction, log_sum_all,  # out (B,), (B, D), (B,)
-    index, scores, norms,
+    log_p,  # out (B,)
+    gradient,  # out (B, D): of each query's loss in a mean or a sum; for no loss of log p
+    log_sum_all,  # out (B,)
+    index, scores, features, norms,
     value,  # out (B,), or one number: the loss
     slope,  # out (B,): dL/dlog p
-    parts,  # out (B, 2): each query's loss, and whether it counts in a mean
-    B, N, scale: tl.float64, splits, q: tl.float64, log_k: tl.float64, pruned_loss: tl.float64,
+    losses,  # out (B,): of each query
+    counts,
+    B, N, stride_b, stride_d, scale: tl.float64, splits, q: tl.float64, log_k: tl.float64, pruned_loss: tl.float64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr,
     WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr, LOSS: tl.constexpr, PRUNING: tl.constexpr, INDICATOR: tl.constexpr,
-    REDUCTION: tl.constexpr, LOOK_UP: tl.constexpr, BLOCK: tl.constexpr,
+    REDUCTION: tl.constexpr, LOOK_UP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One query over the whole bank: log p, its gradient direction (μ_same − μ_all)/σ, log Σ_all, and its loss.
+    """One query over the whole bank: log p, log Σ_all, its loss, and the gradient of that.
 
-    LOSS is "ntdne" (eq. 9, 13), "snca" (eq. 5) or "" for none. The last program to finish reduces the losses, in the
-    order of the batch.
+    LOSS is "ntdne" (eq. 9, 13), "snca" (eq. 5) or "" for none. LOOK_UP: the gradient is that of the features before
+    they were normalised. The last program to finish reduces the losses, in the order of the batch.
     """
     i = tl.program_id(0).to(tl.int64)
     out = tl.load(places + i * 4 + SOURCE)
@@ -466,22 +480,19 @@ def merge_to_log_scores(
     rest = tl.log(1.0 + tl.exp(-tl.abs(log_odds)))
     score = tl.where(has_positive, -(tl.maximum(log_odds, 0.0) + rest), float("-inf"))
     log_all = tl.where(has_positive, tl.maximum(log_same, log_other) + rest, log_other)
-    directed = i >= 0
+    norm = tl.full((), 1, norms.dtype.element_ty)
     if LOOK_UP:
-        directed = tl.load(norms + out) != 0
-        score = tl.where(directed, score, float("nan"))
+        norm = tl.load(norms + out)
+        score = tl.where(norm != 0, score, float("nan"))
     rounded_score = score.to(log_p.dtype.element_ty)
     tl.store(log_p + out, rounded_score)
     tl.store(log_sum_all + out, log_all.to(log_sum_all.dtype.element_ty))
-    if WEIGHTED:
-        one_minus_p = 1.0 / (1.0 + tl.exp(-log_odds))
-        row = (mean_same - mean_other) * (one_minus_p * scale * LN_2).to(mean_same.dtype)  # scale·ln 2 = 1/σ
-        tl.store(direction + out * D + d, tl.where(has_positive, row, 0.0), mask=d < D)
+    derivative = scale * 0 + 1.0
     if LOSS != "":
         x = rounded_score.to(tl.float64)
-        counts = directed
+        counted = norm != 0
         if LOSS == "snca":
-            counts = directed & has_positive
+            counted = counted & has_positive
             loss = -x
             derivative = x * 0 - 1.0
         else:
@@ -502,31 +513,37 @@ def merge_to_log_scores(
                     pruned = tl.where(known, stored <= threshold, pruned)  # NaN, never scored, is kept
                 loss = tl.where(pruned, pruned_loss, loss)
                 derivative = tl.where(pruned, 0.0, derivative)
-        loss = tl.where(counts, loss, 0.0)
-        derivative = tl.where(counts, derivative, 0.0)
+        loss = tl.where(counted, loss, 0.0)
+        derivative = tl.where(counted, derivative, 0.0)
+        divisor = scale * 0 + 1.0
+        if REDUCTION == "mean":
+            kept = tl.full((BLOCK,), 0, tl.int32)
+            for begin in range(0, tl.cdiv(B, BLOCK_Q), BLOCK):
+                program = begin + tl.arange(0, BLOCK)
+                kept += tl.load(counts + 1 + program, mask=program < tl.cdiv(B, BLOCK_Q), other=0)
+            divisor = tl.maximum(tl.sum(kept, 0), 1).to(tl.float64)
+            derivative /= divisor
         tl.store(slope + out, derivative.to(slope.dtype.element_ty))
-        if REDUCTION == "none":
-            tl.store(value + out, loss.to(value.dtype.element_ty))
-        else:
-            tl.store(parts + out * 2, loss)
-            tl.store(parts + out * 2 + 1, counts.to(tl.float64))
-            tl.debug_barrier()  # other threads wrote some of that
-            finished = places + tl.cdiv(B, BLOCK_B).to(tl.int64) * BLOCK_B * 4
-            if tl.atomic_add(finished, 1, sem="acq_rel") == B - 1:
-                total = tl.full((BLOCK,), 0, tl.float64)
-                kept = tl.full((BLOCK,), 0, tl.float64)
-                for begin in range(0, B, BLOCK):
-                    j = begin + tl.arange(0, BLOCK)
-                    total += tl.load(parts + j * 2, mask=j < B, other=0.0, cache_modifier=".cg")
-                    kept += tl.load(parts + j * 2 + 1, mask=j < B, other=0.0, cache_modifier=".cg")
-                divisor = 1.0
-                if REDUCTION == "mean":
-                    divisor = tl.maximum(tl.sum(kept, 0), 1.0)
-                    for begin in range(0, B, BLOCK):
-                        j = begin + tl.arange(0, BLOCK)
-                        unscaled = tl.load(slope + j, mask=j < B, other=0.0, cache_modifier=".cg")
-                        tl.store(slope + j, (unscaled / divisor).to(slope.dtype.element_ty), mask=j < B)
-                tl.store(value, (tl.sum(total, 0) / divisor).to(value.dtype.element_ty))
+    if WEIGHTED:
+        one_minus_p = 1.0 / (1.0 + tl.exp(-log_odds))
+        factor = derivative * one_minus_p * scale * LN_2  # scale·ln 2 = 1/σ
+        row = (mean_same - mean_other) * factor.to(mean_same.dtype)
+        if LOOK_UP:  # of f = x/|x| the gradient of x is (g − (g·f)f)/|x|
+            x = tl.load(features + out * stride_b + d.to(tl.int64) * stride_d, mask=d < D, other=0.0)
+            unit = x.to(row.dtype) / norm
+            row = (row - tl.sum(row * unit, 0) * unit) / norm
+        tl.store(gradient + out * D + d, tl.where(has_positive & (norm != 0), row, 0.0), mask=d < D)
+    if LOSS != "" and REDUCTION == "none":
+        tl.store(value + out, loss.to(value.dtype.element_ty))
+    elif LOSS != "":
+        tl.store(losses + out, loss)
+        tl.debug_barrier()  # another thread may have written that
+        if tl.atomic_add(counts, 1, sem="acq_rel") == B - 1:
+            total = tl.full((BLOCK,), 0, tl.float64)
+            for begin in range(0, B, BLOCK):
+                j = begin + tl.arange(0, BLOCK)
+                total += tl.load(losses + j, mask=j < B, other=0.0, cache_modifier=".cg")
+            tl.store(value, (tl.sum(total, 0) / divisor).to(value.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["B", "splits"])
@@ -549,36 +566,6 @@ def merge_to_class_sums(
     if WEIGHTED:
         tl.store(mean_same + out * D + d, row_same, mask=d < D)
         tl.store(mean_other + out * D + d, row_other, mask=d < D)
-
-
-@triton.jit(do_not_specialize=["B"])
-def gradient_to_features(
-    direction, log_p, slope, grad, features, norms,
-    gradient,  # out (B, D)
-    B, grad_stride, stride_b, stride_d,
-    D: tl.constexpr, HAS_SLOPE: tl.constexpr, NORMALISED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """grad_i · dL_i/dlog p_i · ∂log p_i/∂f_i; exactly 0, whatever comes in, where a query has no positives.
-
-    NORMALISED: with respect to the features before they were normalised, (g − (g·f)f)/norm.
-    """
-    i = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    live = i < B
-    factor = tl.load(grad + i * grad_stride, mask=live, other=0.0)
-    if HAS_SLOPE:
-        factor *= tl.load(slope + i, mask=live, other=0.0)
-    alive = tl.load(log_p + i, mask=live, other=float("-inf")) != float("-inf")
-    d = tl.arange(0, BLOCK_D)
-    here = live[:, None] & (d < D)[None, :]
-    rows = tl.load(direction + i[:, None] * D + d[None, :], mask=here, other=0.0)
-    rows *= factor[:, None]
-    if NORMALISED:
-        norm = tl.load(norms + i, mask=live, other=0.0)
-        alive = alive & (norm != 0)
-        unit = _load_features(features, i, live, d, stride_b, stride_d, D).to(norm.dtype) / norm[:, None]
-        rows = (rows - tl.sum(rows * unit, 1)[:, None] * unit) / norm[:, None]
-    rows = tl.where(alive[:, None], rows, 0.0)
-    tl.store(gradient + i[:, None] * D + d[None, :], _rounded(rows, gradient.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=["B", "N"])
@@ -613,11 +600,11 @@ def _within(value, start, LENGTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "N"])
 def gradient_to_bank(
-    queries, bank, order, bank_labels, places, log_p, log_sum_all, grad_log_p,
+    queries, bank, order, places, log_p, log_sum_all, grad_log_p,
     gradient,  # out (N, D)
     B, N, bank_stride, scale: tl.float64, sigma: tl.float64,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
-    BY_RANGE: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+    GATHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N bank rows: Σ_i g_i/σ·([same]·p̃_ij − p_ij)·f_i over all queries, in their order (eq. 7)."""
     accumulator: tl.constexpr = log_p.dtype.element_ty
@@ -652,14 +639,10 @@ def gradient_to_bank(
         x *= scale
         my_row = tl.load(places + i * 4 + OWN)
         my_low = tl.load(places + i * 4 + LOW)
-        if BY_RANGE:
-            my_high = tl.load(places + i * 4 + HIGH)
-            begin = _within(my_low, start, BLOCK_N)
-            stop = _within(my_high, start, BLOCK_N)
-            same = (j[None, :] >= begin[:, None]) & (j[None, :] < stop[:, None])
-        else:
-            label = tl.load(bank_labels + start + j, mask=inside, other=-1)
-            same = label[None, :] == my_low[:, None]
+        my_high = tl.load(places + i * 4 + HIGH)
+        begin = _within(my_low, start, BLOCK_N)
+        stop = _within(my_high, start, BLOCK_N)
+        same = (j[None, :] >= begin[:, None]) & (j[None, :] < stop[:, None])
         counts = live[:, None] & inside[None, :] & (j[None, :] != _within(my_row, start, BLOCK_N)[:, None])
         # p̃_ij − p_ij = p̃_ij·(1 − p_i) in the query's class, −p_ij elsewhere
         log_sum = tl.where(same, ((log_all + score) * LOG2_E)[:, None], (log_all * LOG2_E)[:, None])
