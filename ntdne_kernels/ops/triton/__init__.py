@@ -145,7 +145,7 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Backend.loss` in three launches."""
     out = _loss_fake(features, bank, labels, index, classes, archive, sigma, q, k, reduction, indicator, need_gradient)
-    if len(features) == 0:
+    if features.size(0) == 0:
         out[0].zero_()
         return out
     value, log_p, slope, gradient, log_sum_all = out
@@ -204,7 +204,7 @@ def _bank_gradient(
         labels, index = labels.contiguous(), index.contiguous()
         layout = _Layout.of(classes)
         launch = _prepare_launch(B, D, config.block_b, layout.sorted_labels, layout.gather, False, True, False)
-        queries, places, _ = _prepare(launch, None, features, bank, labels, index, layout, [], config.block_b, log_p)
+        queries, places = _prepare(launch, None, features, bank, labels, index, layout, [], config.block_b, log_p)
         D1, D2 = columns(D)
         kernels.gradient_to_bank[(triton.cdiv(N, config.block_n),)](
             queries, bank, layout.order, places, log_p, log_sum_all, grad_log_p.contiguous(), gradient,
@@ -218,13 +218,13 @@ def _bank_gradient(
 
 def record_scores_(scores: Tensor, log_p: Tensor, index: Tensor, image_labels: Tensor) -> None:
     """`scores.record_scores_` in one launch."""
-    if len(index) == 0:
+    if index.size(0) == 0:
         return
     index = index.contiguous()
-    launch = _record_launch(len(index), scores.device, scores.dtype, log_p.dtype)
+    launch = _record_launch(index.size(0), scores.device, scores.dtype, log_p.dtype)
     with _on(scores.device):
-        launch(_stream(scores, log_p, index, image_labels), log_p, index, image_labels, scores, len(index),
-               len(image_labels))  # fmt: skip
+        launch(_stream(scores, log_p, index, image_labels), log_p, index, image_labels, scores, index.size(0),
+               image_labels.size(0))  # fmt: skip
 
 
 @lru_cache(maxsize=256)
@@ -311,22 +311,21 @@ def _prepare(
     archive: list[Tensor],
     block_b: int,
     norms: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The features in the bank's dtype (B', D), sorted by class; (B', 4) where their neighbours stand; and counts."""
-    B, D = features.shape
+) -> tuple[Tensor, Tensor]:
+    """What `kernels.prepare` makes: the features in the bank's dtype, sorted by class; where their neighbours stand."""
+    (B, D), C = features.shape, layout.classes.size(0)
     image_labels, position, *_ = archive or (index, layout.position)
     padded = block_b * triton.cdiv(B, block_b)
     queries = torch.empty((padded, D), dtype=bank.dtype, device=bank.device)
-    places = index.new_empty((padded, 4))
-    counts = torch.empty(1 + padded // BLOCK_Q, dtype=torch.int32, device=bank.device)
+    places = index.new_empty(4 * padded + 1 + padded // BLOCK_Q)
     launch(
         stream,
         features, index if labels is None else labels, index, layout.classes, layout.offsets, position, image_labels,
-        queries, places, counts, norms, skipped_counter(bank.device),
-        B, len(image_labels) if archive else len(bank), len(layout.classes), features.stride(0), features.stride(1),
-        len(layout.classes).bit_length(),
+        queries, places, norms, skipped_counter(bank.device),
+        B, image_labels.size(0) if archive else bank.size(0), C, features.stride(0), features.stride(1),
+        C.bit_length(),
     )  # fmt: skip
-    return queries, places, counts
+    return queries, places
 
 
 class _Plan(NamedTuple):
@@ -426,7 +425,7 @@ def _sum_up(
 ) -> None:
     """Sum the splits of the bank up for each query; the kernel `merge` makes `out`, and a loss, of the sums."""
     B, D = features.shape
-    N = len(bank)
+    N = bank.size(0)
     with _on(bank.device):
         device, arithmetic = describe(bank.device), _arithmetic(bank.dtype)
         bank, index = _with_unit_stride(bank), index.contiguous()
@@ -436,12 +435,12 @@ def _sum_up(
         plan = _plan(
             merge, device, B, N, D, bank.dtype, arithmetic, layout.sorted_labels, layout.gather, len(archive) > 0,
             labels is not None,
-            tracked, weighted, loss, hopper_serves(bank), bank.device, len(layout.classes), features.dtype,
+            tracked, weighted, loss, hopper_serves(bank), bank.device, layout.classes.size(0), features.dtype,
             features.stride(), bank.stride(0), out[0].dtype,
         )  # fmt: skip
         stream = _stream(features, bank, labels if labels is not None else index, index, *layout[:4], *archive)
         norms = torch.empty_like(out[0]) if archive else out[0]
-        queries, places, counts = _prepare(
+        queries, places = _prepare(
             plan.prepare, stream, features, bank, labels, index, layout, archive, plan.block_b, norms
         )
         totals = bank.new_empty(plan.slots, dtype=accumulator_dtype(bank.dtype))
@@ -466,8 +465,8 @@ def _sum_up(
         q_or_1, log_k = 1.0 if q is None else q, -math.inf if k is None else math.log(k)
         plan.merge(
             stream, totals, maxima, vectors, places, *out, index, archive[2] if archive else unused, features, norms,
-            unused if value is None else value, unused if slope is None else slope, losses, counts,
-            B, len(archive[0]) if archive else N, features.stride(0), features.stride(1), scale, plan.slots[0],
+            unused if value is None else value, unused if slope is None else slope, losses,
+            B, archive[0].size(0) if archive else N, features.stride(0), features.stride(1), scale, plan.slots[0],
             q_or_1, log_k, -math.expm1(q_or_1 * log_k) / q_or_1,
         )  # fmt: skip
 
@@ -477,7 +476,7 @@ def hopper_serves(bank: Tensor) -> bool:
     return (
         hopper is not None
         and bank.dtype == torch.bfloat16
-        and len(bank) < 1 << 31
+        and bank.size(0) < 1 << 31
         and (bank.data_ptr() | bank.stride(0) * bank.element_size()) % 16 == 0
         and not INTERPRETED
     )

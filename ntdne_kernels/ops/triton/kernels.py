@@ -104,9 +104,8 @@ def prepare(
     features, labels, index, classes, offsets, position, image_labels,
     queries,  # out (B', D): the features in the bank's dtype, sorted by label where classes are ranges
     places,  # out (B', 4): LOW and HIGH, the range of j of the query's class; OWN, j of the query itself; SOURCE, which
-    # query stands here
-    counts,  # out: 0, in which `merge_to_log_scores` counts the queries it has finished; then how many queries of each
-    # program count in a mean
+    # query stands here. And then, in a row, 0, for `merge_to_log_scores` to count the queries it has finished, and for
+    # each program how many queries count in a mean
     norms,  # out (B,): lengths of the features, 0 for those without a direction
     skipped,  # in and out: how many had none since the program started
     B, N, C, stride_b, stride_d, search_steps,
@@ -173,9 +172,10 @@ def prepare(
         tl.store(norms + i, tl.where(directed, norm, 0.0), mask=live)
         norm = tl.where(directed, norm, float("inf"))
         counted = counted & directed
+    counts = places + tl.num_programs(0) * (BLOCK_Q * 4)
     if tl.program_id(0) == 0:
         tl.store(counts, 0)
-    tl.store(counts + 1 + tl.program_id(0), tl.sum(counted.to(tl.int32), 0))
+    tl.store(counts + 1 + tl.program_id(0), tl.sum(counted.to(tl.int64), 0))
     for first in range(0, D, BLOCK):
         d = first + tl.arange(0, BLOCK)
         rows = _load_features(features, i, live, d, stride_b, stride_d, D)
@@ -457,7 +457,6 @@ def merge_to_log_scores(
     value,  # out (B,), or one number: the loss
     slope,  # out (B,): dL/dlog p
     losses,  # out (B,): of each query
-    counts,
     B, N, stride_b, stride_d, scale: tl.float64, splits, q: tl.float64, log_k: tl.float64, pruned_loss: tl.float64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr,
     WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr, LOSS: tl.constexpr, PRUNING: tl.constexpr, INDICATOR: tl.constexpr,
@@ -488,6 +487,7 @@ def merge_to_log_scores(
     tl.store(log_p + out, rounded_score)
     tl.store(log_sum_all + out, log_all.to(log_sum_all.dtype.element_ty))
     derivative = scale * 0 + 1.0
+    counts = places + tl.cdiv(B, BLOCK_B) * (BLOCK_B * 4)
     if LOSS != "":
         x = rounded_score.to(tl.float64)
         counted = norm != 0
@@ -517,7 +517,7 @@ def merge_to_log_scores(
         derivative = tl.where(counted, derivative, 0.0)
         divisor = scale * 0 + 1.0
         if REDUCTION == "mean":
-            kept = tl.full((BLOCK,), 0, tl.int32)
+            kept = tl.full((BLOCK,), 0, tl.int64)
             for begin in range(0, tl.cdiv(B, BLOCK_Q), BLOCK):
                 program = begin + tl.arange(0, BLOCK)
                 kept += tl.load(counts + 1 + program, mask=program < tl.cdiv(B, BLOCK_Q), other=0)
