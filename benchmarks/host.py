@@ -14,6 +14,7 @@ Shapes: B queries, N bank rows, D features.
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import select
@@ -29,7 +30,7 @@ import pandas as pd
 import torch
 import triton
 
-from benchmarks import null_gpu
+from benchmarks import null_gpu, report
 from benchmarks.grid import GRADIENT
 
 MODULE = "forward, backward, update_bank"
@@ -78,6 +79,7 @@ def measure(batches: Iterable[int], rows: Iterable[int], against: Path | None, p
                         row | counts if same.items() <= row.items() and "why" not in counts else row for row in found
                     ]
                     write(found, path)
+    print_aims(pd.DataFrame(found, columns=COLUMNS))
 
 
 def write(found: list[dict[str, Any]], path: Path) -> None:
@@ -114,6 +116,29 @@ def describe(row: dict[str, Any]) -> str:
     parts = [f"{clock} {1e6 * row[f'{clock}_50']:.0f} µs ({1e6 * row[f'{clock}_20']:.0f})" for clock in clocks]
     parts += [f"{row[count]} {count}" for count in ("launches", "operators") if count in row]
     return f"{case}: {', '.join(parts)}"
+
+
+def print_aims(rows: pd.DataFrame) -> None:
+    """Of what this project aims at, what holds for each package."""
+    report.print_head(["aim", "package", "B", "N", "found", "holds"])
+    known = rows.set_index(["what", "B", "N", "provider"])
+    for row in rows[rows.provider.str.startswith("ours")].itertuples():
+        naive = known[known.index == (row.what, row.B, row.N, "naive")].done_50
+        eager = known[(known.index == (row.what, row.B, row.N, "ours")) & (known.package == row.package)].queued_50
+        module = row.what == MODULE
+        aims: list[tuple[str, float, float, str]] = []  # what, found, at most, unit
+        if row.provider == "ours":
+            aims.append((f"{row.what}: queued", 1e6 * row.queued_50, 300 if module else 200, "µs"))
+            aims += [(f"{row.what}: time over naive's", row.done_50 / of_naive, 1, "×") for of_naive in naive]
+            aims += [(f"{row.what}: launches", row.launches, 10, "launches")] if module else []
+            if (row.what, row.B, row.N) == (GRADIENT, 256, 10**4):
+                aims.append((f"{row.what}: graph's replay", 1e6 * row.replay_50, 30, "µs"))
+        else:
+            aims += [(f"{row.what}: compiled over eager", row.queued_50 / of_eager, 1, "×") for of_eager in eager]
+        for what, value, most, unit in aims:
+            said = "not measured" if math.isnan(value) else f"{value:.3g} {unit}"
+            holds = "yes" if value <= most else "**no**"
+            report.print_row([f"{what} at most {most}", row.package, f"{row.B:,}", f"{row.N:,}", said, holds])
 
 
 class Package:
