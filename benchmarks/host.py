@@ -169,7 +169,7 @@ class Package:
         return answer
 
     def _start(self) -> "subprocess.Popen[str]":
-        more = {} if torch.cuda.is_available() else null_gpu.environment()
+        more = {"TRITON_INTERPRET": "0"} | ({} if torch.cuda.is_available() else null_gpu.environment())
         # The package of the checkout, and the benchmarks of this one.
         start = (
             f"import sys; sys.path[:0] = [{str(self.checkout)!r}]; import ntdne_kernels; sys.path[0] = {str(ROOT)!r}; "
@@ -244,6 +244,8 @@ def prepare(what: str, B: int, N: int, provider: str) -> Call:
     from ntdne_kernels import NTDNELoss
     from ntdne_kernels.functional import ntdne_loss
 
+    if provider not in STEPS[what]:
+        raise ValueError(f"{provider}: expected one of {', '.join(STEPS[what])}")
     torch.compiler.reset()
     made = problems.make(B, N, D, C, torch.bfloat16)
     tensors = {name: value.detach().cuda() for name, value in made._asdict().items() if name != "classes"}
