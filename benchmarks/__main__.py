@@ -26,7 +26,8 @@ def main() -> None:
     arguments = parse()
     if arguments.command == "host":
         measured = arguments.file or named_after(f"host-{host.machine()}")
-        host.measure(arguments.B or host.BATCHES, arguments.N or host.ROWS, arguments.against, measured)
+        sizes = arguments.B or host.BATCHES, arguments.N or host.ROWS
+        host.measure(*sizes, arguments.against, arguments.minutes, measured)
         return
     if arguments.command == "merge":
         if arguments.rows is None:

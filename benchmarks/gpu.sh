@@ -88,7 +88,8 @@ targets() {
     rm -f "$OUT/targets.csv" "$OUT/host.csv"
     all "$OUT/targets.csv" --what "loss and gradient" --D 128 --C 45 --dtype bfloat16 --seconds 0.2 \
         --B 1 64 256 1024 4096 --N 1e6 8e6 1e8 --provider "${ours[@]}" "SDPA cuDNN, folded" "SDPA flash, folded"
-    timeout -k 5 $((225 - SECONDS)) python3 -m benchmarks host --file "$OUT/host.csv"
+    timeout -k 5 $((230 - SECONDS)) \
+        python3 -m benchmarks host --file "$OUT/host.csv" --minutes "$(awk "BEGIN {print (200 - $SECONDS) / 60}")"
     python3 -m benchmarks targets --device cuda --file "$OUT/targets.csv"
 }
 

@@ -53,33 +53,43 @@ COLUMNS = [
 Call = Callable[[], Any]
 
 
-def measure(batches: Iterable[int], rows: Iterable[int], against: Path | None, path: Path) -> None:
-    """A row for each step and package, printed and written as soon as it is there."""
+def measure(batches: Iterable[int], rows: Iterable[int], against: Path | None, minutes: float, path: Path) -> None:
+    """A row for each step and package, printed and written as soon as it is there; what compiles comes last."""
+    begun = time.monotonic()
     checkouts = [ROOT, *([against.resolve()] if against is not None else [])]
     cases = [
         {"what": what, "B": B, "N": N, "provider": provider}
         for what, providers in STEPS.items() for N in rows for B in batches for provider in providers
     ]  # fmt: skip
+    compiled = [case for case in cases if case["provider"].endswith("compiled")]
+    eager = [case for case in cases if case not in compiled]
     found: list[dict[str, Any]] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         packages = [stack.enter_context(Package(checkout)) for checkout in checkouts]
-        for case in cases:
-            # naive is the same beside every package
-            found += step(case, packages if case["provider"].startswith("ours") else packages[:1])
-            write(found, path)
-        # Last, for a profiler may leave launches slower than they were; the counts hang on no size.
-        for case in cases:
-            if (case["B"], case["N"]) == (cases[0]["B"], cases[0]["N"]) and not case["provider"].endswith("compiled"):
-                for package in packages if case["provider"] == "ours" else packages[:1]:
-                    counts = package.ask(count=case)
-                    print(describe(case | {"package": package.name} | counts), flush=True)
-                    same = {"what": case["what"], "provider": case["provider"], "package": package.name}
-                    found = [
-                        row | counts if same.items() <= row.items() and "why" not in counts else row for row in found
-                    ]
+        for group in (eager, compiled):
+            for case in group:
+                if time.monotonic() - begun < 60 * minutes:
+                    # naive is the same beside every package
+                    found += step(case, packages if case["provider"].startswith("ours") else packages[:1])
                     write(found, path)
+            if group is eager:
+                found = count(eager, packages, found)
+                write(found, path)
     print_aims(pd.DataFrame(found, columns=COLUMNS))
+
+
+def count(cases: list[dict[str, Any]], packages: list["Package"], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with launches and operators, which are those of every size."""
+    for case in (case for case in cases if (case["B"], case["N"]) == (cases[0]["B"], cases[0]["N"])):
+        for package in packages if case["provider"].startswith("ours") else packages[:1]:
+            counts = package.ask(count=case)
+            print(describe(case | {"package": package.name} | counts), flush=True)
+            same = {"what": case["what"], "provider": case["provider"], "package": package.name}
+            found = [row | counts if same.items() <= row.items() and "why" not in counts else row for row in found]
+    for package in packages:
+        package.end()  # a profiler may leave launches slower than they were
+    return found
 
 
 def write(found: list[dict[str, Any]], path: Path) -> None:

@@ -88,10 +88,8 @@ def write(rows: pd.DataFrame, path: Path) -> None:
 
 def merge(new: pd.DataFrame, path: Path) -> None:
     """Into the rows of a file, in place of those of the same cases and providers."""
-    rows = read(path) if path.exists() else new.iloc[:0]
-    key = [*CASE, "provider"]
-    kept = rows[~rows[key].apply(tuple, axis=1).isin(set(new[key].itertuples(index=False, name=None)))]
-    write(new if kept.empty else pd.concat([kept, new], ignore_index=True), path)
+    parts = [read(path), new] if path.exists() else [new]
+    write(pd.concat(parts, ignore_index=True).drop_duplicates([*CASE, "provider"], keep="last"), path)
 
 
 def measure(

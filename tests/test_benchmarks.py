@@ -630,7 +630,7 @@ def test_rows_of_elsewhere_take_the_place_of_the_same_case_and_provider(tmp_path
     assert list(merged.provider) == ["product", "reading", "naive", "triton", "triton"]
     assert list(merged.device_50[2:]) == [3.0, 0.1, 0.3]
     measure.merge(measure.read(elsewhere), tmp_path / "new.csv")
-    assert measure.read(tmp_path / "new.csv").equals(measure.read(elsewhere))
+    assert list(measure.read(tmp_path / "new.csv").device_50) == [0.1, 0.3]
 
 
 @pytest.mark.parametrize("name", ["amd-epyc", "nvidia-h200"])

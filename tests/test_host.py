@@ -38,7 +38,7 @@ def rows(tmp_path_factory):
             start(self, checkout)
 
         patched.setattr(host.Package, "__init__", named)
-        host.measure([8], [500], ROOT, path)
+        host.measure([8], [500], ROOT, 10, path)
     return pd.read_csv(path, keep_default_na=False, na_values={"launches": [""], "queued_50": [""], "replay_50": [""]})
 
 
