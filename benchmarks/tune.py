@@ -12,9 +12,9 @@ Shapes: B queries, N bank rows, D features.
 
 import itertools
 import json
+import math
 import os
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -112,41 +112,43 @@ def choose(*capabilities: str) -> None:
 def time_shapes(B: str, N: str, D: str, dtype: str) -> None:
     """Of the loss's sums and means, with the classes known beforehand, in all launches that they take.
 
-    A line for each shape as soon as it is timed, in turns with the table's, and all of them again in the end. Other
+    A line for each shape as soon as it is timed, in turns with the table's, and the fastest again in the end. Other
     processes compile as many as there are processors; while shapes are timed they wait.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    arithmetic = ARITHMETIC[dtype]
-    begun = time.monotonic()
     with providers.arithmetic(dtype), ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         problem = problems.make(int(B), int(float(N)), int(D), 45, providers.DTYPES[dtype], device)
         here = backend.describe(problem.bank.device)
-        chosen = configs.choose(here, "range", arithmetic, int(D), int(B))
+        chosen = configs.choose(here, "range", ARITHMETIC[dtype], int(D), int(B))
         in_table = partial(sum_with, chosen, problem)
         in_table()
+        print(f"the table's: {chosen}", flush=True)
+        todo = shapes(here, ARITHMETIC[dtype], int(D), chosen)
         found = []
-        todo = shapes(here, arithmetic, int(D), chosen)
         at_once = os.cpu_count() or 1
         for first in range(0, len(todo), at_once):
             batch = todo[first : first + at_once]
             on_small = partial(compiles, B=int(B), D=int(D), dtype=dtype, device=device)
             for config, why_not in zip(batch, list(pool.map(on_small, batch)), strict=True):
-                if why_not is not None:
-                    print(f"{time.monotonic() - begun:4.0f} s  {config[:4]}: {why_not}", flush=True)
-                    continue
-                calls = {"table": in_table, "this": partial(sum_with, config, problem)}
-                calls["this"]()
-                times, failed = timing.in_turns(calls, device, seconds=0.1)
-                if failed:
-                    print(f"{time.monotonic() - begun:4.0f} s  {config[:4]}: {next(iter(failed.values()))}", flush=True)
-                    continue
-                low, this, high = timing.quantiles(times["this"].device or times["this"].wall)
-                table = timing.quantiles(times["table"].device or times["table"].wall)[1]
-                rate = 4 * int(B) * int(float(N)) * int(D) / this / 1e12
-                spread = f"{1e3 * this:9.4f} ms ({1e3 * low:.4f} to {1e3 * high:.4f}), {rate:6.1f} TFLOP/s"
-                found.append((this / table, f"{this / table:.3f} of the table's, {spread}  {config[:4]}"))
-                print(f"{time.monotonic() - begun:4.0f} s  {found[-1][1]}", flush=True)
-    print(f"the fastest first; the table's is {chosen[:4]}", *(line for _, line in sorted(found)), sep="\n")
+                if why_not is None:
+                    ratio, text = beside(in_table, partial(sum_with, config, problem), device)
+                    found.append((ratio, f"{text}  {config[:4]}"))
+                print(f"{config[:4]}: {why_not}" if why_not is not None else found[-1][1], flush=True)
+    print("the fastest first", *(line for _, line in sorted(found)[:10]), sep="\n")
+
+
+def beside(in_table: timing.Call, this: timing.Call, device: str) -> tuple[float, str]:
+    """Time over that of the table's shape, in turns with it, and words for it; infinite of one that fails."""
+    try:
+        this()
+        times, failed = timing.in_turns({"table": in_table, "this": this}, device, seconds=0.1)
+    except Exception as error:
+        times, failed = {}, {"this": error}
+    if failed:
+        return math.inf, " ".join(f"{failed}".split())[:200]
+    low, median, high = timing.quantiles(times["this"].device or times["this"].wall)
+    ratio = median / timing.quantiles(times["table"].device or times["table"].wall)[1]
+    return ratio, f"{ratio:.3f} of the table's, {1e3 * median:9.4f} ms ({1e3 * low:.4f} to {1e3 * high:.4f})"
 
 
 def shapes(device: configs.Device, arithmetic: str, D: int, chosen: Config) -> list[Config]:

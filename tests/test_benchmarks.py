@@ -524,6 +524,14 @@ def test_why_a_shape_does_not_run_is_said(monkeypatch):
     assert "300000" in tune.compiles(Config(16, 16, 4, 1, 1 << 14), **shape)
 
 
+def test_a_shape_is_timed_beside_the_tables(monkeypatch):
+    monkeypatch.setattr(timing, "COLD_BYTES", {"cpu": 1 << 10})
+    ratio, text = tune.beside(partial(time.sleep, 0.01), partial(time.sleep, 0.002), "cpu")
+    assert 0.1 < ratio < 0.9
+    assert text.startswith(f"{ratio:.3f} of the table's")
+    assert tune.beside(partial(time.sleep, 0.01), partial(math.sqrt, -1), "cpu")[0] == math.inf
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
 def test_a_gpu_that_is_not_there_is_no_choice():
     result = command("targets", "--device", "cuda")
