@@ -26,11 +26,14 @@ def environment() -> dict[str, str]:
     Raises:
         RuntimeError: there is no C compiler, or it fails.
     """
+    import torch
     import triton
 
-    headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    # Where it has the name and the .so of the driver, all that look for one find it loaded already.
-    command = ["cc", "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{headers}", SOURCE]
+    # Those of the CUDA that PyTorch was built with; what its packages leave out has not changed since Triton's.
+    headers = [*Path(torch.__file__).parent.parent.glob("nvidia/cu*/include")]
+    headers.append(Path(triton.__file__).parent / "backends" / "nvidia" / "include")
+    # Under the driver's own name, so that all who look for one find it loaded already.
+    command = ["cc", "-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", *(f"-I{path}" for path in headers), SOURCE]
     library = _built(SOURCE, command, "libcuda.so.1", ["-ldl"])
     link = library.with_name("libcuda.so")
     if not link.exists():
