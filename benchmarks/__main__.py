@@ -4,6 +4,8 @@ python -m benchmarks measure     into benchmarks/results/<machine>.csv; goes on 
 python -m benchmarks table       Markdown, of what has been measured
 python -m benchmarks targets     which of the speeds aimed at on a GPU are reached
 python -m benchmarks plot        figures, into docs/
+python -m benchmarks merge       rows measured elsewhere (--rows), into the results of the machine they are of
+python -m benchmarks host        what the host does for a step on a GPU, whether or not one is here
 
 Without options all of the grid is meant (benchmarks/grid.py), the cases that matter most first: that takes hours on a
 GPU and days on a CPU, and can be stopped at any time.
@@ -16,12 +18,23 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import grid, measure, memory, report
+from benchmarks import grid, host, measure, memory, report
 from benchmarks.providers import DTYPES
 
 
 def main() -> None:
     arguments = parse()
+    if arguments.command == "host":
+        measured = arguments.file or named_after(f"host-{host.machine()}")
+        sizes = arguments.B or host.BATCHES, arguments.N or host.ROWS
+        host.measure(*sizes, arguments.against, arguments.minutes, measured)
+        return
+    if arguments.command == "merge":
+        if arguments.rows is None:
+            raise SystemExit("merge: which rows? --rows FILE, as measure wrote it")
+        rows = measure.read(arguments.rows)
+        measure.merge(rows, arguments.file or named_after(rows.machine.iloc[0]))
+        return
     path = arguments.file or default_file(arguments.device)
     if arguments.command == "measure":
         axes = {"batches": arguments.B, "rows": arguments.N, "widths": arguments.D, "arithmetic": arguments.dtype}
@@ -50,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=("measure", "table", "targets", "plot"))
+    parser.add_argument("command", choices=("measure", "table", "targets", "plot", "merge", "host"))
     known = [name for name in measure.NAMES if name not in ("product", "copy", "reading")]
     parser.add_argument(
         "--what", nargs="+", choices=list(measure.PROVIDERS), help="the loss, with its gradient, ...; all"
@@ -64,6 +77,8 @@ def parse() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cuda", "cpu") if gpu else ("cpu",), default="cuda" if gpu else "cpu")
     parser.add_argument("--file", type=Path, help="of the results; one named after the machine")
+    parser.add_argument("--rows", type=Path, help="a file of rows to merge")
+    parser.add_argument("--against", type=Path, help="another checkout, whose package host measures in turns with this")
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the figures")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so many")
     parser.add_argument("--seconds", type=float, default=0.5 if gpu else 2.0, help="that each provider gets of a case")
@@ -106,7 +121,11 @@ def limit_memory() -> None:
 
 
 def default_file(device: str) -> Path:
-    name = re.sub("[^a-z0-9]+", "-", measure.machine(device)["machine"].split(",")[0].lower()).strip("-")
+    return named_after(measure.machine(device)["machine"])
+
+
+def named_after(machine: str) -> Path:
+    name = re.sub("[^a-z0-9]+", "-", machine.split(",")[0].lower()).strip("-")
     return Path(__file__).parent / "results" / f"{name}.csv"
 
 

@@ -1,16 +1,25 @@
 #!/usr/bin/env bash
 # All that needs an NVIDIA GPU, with the python3 that holds its PyTorch:
 #
-#     benchmarks/gpu.sh STAGE ...      build, tests, sanitize, measure, report, tune
+#     benchmarks/gpu.sh STAGE ...      check, targets, tune, sanitize; build, measure, report
 #
-# Stages do not depend on each other but on build. What one prints is also in $OUT/STAGE.log (build/gpu). `measure` writes
-# into $OUT after each case, and in the end into benchmarks/results: where results are in place it goes on where it
-# stopped, after MINUTES (6). SANITIZERS (memcheck racecheck synccheck initcheck) are the tools of compute-sanitizer, each
-# of which may take 400 s.
+# The first four end within four minutes each, and print as they go. What a stage prints is also in $OUT/STAGE.log
+# (build/gpu), and its results are written there after each case:
+#
+#   check     builds, then runs the tests on the GPU, those of the kernels first, for what is left of the time
+#   targets   what the speed that is aimed at is judged by, into targets.csv, and the host's part of a step, host.csv;
+#             `python -m benchmarks merge --rows targets.csv` takes the former into benchmarks/results. OURS (triton) are
+#             the providers compared with attention
+#   tune      tile shapes for B = 64, 256, 1024, a line for each
+#   sanitize  some small tests of the kernels (SUBSET) under SANITIZERS (memcheck racecheck)
+#
+# All but check want the extension built: `benchmarks/gpu.sh build ...`. `measure` goes through the whole grid for MINUTES
+# (6); where results are in place it goes on where it stopped.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-build/gpu}
 mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1
 
 # For the GPU that is here alone; without the compiled update everything else would be measured in vain.
 build() {
@@ -19,68 +28,101 @@ build() {
     python3 -m pip --version
     python3 -c "import setuptools, torch, triton
 print('setuptools', setuptools.__version__, 'torch', torch.__version__, 'triton', triton.__version__)"
-    python3 -m pip install --quiet --no-build-isolation --no-deps --editable . || return
+    timeout 150 python3 -m pip install --quiet --no-build-isolation --no-deps --editable . || return
     python3 -c "import sys
 from ntdne_kernels.ops.bank_update import LOAD_ERRORS
 sys.exit(f'update kernels missing: {LOAD_ERRORS}' if LOAD_ERRORS else 0)"
 }
 
-# Without the tests that need the packages of the experiments; side by side where pytest can: most of the time compiles.
-tests() {
-    local workers=()
-    python3 -c "import xdist" 2>/dev/null && workers=(-n 8)
-    python3 -m pytest -m gpu -rs --tb=short "${workers[@]}" \
-        --ignore=tests/experiments --ignore=tests/test_audit_benchmark.py --ignore=tests/test_examples.py
+# Without the tests that need the packages of the experiments; side by side where pytest can, for most of the time
+# compiles, and one at a time, which keeps their order. Interrupted, pytest still says what has failed.
+check() {
+    local file first=() rest=() workers=()
+    SECONDS=0
+    build || return
+    for file in tests/ops/test_hopper*.py tests/ops/test_triton*.py; do [ ! -e "$file" ] || first+=("$file"); done
+    for file in tests/ops/test_*.py tests/test_*.py; do
+        case " ${first[*]} tests/test_audit_benchmark.py tests/test_examples.py " in
+            *" $file "*) ;;
+            *) rest+=("$file") ;;
+        esac
+    done
+    python3 -c "import xdist" 2>/dev/null && workers=(-n 14 --maxschedchunk 1)
+    echo "built in $SECONDS s"
+    timeout -s INT -k 10 $((225 - SECONDS > 180 ? 180 : 225 - SECONDS)) \
+        python3 -m pytest -m gpu -v -rfE --tb=short "${workers[@]}" "${first[@]}" "${rest[@]}"
 }
 
 # Memory is taken from the driver piece by piece: in PyTorch's own pools an access past a tensor stays unseen. Graphs
-# need those pools, of the large banks each access would be looked at, and the profiler that counts launches has no
-# place beside these tools.
+# need those pools, and the profiler that counts launches has no place beside these tools.
 sanitize() {
-    local left_out="not two_to_the_31 and not large_bank and not graph and not one_launch"
-    for tool in ${SANITIZERS:-memcheck racecheck synccheck initcheck}; do
+    local tool tools=(${SANITIZERS:-memcheck racecheck}) file files=(tests/ops/test_triton.py tests/ops/test_bank_update.py)
+    local small="many_classes or strided or upstream or batch_order or hopper or (mixed_dtypes and bfloat16) or (loss_kernel and 1500)"
+    local left_out="two_to_the_31 or large_bank or graph or launch or opcheck or compiles"
+    for file in tests/ops/test_hopper*.py; do [ ! -e "$file" ] || files=("$file" "${files[@]}"); done
+    for tool in "${tools[@]}"; do
         echo "== $tool"
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 400 compute-sanitizer --tool "$tool" --error-exitcode 99 \
-            python3 -m pytest -m gpu -rs -k "$left_out" tests/ops/test_bank_update.py tests/ops/test_triton.py
-        echo "== $tool ended with $?"
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -s INT -k 10 $((225 / ${#tools[@]})) \
+            compute-sanitizer --tool "$tool" --error-exitcode 99 \
+            python3 -m pytest -m gpu -v --tb=short -k "(${SUBSET:-$small}) and not ($left_out)" "${files[@]}"
+        echo "== $tool ended with $? (124: its time was up)"
     done
 }
 
 # Three times: a fault of the GPU ends the process, and what caused it is left out of the next.
 all() {
-    local left file="$OUT/${RESULTS##*/}"
+    local left file=$1
+    shift
     for _ in 1 2 3; do
         left=$((60 * ${MINUTES:-6} - SECONDS))
         ((left > 0)) || return
-        python3 -m benchmarks measure --device cuda --file "$file" --minutes "$(awk "BEGIN {print $left / 60}")" "$@" && return
+        timeout -k 10 $((left + 60)) \
+            python3 -m benchmarks measure --device cuda --file "$file" --minutes "$(awk "BEGIN {print $left / 60}")" "$@" && return
     done
 }
 
-# What decides the targets first. To compile naive and flex attention takes most of a case's time: few cases have them.
+# From nothing: what was measured before may be of other code. The cases in the order of `grid.targets`.
+targets() {
+    local MINUTES=2 ours=(${OURS:-triton})
+    SECONDS=0
+    rm -f "$OUT/targets.csv" "$OUT/host.csv"
+    all "$OUT/targets.csv" --what "loss and gradient" --D 128 --C 45 --dtype bfloat16 --seconds 0.2 \
+        --B 1 64 256 1024 4096 --N 1e6 8e6 1e8 --provider "${ours[@]}" "SDPA cuDNN, folded" "SDPA flash, folded"
+    timeout -k 5 $((230 - SECONDS)) \
+        python3 -m benchmarks host --file "$OUT/host.csv" --minutes "$(awk "BEGIN {print (200 - $SECONDS) / 60}")"
+    python3 -m benchmarks targets --device cuda --file "$OUT/targets.csv"
+}
+
+tune() {
+    SECONDS=0
+    for B in 256 1024 64; do
+        timeout -s INT -k 5 $((225 - SECONDS > 75 ? 75 : 225 - SECONDS)) python3 -m benchmarks.tune time "$B" 1e6 128 bfloat16
+    done
+}
+
+# To compile naive and flex attention takes most of a case's time: few cases have them.
 measure() {
-    RESULTS=$(python3 -c "from benchmarks.__main__ import default_file; print(default_file('cuda'))") || return
-    [ ! -e "$RESULTS" ] || cp "$RESULTS" "$OUT"
+    local results file
+    results=$(python3 -c "from benchmarks.__main__ import default_file; print(default_file('cuda'))") || return
+    file="$OUT/${results##*/}"
+    [ ! -e "$results" ] || cp "$results" "$file"
     SECONDS=0
     local quick=(--without "naive, compiled" "flex attention" "PyTorch, compiled")
     local gradient=(--what "loss and gradient" --D 128 --dtype bfloat16)
-    all "${gradient[@]}" --C 45 --B 256 --N 1e6
-    all --what update --D 128 --dtype bfloat16 --B 256 --N 1e6
-    all "${gradient[@]}" --C 45 "${quick[@]}"
-    all "${gradient[@]}" --C 2 --B 256 1024 4096 --N 1e6 "${quick[@]}"
-    all --what "training step" --N 1e6
-    all "${gradient[@]}" --C 45 --B 64 256 1024 --N 1e4 1e6 8e6
-    all "${quick[@]}"
-    all
-    cp "$OUT/${RESULTS##*/}" "$RESULTS"
+    all "$file" "${gradient[@]}" --C 45 --B 256 --N 1e6
+    all "$file" --what update --D 128 --dtype bfloat16 --B 256 --N 1e6
+    all "$file" "${gradient[@]}" --C 45 "${quick[@]}"
+    all "$file" "${gradient[@]}" --C 2 --B 256 1024 4096 --N 1e6 "${quick[@]}"
+    all "$file" --what "training step" --N 1e6
+    all "$file" "${gradient[@]}" --C 45 --B 64 256 1024 --N 1e4 1e6 8e6
+    all "$file" "${quick[@]}"
+    all "$file"
+    cp "$file" "$results"
 }
 
 report() {
     for what in targets table; do python3 -m benchmarks "$what" --device cuda >"$OUT/$what.md"; done
     cat "$OUT/targets.md"
-}
-
-tune() {
-    for B in 64 256 1024; do python3 -m benchmarks.tune time "$B" 1e6 128 bfloat16; done
 }
 
 for stage in "$@"; do

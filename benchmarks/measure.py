@@ -86,6 +86,12 @@ def write(rows: pd.DataFrame, path: Path) -> None:
     written.replace(path)
 
 
+def merge(new: pd.DataFrame, path: Path) -> None:
+    """Into the rows of a file, in place of those of the same cases and providers."""
+    parts = [read(path), new] if path.exists() else [new]
+    write(pd.concat(parts, ignore_index=True).drop_duplicates([*CASE, "provider"], keep="last"), path)
+
+
 def measure(
     cases: Iterable[Case],
     chosen: Collection[str],
@@ -105,7 +111,8 @@ def measure(
     start, here = time.monotonic(), machine(device)
     rows = read(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
     for column, value in here.items():
-        if column != "driver" and len(rows) and set(rows[column]) != {value}:  # one machine has several patches of it
+        # One machine has several patches of its driver, and what others compute with at one time and not at another.
+        if column not in ("driver", "libraries") and len(rows) and set(rows[column]) != {value}:
             raise SystemExit(f"{path}: measured with {column} {rows[column].iloc[0]!r}, here it is {value!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     gc.freeze()  # else each of the many collections looks at all that was imported

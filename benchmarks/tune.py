@@ -1,7 +1,7 @@
 """Choose the tile shapes in ntdne_kernels/ops/triton/configs.json.
 
 python -m benchmarks.tune choose [CAPABILITY ...]    into the table, for GPUs that need not be here
-python -m benchmarks.tune time B N D DTYPE           on the GPU that is here: all shapes that fit, the fastest first
+python -m benchmarks.tune time B N D DTYPE           on the GPU that is here: each shape that fits, beside the table's
 
 `choose` takes for each GPU generation, arithmetic, width of D and block of queries the first shape of an order of
 preference that spills no register and fits the shared memory in every variant of the kernel. What `time` finds to be
@@ -12,8 +12,9 @@ Shapes: B queries, N bank rows, D features.
 
 import itertools
 import json
+import math
+import os
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -25,7 +26,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from benchmarks import problems, providers, timing
-from benchmarks.aot import KERNELS, SHARED_LIMIT, Variant, checks, compile_for
+from benchmarks.aot import KERNELS, SHARED_LIMIT, checks, compile_for
 from ntdne_kernels.ops import triton as backend
 from ntdne_kernels.ops.triton import configs
 from ntdne_kernels.ops.triton.configs import Config
@@ -34,6 +35,8 @@ TABLE = Path(configs.__file__).with_name("configs.json")
 CAPABILITIES = (80, 86, 90, 100)  # 89 has what 86 has
 WIDTHS = {"16-bit": (128, 256, 512, 1024), "tf32": (128, 256, 512, 1024), "ieee": (128, 512, 1024), "fp64": (128, 256)}
 BLOCKS = {"16-bit": (16, 64, 128), "tf32": (16, 64, 128), "ieee": (16, 64), "fp64": (16,)}
+ARITHMETIC = {"bfloat16": "16-bit", "float16": "16-bit", "float32": "ieee", "tf32": "tf32"}
+"""By the names of `providers.DTYPES`."""
 ELEMENT_BYTES = {"16-bit": 2, "tf32": 4, "ieee": 4, "fp64": 8}
 
 
@@ -107,30 +110,63 @@ def choose(*capabilities: str) -> None:
 
 
 def time_shapes(B: str, N: str, D: str, dtype: str) -> None:
-    """Of the loss's sums and means, with the classes known beforehand, in all launches that they take."""
+    """Of the loss's sums and means, with the classes known beforehand, in all launches that they take.
+
+    A line for each shape as soon as it is timed, in turns with the table's, and the fastest again in the end. Other
+    processes compile as many as there are processors; while shapes are timed they wait.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with providers.arithmetic(dtype):
+    with providers.arithmetic(dtype), ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         problem = problems.make(int(B), int(float(N)), int(D), 45, providers.DTYPES[dtype], device)
         here = backend.describe(problem.bank.device)
-        arithmetic = backend._arithmetic(problem.bank.dtype)
-        chosen = configs.choose(here, "range", arithmetic, int(D), int(B))
-        shapes = {config[:4]: config for config in (*feasible(here, arithmetic, int(D), dtype), chosen)}
-        calls = {config: partial(sum_with, config, problem) for config in shapes.values()}
-        for config, call in list(calls.items()):
-            try:
-                call()
-            except OutOfResources as error:
-                print(f"{config}: {error}")
-                del calls[config]
-        found, failed = timing.in_turns(calls, device, seconds=0.2)
-    for config, error in failed.items():
-        print(f"{config}: {error}")
-    rate = 4 * int(B) * int(float(N)) * int(D) / 1e12
-    for config, times in sorted(found.items(), key=lambda of: timing.quantiles(of[1].device or of[1].wall)[1]):
-        low, median, high = timing.quantiles(times.device or times.wall)
-        mark = " <- the table's" if config == chosen else ""
-        spread = f"{1e3 * median:9.4f} ms ({1e3 * low:.4f} to {1e3 * high:.4f})"
-        print(f"{spread}, {rate / median:6.1f} TFLOP/s  {config}{mark}")
+        chosen = configs.choose(here, "range", ARITHMETIC[dtype], int(D), int(B))
+        in_table = partial(sum_with, chosen, problem)
+        in_table()
+        print(f"the table's: {chosen}", flush=True)
+        todo = shapes(here, ARITHMETIC[dtype], int(D), chosen)
+        found = []
+        at_once = os.cpu_count() or 1
+        for first in range(0, len(todo), at_once):
+            batch = todo[first : first + at_once]
+            on_small = partial(compiles, B=int(B), D=int(D), dtype=dtype, device=device)
+            for config, why_not in zip(batch, list(pool.map(on_small, batch)), strict=True):
+                if why_not is None:
+                    ratio, text = beside(in_table, partial(sum_with, config, problem), device)
+                    found.append((ratio, f"{text}  {config[:4]}"))
+                print(f"{config[:4]}: {why_not}" if why_not is not None else found[-1][1], flush=True)
+    print("the fastest first", *(line for _, line in sorted(found)[:10]), sep="\n")
+
+
+def beside(in_table: timing.Call, this: timing.Call, device: str) -> tuple[float, str]:
+    """Time over that of the table's shape, in turns with it, and words for it; infinite of one that fails."""
+    try:
+        this()
+        times, failed = timing.in_turns({"table": in_table, "this": this}, device, seconds=0.1)
+    except Exception as error:
+        times, failed = {}, {"this": error}
+    if failed:
+        return math.inf, " ".join(f"{failed}".split())[:200]
+    low, median, high = timing.quantiles(times["this"].device or times["this"].wall)
+    ratio = median / timing.quantiles(times["table"].device or times["table"].wall)[1]
+    return ratio, f"{ratio:.3f} of the table's, {1e3 * median:9.4f} ms ({1e3 * low:.4f} to {1e3 * high:.4f})"
+
+
+def shapes(device: configs.Device, arithmetic: str, D: int, chosen: Config) -> list[Config]:
+    """Candidates with the table's block of queries, then with others; those that may need too much are among them."""
+    width = min(width for width in WIDTHS[arithmetic] if width >= D)
+    blocks = sorted(BLOCKS[arithmetic], key=lambda block: block != chosen.block_b)
+    found = [c for block in blocks for c in candidates("range", device.capability, arithmetic, width, block)]
+    return [config._replace(shared=chosen.shared) for config in found]
+
+
+def compiles(config: Config, B: int, D: int, dtype: str, device: str) -> str | None:
+    """Why a shape does not run on a small bank, or None: then what it compiled is on the disk for all."""
+    try:
+        with providers.arithmetic(dtype):
+            sum_with(config, problems.make(B, max(4096, B), D, 45, providers.DTYPES[dtype], device))
+    except (OutOfResources, RuntimeError) as error:
+        return " ".join(str(error).split())[:100]
+    return None
 
 
 def sum_with(config: Config, problem: problems.Problem) -> Any:
@@ -138,32 +174,6 @@ def sum_with(config: Config, problem: problems.Problem) -> Any:
         classes = problem.classes.tensors()
         given = problem.features.detach(), problem.bank, problem.labels, problem.index, classes
         return backend.log_scores(*given, problems.SIGMA, True)
-
-
-def feasible(device: configs.Device, arithmetic: str, D: int, dtype: str) -> list[Config]:
-    """What neither spills nor needs too much, with the shared memory that it takes."""
-    width = min(width for width in WIDTHS[arithmetic] if width >= D)
-    tried = [
-        c for block in BLOCKS[arithmetic] for c in candidates("range", device.capability, arithmetic, width, block)
-    ]
-    variant = Variant({"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "fp32"), tracked=dtype == "float16")
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # forked ones would share this one's GPU
-        jobs = [
-            pool.submit(compile_for, "range", device.capability, arithmetic, D, config, variant) for config in tried
-        ]
-        used = [_or_none(job.result) for job in jobs]
-    return [
-        config._replace(shared=of.shared)
-        for config, of in zip(tried, used, strict=True)
-        if of is not None and not of.spilled and of.shared <= device.shared
-    ]
-
-
-def _or_none(result: Callable[[], Any]) -> Any:
-    try:
-        return result()
-    except (OutOfResources, RuntimeError):
-        return None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,317 @@
+// A GPU that computes nothing: the parts of the CUDA runtime, the driver and cuBLAS that PyTorch and Triton call for a
+// training step, in one library to be loaded before all others (benchmarks/null_gpu.py builds it and says how).
+//
+// Its memory is the host's, copies are made, and whatever is launched is counted and done at once. PyTorch's dispatcher,
+// its allocator and its autograd thread for the device run as they do on a GPU, and so does Triton's own launcher: what a
+// step takes is the host's part of it, but for the driver's.
+
+#define _GNU_SOURCE
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <malloc.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+// An H200, as its driver describes it
+enum { CAPABILITY_MAJOR = 9, CAPABILITY_MINOR = 0, MULTIPROCESSORS = 132, SHARED = 232448, WARP = 32 };
+static const size_t MEMORY = 8ull << 30;
+
+static atomic_long launches;
+static void (*listener)(const char *name);
+
+void null_gpu_listen(void (*function)(const char *)) { listener = function; }
+long null_gpu_launches(void) { return launches; }
+
+int null_gpu_nothing(void) { return 0; }
+// Without a prototype, which the header would contradict.
+#define NOTHING(name) __asm__(".globl " #name "\n.type " #name ", @function\n.set " #name ", null_gpu_nothing");
+
+static int launched(const char *name) {
+    launches++;
+    if (listener) listener(name);
+    return 0;
+}
+
+static int give(void **out) {
+    static char handle[64];
+    *out = handle;
+    return 0;
+}
+
+// Kernels are registered by the tens of thousands and asked for by a handful: they are found in turn, and then known.
+typedef struct {
+    const void *host;
+    const char *name;
+} Kernel;
+static Kernel *kernels;
+static size_t kernel_count;
+
+static const char *name_of(const void *host) {
+    static __thread const void *last;
+    static __thread const char *last_name;
+    if (!listener) return "";
+    if (last == host) return last_name;
+    for (size_t i = 0; i < kernel_count; i++)
+        if (kernels[i].host == host) {
+            last = host;
+            return last_name = kernels[i].name;
+        }
+    return "?";
+}
+
+void **__cudaRegisterFatBinary(void *binary) {
+    static void *handle;
+    return &handle;
+}
+
+void __cudaRegisterFunction(void **binary, const char *host, char *device, const char *name, int limit, uint3 *t,
+                            uint3 *b, dim3 *bd, dim3 *gd, int *warps) {
+    if ((kernel_count & (kernel_count - 1)) == 0)
+        kernels = realloc(kernels, (kernel_count ? 2 * kernel_count : 1) * sizeof(Kernel));
+    kernels[kernel_count++] = (Kernel){host, name};
+}
+
+// What <<<grid, block>>> becomes
+static __thread struct {
+    dim3 grid, block;
+    size_t shared;
+    void *stream;
+} configured;
+
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, struct CUstream_st *stream) {
+    configured.grid = grid, configured.block = block, configured.shared = shared, configured.stream = stream;
+    return 0;
+}
+
+cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, void *stream) {
+    *grid = configured.grid, *block = configured.block, *shared = configured.shared;
+    *(void **)stream = configured.stream;
+    return 0;
+}
+
+cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *host) {
+    *kernel = (cudaKernel_t)host;
+    return 0;
+}
+
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 g, dim3 b, void **args, size_t shared, cudaStream_t s) {
+    return launched(name_of(kernel));
+}
+
+cudaError_t cudaLaunchKernel(const void *host, dim3 g, dim3 b, void **args, size_t shared, cudaStream_t s) {
+    return launched(name_of(host));
+}
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *host, void **args) {
+    return launched(name_of(host));
+}
+
+// The device
+cudaError_t cudaGetDeviceCount(int *count) { return *count = 1, 0; }
+cudaError_t cudaGetDevice(int *device) { return *device = 0, 0; }
+cudaError_t cudaDriverGetVersion(int *version) { return *version = CUDA_VERSION, 0; }
+cudaError_t cudaRuntimeGetVersion(int *version) { return *version = CUDA_VERSION, 0; }
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { return *least = 0, *greatest = -5, 0; }
+cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) { return *can = 0, 0; }
+cudaError_t cudaMemGetInfo(size_t *free, size_t *total) { return *free = *total = MEMORY, 0; }
+
+cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
+    memset(p, 0, sizeof *p);
+    strcpy(p->name, "no GPU");
+    p->major = CAPABILITY_MAJOR, p->minor = CAPABILITY_MINOR, p->multiProcessorCount = MULTIPROCESSORS;
+    p->totalGlobalMem = MEMORY, p->sharedMemPerBlock = 49152, p->sharedMemPerBlockOptin = SHARED;
+    p->sharedMemPerMultiprocessor = SHARED + 1024, p->regsPerBlock = p->regsPerMultiprocessor = 65536;
+    p->warpSize = WARP, p->maxThreadsPerBlock = 1024, p->maxThreadsPerMultiProcessor = 2048;
+    p->maxBlocksPerMultiProcessor = 32, p->l2CacheSize = 60 << 20, p->memoryBusWidth = 6144;
+    p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024, p->maxThreadsDim[2] = 64;
+    p->maxGridSize[0] = 0x7fffffff, p->maxGridSize[1] = p->maxGridSize[2] = 65535;
+    p->unifiedAddressing = p->concurrentKernels = p->managedMemory = 1, p->textureAlignment = 512;
+    return 0;
+}
+
+static int attribute(int which) {
+    switch (which) {  // the runtime's numbers are the driver's
+        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: return CAPABILITY_MAJOR;
+        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: return CAPABILITY_MINOR;
+        case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: return MULTIPROCESSORS;
+        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: return SHARED;
+        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: return SHARED + 1024;
+        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK: return 49152;
+        case CU_DEVICE_ATTRIBUTE_WARP_SIZE: return WARP;
+        case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: return 65536;
+        case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: return 1024;
+        case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X: return 0x7fffffff;
+        case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y: return 65535;
+        case CU_DEVICE_ATTRIBUTE_TENSOR_MAP_ACCESS_SUPPORTED: return 1;
+        default: return 1;
+    }
+}
+
+cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr which, int device) {
+    return *value = attribute(which), 0;
+}
+
+cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *host) {
+    memset(a, 0, sizeof *a);
+    a->maxThreadsPerBlock = 1024, a->numRegs = 32, a->maxDynamicSharedSizeBytes = 49152;
+    a->binaryVersion = a->ptxVersion = 10 * CAPABILITY_MAJOR + CAPABILITY_MINOR;
+    return 0;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *f, int size, size_t shared,
+                                                                   unsigned flags) {
+    return *blocks = 2, 0;
+}
+
+// Memory: zeros, as no kernel writes
+static void *allocate(size_t size) {
+    void *memory = NULL;
+    if (posix_memalign(&memory, 512, size ? size : 1)) return NULL;
+    return memset(memory, 0, size);
+}
+
+cudaError_t cudaMalloc(void **memory, size_t size) {
+    return (*memory = allocate(size)) ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+cudaError_t cudaHostAlloc(void **memory, size_t size, unsigned flags) { return cudaMalloc(memory, size); }
+cudaError_t cudaFree(void *memory) { return free(memory), 0; }
+cudaError_t cudaFreeHost(void *memory) { return free(memory), 0; }
+
+// Between host and device alone: elsewhere are zeros.
+static int copy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
+    if (kind != cudaMemcpyDeviceToDevice) memmove(to, from, size);
+    return launched("copy");
+}
+
+cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
+    return copy(to, from, size, kind);
+}
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t s) {
+    return copy(to, from, size, kind);
+}
+cudaError_t cudaMemset(void *to, int value, size_t size) { return launched("fill"); }
+cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t s) { return launched("fill"); }
+
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *memory) {
+    memset(a, 0, sizeof *a);
+    a->type = cudaMemoryTypeDevice, a->devicePointer = a->hostPointer = (void *)memory;
+    return 0;
+}
+
+// Streams and events
+cudaError_t cudaStreamCreate(cudaStream_t *s) { return give((void **)s); }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) { return give((void **)s); }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int priority) { return give((void **)s); }
+cudaError_t cudaStreamGetPriority(cudaStream_t s, int *priority) { return *priority = 0, 0; }
+cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *status) {
+    return *status = cudaStreamCaptureStatusNone, 0;
+}
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id,
+                                     cudaGraph_t *graph, const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges,
+                                     size_t *count) {
+    return *status = cudaStreamCaptureStatusNone, 0;
+}
+cudaError_t cudaEventCreate(cudaEvent_t *e) { return give((void **)e); }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags) { return give((void **)e); }
+cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {
+    return *milliseconds = 0.001f, 0;
+}
+
+const char *cudaGetErrorName(cudaError_t error) { return "an error of no GPU"; }
+const char *cudaGetErrorString(cudaError_t error) { return "an error of no GPU"; }
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
+                                             unsigned long long flags, enum cudaDriverEntryPointQueryResult *found) {
+    *function = dlsym(RTLD_DEFAULT, name);
+    if (!*function) *function = (void *)null_gpu_nothing;
+    if (found) *found = cudaDriverEntryPointSuccess;
+    return 0;
+}
+
+NOTHING(__cudaRegisterFatBinaryEnd)
+NOTHING(__cudaUnregisterFatBinary)
+NOTHING(__cudaRegisterVar)
+NOTHING(cudaDeviceEnablePeerAccess)
+NOTHING(cudaDeviceSynchronize)
+NOTHING(cudaEventDestroy)
+NOTHING(cudaEventQuery)
+NOTHING(cudaEventRecord)
+NOTHING(cudaEventRecordWithFlags)
+NOTHING(cudaEventSynchronize)
+NOTHING(cudaFuncSetAttribute)
+NOTHING(cudaGetLastError)
+NOTHING(cudaPeekAtLastError)
+NOTHING(cudaProfilerStart)
+NOTHING(cudaProfilerStop)
+NOTHING(cudaSetDevice)
+NOTHING(cudaStreamDestroy)
+NOTHING(cudaStreamQuery)
+NOTHING(cudaStreamSynchronize)
+NOTHING(cudaStreamWaitEvent)
+NOTHING(cudaThreadExchangeStreamCaptureMode)
+
+// The driver, as Triton's launcher calls it
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = 0, 0; }
+CUresult cuDeviceGetCount(int *count) { return *count = 1, 0; }
+CUresult cuDriverGetVersion(int *version) { return *version = CUDA_VERSION, 0; }
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute which, CUdevice device) {
+    return *value = attribute(which), 0;
+}
+CUresult cuCtxGetCurrent(CUcontext *context) { return give((void **)context); }
+CUresult cuCtxGetDevice(CUdevice *device) { return *device = 0, 0; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { return give((void **)context); }
+CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
+    return *flags = 0, *active = 1, 0;
+}
+CUresult cuModuleLoad(CUmodule *module, const char *file) { return give((void **)module); }
+CUresult cuModuleLoadData(CUmodule *module, const void *image) { return give((void **)module); }
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
+    return *function = (CUfunction)strdup(name), 0;  // for as long as the process lives
+}
+CUresult cuFuncGetAttribute(int *value, CUfunction_attribute which, CUfunction function) {
+    return *value = which == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0, 0;
+}
+CUresult cuPointerGetAttribute(void *value, CUpointer_attribute which, CUdeviceptr pointer) {
+    return *(CUdeviceptr *)value = pointer, 0;
+}
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
+    return launched((const char *)function);
+}
+CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                        unsigned bz, unsigned shared, CUstream stream, void **parameters, void **extra) {
+    return launched((const char *)function);
+}
+CUresult cuGetErrorString(CUresult error, const char **text) { return *text = "an error of no GPU", 0; }
+CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { return *value = 0, 0; }
+NOTHING(cuInit)
+NOTHING(cuCtxSetCurrent)
+NOTHING(cuCtxSetLimit)
+NOTHING(cuFuncSetAttribute)
+NOTHING(cuFuncSetCacheConfig)
+NOTHING(cuModuleUnload)
+NOTHING(cuOccupancyMaxActiveClusters)
+NOTHING(cuTensorMapEncodeTiled)
+NOTHING(cuTensorMapEncodeIm2col)
+
+// cuBLAS, for what others launch
+#define PRODUCT(name) \
+    int name(void) { return launched(#name); }
+int cublasCreate_v2(void **handle) { return give(handle); }
+int cublasGetMathMode(void *handle, int *mode) { return *mode = 0, 0; }
+int cublasGetPointerMode_v2(void *handle, int *mode) { return *mode = 0, 0; }
+NOTHING(cublasDestroy_v2)
+NOTHING(cublasSetMathMode)
+NOTHING(cublasSetPointerMode_v2)
+NOTHING(cublasSetStream_v2)
+NOTHING(cublasSetWorkspace_v2)
+PRODUCT(cublasGemmEx)
+PRODUCT(cublasSgemm_v2)
+PRODUCT(cublasDotEx)
+PRODUCT(cublasSdot_v2)
+PRODUCT(cublasLtMatmul)
+int cublasLtMatmulAlgoGetHeuristic(void *handle, void *product, void *a, void *b, void *c, void *d, void *preference,
+                                   int asked, void *algorithms, int *found) {
+    return *found = 1, 0;
+}
