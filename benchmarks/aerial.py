@@ -403,19 +403,33 @@ def carry_out(plan: Plan, runs: list[Run], jobs: int) -> int:
     failures = []
     if missing:
         with get_context("spawn").Pool(min(jobs, len(missing))) as pool:
-            for failure in pool.imap_unordered(partial(train, plan=plan), missing):
-                failures += [failure] if failure else []
+            failures = list(filter(None, pool.imap_unordered(partial(train, plan=plan), missing)))
     table(row for row in read(plan.output) if key(row) in chosen)
-    print(*failures, sep="\n", file=sys.stderr)
+    for failure in failures:
+        print(f"aerial: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
-def method(text: str) -> tuple[str, float | None]:
-    """NAME or NAME@RATE."""
-    name, _, lr = text.partition("@")
-    if name not in METHODS or (lr and not float(lr) > 0):
+def rate(text: str) -> float:
+    found = float(text)
+    if not 0 < found < math.inf:
         raise ValueError
-    return name, float(lr) if lr else None
+    return found
+
+
+def count(text: str) -> int:
+    found = int(text)
+    if found < 1:
+        raise ValueError
+    return found
+
+
+def method(text: str) -> tuple[str, float | None]:
+    """NAME or NAME@LR."""
+    name, at, lr = text.partition("@")
+    if name not in METHODS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(METHODS)}, got {name!r}")
+    return name, rate(lr) if at else None
 
 
 def parse() -> argparse.Namespace:
@@ -432,9 +446,9 @@ def parse() -> argparse.Namespace:
         metavar="NAME[@LR]",
         help=f"in this order, with a learning rate of their own if given: {', '.join(METHODS)}; all",
     )
-    parser.add_argument("--lr", type=float, default=0.1, help="learning rate, the highest of one cycle (0.1)")
+    parser.add_argument("--lr", type=rate, default=0.1, help="learning rate, the highest of one cycle (0.1)")
     parser.add_argument("--epochs", type=int, default=100, help="(100)")
-    parser.add_argument("--every", type=int, default=10, metavar="EPOCHS", help="between evaluations (10)")
+    parser.add_argument("--every", type=count, default=10, metavar="EPOCHS", help="between evaluations (10)")
     parser.add_argument("--batch-size", type=int, default=256, help="(256)")
     parser.add_argument("--encoder", choices=("resnet18", "resnet50", "small"), default="resnet18", help="(resnet18)")
     parser.add_argument("--image-size", type=int, default=64, help="pixels (64)")
@@ -445,7 +459,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of split, noise, first weights and batches (0)")
     gpu = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="methods that train side by side (1)")
+    parser.add_argument("--jobs", type=count, default=1, help="methods that train side by side (1)")
     parser.add_argument("--reference", action="store_true", help="losses with a bank in b×N PyTorch, without kernels")
     parser.add_argument("--cache", type=Path, help="folder for decoded images (default: in the user's cache folder)")
     return parser.parse_args()
