@@ -66,9 +66,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     decode = module._decode
 
-    def noting(path: str, image_size: int) -> object:
+    def noting(path: str, **how: object) -> object:
         names.append(Path(path).name)
-        return decode(path, image_size)
+        return decode(path, **how)
 
     monkeypatch.setattr(module, "_decode", noting)
     return names
@@ -91,7 +91,6 @@ def test_a_folder_is_read_class_by_class_and_file_by_file_in_the_order_of_names(
         write_image(tmp_path / "scenes" / name)
     (tmp_path / "scenes" / "SOURCE.md").touch()
     (tmp_path / "scenes" / "Beach" / "notes.txt").touch()
-    (tmp_path / "scenes" / ".ipynb_checkpoints").mkdir()
     archive = open_archive(str(tmp_path / "scenes"), 4, cache=cache)
     assert archive.name == "scenes"
     assert archive.classes == ["Beach", "bridge"]
@@ -221,12 +220,12 @@ def spoil(path: Path, how: str) -> str:
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
         path.write_bytes(path.read_bytes()[:1000])
         return "image file is truncated"
-    assert how == "16-bit"
-    Image.fromarray(np.full((4, 4), 3000, np.uint16)).save(path)
-    return "pixels of more than 8 bits (Pillow's mode I;16)"
+    assert how == "deep"
+    path.write_bytes(b"P6 4 2 65535\n" + bytes(48))
+    return "Pillow would keep 8 of the 16 bits; PNG and TIFF are read whole (3 bands of 16 bits, 4 × 2 pixels)"
 
 
-@pytest.mark.parametrize("how", ["text", "empty", "dangling", "truncated", "16-bit"])
+@pytest.mark.parametrize("how", ["text", "empty", "dangling", "truncated", "deep"])
 def test_an_unreadable_file_is_named_or_left_out_and_counted(folder, cache, how):
     path = folder / "Forest" / "1.png"
     reason = spoil(path, how)
@@ -267,7 +266,7 @@ def test_the_cache_remembers_unreadable_files(folder, cache, decoded):
 
 def test_a_file_that_has_become_readable_without_a_change_is_read(folder, cache, monkeypatch):
     decode = module._decode
-    failing = lambda path, image_size: "Input/output error" if "Forest/1" in path else decode(path, image_size)  # noqa: E731
+    failing = lambda path, **how: "Input/output error" if "Forest/1" in path else decode(path, **how)  # noqa: E731
     with monkeypatch.context() as broken:
         broken.setattr(module, "_decode", failing)
         assert "Input/output error" in complaint(str(folder), 4, cache=cache)
@@ -324,7 +323,7 @@ def test_the_cache_is_in_the_users_cache_folder_unless_named(folder, tmp_path, m
 
 
 def test_an_interrupted_decoding_leaves_nothing_behind(folder, cache, monkeypatch):
-    def interrupted(path: str, image_size: int) -> object:
+    def interrupted(path: str, **how: object) -> object:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -338,8 +337,8 @@ def test_an_interrupted_decoding_leaves_nothing_behind(folder, cache, monkeypatc
 def test_a_process_killed_half_way_leaves_no_broken_cache(folder, cache):
     rows = module._decode_all
 
-    def killed(paths: list[str], image_size: int) -> object:
-        for i, row in enumerate(rows(paths, image_size)):
+    def killed(paths: list[str], look: object) -> object:
+        for i, row in enumerate(rows(paths, look)):
             if i == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield row
@@ -364,11 +363,11 @@ def test_processes_that_open_an_archive_together_decode_it_once(folder, cache, t
     def open_and_log() -> None:
         decode = module._decode
 
-        def noting(path: str, image_size: int) -> object:
+        def noting(path: str, **how: object) -> object:
             with open(log, "a") as file:
                 file.write(f"{path}\n")
             time.sleep(0.1)  # so that without a lock all would be decoding
-            return decode(path, image_size)
+            return decode(path, **how)
 
         module._decode = noting
         assert len(open_archive(str(folder), 4, cache=cache).images) == 7
