@@ -81,11 +81,9 @@ class Archive:
         if not self.left_out:
             return ""
         counts = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
-        kinds = [
-            f"{count} {suffix}" + (f" (needs {PLUGINS[suffix]})" if suffix in PLUGINS else "")
-            for suffix, count in counts
-        ]
-        return f"{self.name}: files that are no images by their suffix or place: {', '.join(kinds)}"
+        kinds = [f"{n} {suffix}" + (f" (needs {PLUGINS[suffix]})" if suffix in PLUGINS else "") for suffix, n in counts]
+        line = f"{self.name}: files that are no images by their suffix or place: {', '.join(kinds)}"
+        return line.encode(errors="backslashreplace").decode()  # a name may be any bytes
 
 
 @dataclass(frozen=True)
@@ -250,7 +248,7 @@ def _folder(
         files += images
         labels += [label] * len(images)
     if files and classes is None and not nested:
-        _check_levels(folder, name, kept, files)
+        _check_levels(folder, kept, files)
     paths = [str(folder / file) for file in files]
     return _Source(
         name,
@@ -311,7 +309,7 @@ def _leads_up(path: str) -> bool:
     return os.path.islink(path) and holder.is_relative_to(os.path.realpath(path))
 
 
-def _check_levels(folder: Path, name: str, classes: list[str], files: list[str]) -> None:
+def _check_levels(folder: Path, classes: list[str], files: list[str]) -> None:
     """ArchiveError where the folders are not the classes, but the parts of a set, say, with the classes below."""
     depths: dict[str, set[str]] = {}  # of each class, the folders below that hold its images
     for file in files:
@@ -319,13 +317,17 @@ def _check_levels(folder: Path, name: str, classes: list[str], files: list[str])
         depths.setdefault(top, set()).add(below[0] if below else "")
     nested = [top for top, below in depths.items() if "" not in below]
     parts = [each for each in classes if each.casefold() in PARTS]
-    if not (len(nested) == len(depths) or set(nested) & set(parts) or len(parts) == len(classes)):
+    if len(nested) == len(depths) or len(parts) == len(classes):
+        wrong = list(depths)
+    else:
+        wrong = [top for top in nested if top in parts]
+    if not wrong:
         return
-    seen = [f"{top}/{each}".rstrip("/") for top in depths for each in sorted(depths[top])]
+    seen = [f"{top}/{each}".rstrip("/") for top in wrong for each in sorted(depths[top])]
     shown = ", ".join(seen[:SHOWN]) + (f" and {len(seen) - SHOWN} more" if len(seen) > SHOWN else "")
     raise ArchiveError(
         f"{folder} has images in {shown}: expected a folder for each class, and the images in these; name one "
-        f"part of the set, as {folder / (nested or parts)[0]}, or, if they are the classes, say so: --classes "
+        f"part of the set, as {folder / wrong[0]}, or, if they are the classes, say so: --classes "
         f"{' '.join(classes)}"
     )
 

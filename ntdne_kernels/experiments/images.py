@@ -5,6 +5,7 @@ Shapes: H × W pixels of B bands.
 
 import importlib
 import io
+import json
 import math
 import struct
 import threading
@@ -217,7 +218,22 @@ def _tiff_kind(pages: list[ImageFileDirectory_v2]) -> tuple[_Kind, bool]:
     numbers = set(tags.get(339, (1,)))  # 1: unsigned, 2: signed, 3: floats
     deep_grey = samples == 1 and tags.get(262, 1) == 1 and (bits, *numbers) in {(16, 1), (16, 2), (32, 2), (32, 3)}
     shallow = (bits <= 8 and numbers == {1}) or deep_grey
+    if bands_last := _rows_as_pages(pages):
+        height, width, bands = bands_last
+        return _Kind(bands, bits, width, height), False
     return _Kind(samples * len(pages), bits, tags[256], tags[257]), len(pages) == 1 and complete and shallow
+
+
+def _rows_as_pages(pages: list[ImageFileDirectory_v2]) -> list[int]:
+    """(H, W, B) of an array that tifffile wrote as H pages, as it does unless told of the bands; [] of other files.
+
+    It notes the shape of what it was given; where the last axis is the shortest, that is the bands.
+    """
+    try:
+        shape: list[int] = json.loads(pages[0].get(270, ""))["shape"]
+    except (ValueError, TypeError, LookupError):
+        return []
+    return shape if len(pages) > 1 and len(shape) == 3 and shape[2] < min(shape[:2]) else []
 
 
 def _jpeg2000(data: bytes) -> int:
@@ -262,7 +278,10 @@ def _by_tifffile(data: bytes, kind: _Kind, tags: ImageFileDirectory_v2) -> _Samp
     with TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
         pixels, axes = series.asarray(squeeze=False), series.get_axes(squeeze=False)
-    pixels = np.moveaxis(pixels, (axes.index("Y"), axes.index("X")), (0, 1))
+    if (kind.height, kind.width) == (tags[257], tags[256]):
+        pixels = np.moveaxis(pixels, (axes.index("Y"), axes.index("X")), (0, 1))
+    else:
+        pixels = pixels.reshape(kind.height, kind.width, kind.bands)
     others = [n for n in pixels.shape[2:] if n > 1]
     if len(others) > 1:
         raise ValueError(f"a stack of {math.prod(others) // tags.get(277, 1)} pages of {tags.get(277, 1)} bands")

@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 from ntdne_kernels.experiments.images import Unreadable, as_picture, decode, resized, suffixes
 
 RNG = np.random.default_rng(0)
-DEEP = RNG.integers(0, 3000, (6, 9, 13), np.uint16)  # of a camera of 12 bits, as most are
-SHALLOW = RNG.integers(0, 256, (6, 9, 13), np.uint8)
+DEEP = RNG.integers(0, 3000, (16, 19, 13), np.uint16)  # of a camera of 12 bits, as most are
+SHALLOW = RNG.integers(0, 256, (16, 19, 13), np.uint8)
 NO_DATA = 42113
 
 
@@ -70,7 +70,7 @@ def test_grey_of_16_bits_is_three_equal_bands_of_every_level(tmp_path, suffix):
     if suffix == "tif":
         tifffile.imwrite(path, grey)
     elif suffix == "pgm":
-        path.write_bytes(b"P5 9 6 65535\n" + grey.astype(">u2").tobytes())
+        path.write_bytes(b"P5 19 16 65535\n" + grey.astype(">u2").tobytes())
     elif suffix == "jp2":
         path.write_bytes(imagecodecs.jpeg2k_encode(np.ascontiguousarray(grey), level=0, reversible=True))
     else:
@@ -184,8 +184,9 @@ def test_any_number_of_bands_is_read_however_they_are_stored(tmp_path, bands, pi
     pixels = pixels[..., :bands]
     planes = pixels.transpose(2, 0, 1)
     ways = [tiff(tmp_path / "contig.tif", pixels), tiff(tmp_path / "planes.tif", planes, planarconfig="separate")]
-    ways.append(tmp_path / "pages.tif")
-    tifffile.imwrite(ways[-1], planes, photometric="minisblack")
+    for name, array in (("pages.tif", planes), ("rows.tif", pixels)):
+        ways.append(tmp_path / name)
+        tifffile.imwrite(ways[-1], array, photometric="minisblack")  # a page for each plane, or row
     if bands > 3:
         extra = ["unspecified"] * (bands - 3)
         ways.append(tiff(tmp_path / "rgb.tif", pixels, photometric="rgb", extrasamples=extra))
@@ -211,7 +212,7 @@ def test_bands_are_chosen_as_they_are_stored(tmp_path):
     path = tiff(tmp_path / "a.tif", DEEP)
     assert np.array_equal(decode(path, (4, 3, 2)), DEEP[..., [3, 2, 1]])
     assert np.array_equal(decode(path, (13,)), DEEP[..., 12:])
-    assert said(path, (4, 14)) == "there is no band 14 (13 bands of 16 bits, 9 × 6 pixels)"
+    assert said(path, (4, 14)) == "there is no band 14 (13 bands of 16 bits, 19 × 16 pixels)"
     Image.fromarray(SHALLOW[..., :4]).save(tmp_path / "a.png")  # near infrared that calls itself transparency
     assert np.array_equal(decode(tmp_path / "a.png", (4, 1)), SHALLOW[..., [3, 0]])
     Image.fromarray(SHALLOW[..., 0]).save(tmp_path / "grey.png")
@@ -237,8 +238,8 @@ def test_files_of_every_suffix_are_read(tmp_path, suffix):
 
 def test_what_cannot_be_read_says_what_it_is(tmp_path):
     path = tiff(tmp_path / "cut.tif", DEEP)
-    path.write_bytes(path.read_bytes()[:1500])
-    assert said(path).endswith("(13 bands of 16 bits, 9 × 6 pixels)")
+    path.write_bytes(path.read_bytes()[:2500])
+    assert said(path).endswith("(13 bands of 16 bits, 19 × 16 pixels)")
     assert "complex numbers" in said(tiff(tmp_path / "complex.tif", DEEP[..., :5].astype(np.complex64)))
     tifffile.imwrite(tmp_path / "stack.tif", DEEP[None, ..., :3].repeat(2, axis=0), photometric="rgb")
     assert said(tmp_path / "stack.tif").startswith("a stack of 2 pages of 3 bands (6 bands of 16 bits, ")
@@ -265,18 +266,18 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, module, name):
     (tmp_path / "a.jp2").write_bytes(imagecodecs.jpeg2k_encode(DEEP[..., :3].copy(), level=0))
     monkeypatch.setitem(sys.modules, module, None)
     assert said(tmp_path / name) == (
-        f"3 bands of 16 bits, 9 × 6 pixels, to read which needs {module}: pip install 'ntdne_kernels[geo]'"
+        f"3 bands of 16 bits, 19 × 16 pixels, to read which needs {module}: pip install 'ntdne_kernels[geo]'"
     )
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.tif", compression="tiff_lzw")
     assert decode(tmp_path / "plain.tif").shape == (4, 4, 3)
 
 
 def test_the_limit_of_pixels_is_ours_and_can_be_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's, of which 54 pixels would be an error
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's, of which 304 pixels would be an error
     Image.fromarray(SHALLOW[..., :3]).save(tmp_path / "a.png")
     for path in (tmp_path / "a.png", tiff(tmp_path / "a.tif", DEEP)):
-        assert "9 × 6 pixels, more than the 53 pixels that --max-pixels admits" in said(path, max_pixels=53)
-        assert decode(path, max_pixels=54).shape[:2] == (6, 9)
+        assert "19 × 16 pixels, more than the 303 pixels that --max-pixels admits" in said(path, max_pixels=303)
+        assert decode(path, max_pixels=304).shape[:2] == (16, 19)
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
