@@ -231,7 +231,9 @@ def _folder(
     except OSError as error:
         raise ArchiveError(f"{folder}: {error.strerror}; {KNOWN_SOURCES}") from None
     known = [
-        entry.name for entry in entries if entry.is_dir() and not _technical(entry.name) and not _leads_up(entry.path)
+        entry.name
+        for entry in entries
+        if entry.is_dir() and not _technical(entry.name) and not folder.is_relative_to(os.path.realpath(entry.path))
     ]
     if not known:
         raise ArchiveError(f"{folder}: no class folders; {KNOWN_SOURCES}")
@@ -274,7 +276,7 @@ def _suffix(file: str) -> str:
 def _files_of_classes(root: Path, classes: list[str]) -> list[list[str]]:
     """For each class its visible files at any depth, relative to the root, in the order of their names.
 
-    Real folders come first: what a link leads to may be among them.
+    Real folders come first, then what links lead to, and each once.
     """
     found: dict[str, list[str]] = {each: [] for each in classes}
     owners: dict[str, str] = {}  # of the real folders that were visited
@@ -297,16 +299,16 @@ def _files_of_classes(root: Path, classes: list[str]) -> list[list[str]]:
     for each in classes:
         visit(str(root / each), each)
     for link, owner in links:  # which grow on the way
-        real = os.path.realpath(link)
-        if not _leads_up(link) and not (real in owners and Path(real).is_relative_to(root)):
+        if not _leads_back(link, root):
             visit(link, owner)
     return [sorted(found[each], key=os.path.split) for each in classes]
 
 
-def _leads_up(path: str) -> bool:
-    """Whether a link leads to a folder that holds it."""
-    holder = Path(os.path.realpath(os.path.dirname(path)))
-    return os.path.islink(path) and holder.is_relative_to(os.path.realpath(path))
+def _leads_back(link: str, root: Path) -> bool:
+    """Whether a link leads to a folder that holds it or the archive, or that the archive has under its own name."""
+    real, holder = (Path(os.path.realpath(each)) for each in (link, os.path.dirname(link)))
+    own = real.is_relative_to(root) and not any(map(_technical, real.relative_to(root).parts))
+    return own or holder.is_relative_to(real) or root.is_relative_to(real)
 
 
 def _check_levels(folder: Path, classes: list[str], files: list[str]) -> None:

@@ -100,6 +100,8 @@ def decode(path: str | Path, bands: Sequence[int] = (), max_pixels: int = MAX_PI
     try:
         samples = read()
         pixels = _upright(_plain_type(samples.pixels), samples.orientation)
+    except UnidentifiedImageError:
+        raise Unreadable(f"not an image that Pillow can read ({kind})") from None
     except ImportError as error:
         raise Unreadable(f"{kind}, to read which needs {error.name}: pip install 'ntdne_kernels[geo]'") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, and more
@@ -151,15 +153,15 @@ def _identify(data: bytes, smallest: int) -> tuple[_Kind, Callable[[], _Samples]
         kind, whole = _tiff_kind(pages)
         if not whole:
             return kind, partial(_by_tifffile, data, kind, pages[0])
-        return kind, partial(_by_pillow, _open(data), smallest, pages[0].get(NO_DATA))
+        return kind, lambda: _by_pillow(_open(data), smallest, pages[0].get(NO_DATA))
     if (at := _jpeg2000(data)) >= 0:
         kind = _jpeg2000_kind(data, at)
         if kind.bands > 4 or (kind.bands > 1 and kind.bits > 8):
             return kind, partial(_jpeg2000_by_imagecodecs, data, kind)
-        return kind, partial(_by_pillow, _open(data), smallest)
+        return kind, lambda: _by_pillow(_open(data), smallest)
     image = _open(data)
     kind = _Kind(len(image.getbands()), _bits(image), *image.size)
-    if image.format == "PNG" and kind.bits == 16:
+    if image.format == "PNG" and kind.bits == 16 and (image.mode != "I;16" or image.has_transparency_data):
         return kind, partial(_png_by_imagecodecs, data, image)
     if kind.bits > 8 and image.mode[0] not in "IF":
         return kind, partial(_by_nobody, kind)
@@ -260,14 +262,14 @@ def _by_pillow(image: Image.Image, smallest: int, no_data: str | None = None) ->
     if image.mode[0] in "IF":
         pixels = np.asarray(image)[..., None]
         deep = pixels.astype(np.uint16) if image.format == "PPM" and image.mode == "I" else pixels
-        return _Samples(_without_no_data(deep, no_data), 0, image.getexif().get(ORIENTATION, 1))
+        return _Samples(_without_no_data(deep, no_data), 0, _orientation(image))
     if image.has_transparency_data:
         mode = "LA" if image.mode in ("L", "LA", "La") and "transparency" not in image.info else "RGBA"
     else:
         mode = "L" if image.mode in ("1", "L") else "RGB"
     pixels = np.asarray(image.convert(mode))
     pixels = _without_no_data(pixels[..., None] if pixels.ndim == 2 else pixels, no_data)
-    return _Samples(pixels, 2 if mode.endswith("A") else 0, image.getexif().get(ORIENTATION, 1))
+    return _Samples(pixels, 2 if mode.endswith("A") else 0, _orientation(image))
 
 
 def _by_tifffile(data: bytes, kind: _Kind, tags: ImageFileDirectory_v2) -> _Samples:
@@ -293,13 +295,20 @@ def _by_tifffile(data: bytes, kind: _Kind, tags: ImageFileDirectory_v2) -> _Samp
     return _Samples(pixels, alpha if alpha in (1, 2) else 0, tags.get(ORIENTATION, 1))
 
 
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # a broken EXIF, for which Pillow has many exceptions, spoils no picture
+        return 1
+
+
 def _png_by_imagecodecs(data: bytes, image: Image.Image) -> _Samples:
-    """A PNG of 16 bits, of which Pillow keeps 8 unless it is grey."""
+    """A PNG of 16 bits, of which Pillow keeps 8 unless it is grey and opaque."""
     from imagecodecs import png_decode
 
     pixels = png_decode(data)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    return _Samples(pixels, 2 if pixels.shape[-1] in (2, 4) else 0, image.getexif().get(ORIENTATION, 1))
+    return _Samples(pixels, 2 if pixels.shape[-1] in (2, 4) else 0, _orientation(image))
 
 
 def _jpeg2000_by_imagecodecs(data: bytes, kind: _Kind) -> _Samples:

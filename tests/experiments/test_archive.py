@@ -185,12 +185,29 @@ def test_a_class_that_is_a_link_to_the_archive_is_none(folder, cache):
 def test_links_to_folders_elsewhere_are_followed_once(folder, cache, tmp_path):
     write_archive(tmp_path / "elsewhere", {"Desert": 3, "more": 2})
     (tmp_path / "elsewhere" / "more" / "back").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "more" / "the archive").symlink_to(folder)
+    (tmp_path / "elsewhere" / "more" / "a class").symlink_to(folder / "Forest")
+    write_image(folder / "loose.png")
     (folder / "Desert").symlink_to(tmp_path / "elsewhere" / "Desert")
     for name in ("more", "once more"):
         (folder / "Beach" / name).symlink_to(tmp_path / "elsewhere" / "more")
     archive = open_archive(str(folder), 4, cache=cache)
     assert archive.labels.tolist() == [0] * 5 + [1] * 3 + [2] * 4
     assert archive.files[3:5] == ["Beach/more/0.png", "Beach/more/1.png"]
+    some = open_archive(str(folder), 4, cache=cache, classes=["Beach", "Desert"])
+    assert some.labels.tolist() == [0] * 5 + [1] * 3
+
+
+def test_classes_may_be_links_to_a_hidden_store(folder, cache):
+    (folder / ".store").mkdir()
+    for name in ("Beach", "Forest"):
+        (folder / name).rename(folder / ".store" / name)
+        (folder / name).symlink_to(folder / ".store" / name)
+    (folder / ".store" / "Beach" / "back").symlink_to(folder / "Forest")
+    message = complaint(str(folder), 4, cache=cache)
+    assert "/.store/Forest is in two classes, Forest and Beach, by a link" in message
+    (folder / ".store" / "Beach" / "back").unlink()
+    assert open_archive(str(folder), 4, cache=cache).files[0] == "Beach/0.png"
 
 
 def test_a_folder_in_two_classes_is_refused(folder, cache, tmp_path):

@@ -5,6 +5,7 @@ import io
 import struct
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import imagecodecs
@@ -132,6 +133,11 @@ def test_images_are_upright(tmp_path, orientation):
     assert np.array_equal(decode(tmp_path / "deep.tif"), 257 * upright.astype(np.uint16))
 
 
+def test_a_broken_exif_spoils_no_picture(tmp_path):
+    Image.new("RGB", (8, 4), (200, 100, 50)).save(tmp_path / "a.jpg", exif=b"Exif\0\0no such thing")
+    assert decode(tmp_path / "a.jpg").shape == (4, 8, 3)
+
+
 # Transparency
 
 
@@ -162,6 +168,19 @@ def test_transparency_is_laid_over_black(tmp_path, kind):
     found = decode(path)
     assert found.shape == (1, 4, 3)
     assert np.allclose(found[0], expected[:, None] * (257 if deep else 1), atol=130 if deep else 0)
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+def test_a_transparent_value_of_16_bits_is_black(tmp_path, colours):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    pixels = np.array([[300] * colours, [40000] * colours], ">u2")
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 0 if colours == 1 else 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", pixels[0].tobytes()), (b"IDAT", zlib.compress(b"\0" + pixels.tobytes()))]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in [*chunks, (b"IEND", b"")])
+    (tmp_path / "a.png").write_bytes(png)
+    assert decode(tmp_path / "a.png").tolist() == [[[0, 0, 0], [40000] * 3]]
 
 
 def test_no_data_is_black(tmp_path):
@@ -243,6 +262,8 @@ def test_what_cannot_be_read_says_what_it_is(tmp_path):
     assert "complex numbers" in said(tiff(tmp_path / "complex.tif", DEEP[..., :5].astype(np.complex64)))
     tifffile.imwrite(tmp_path / "stack.tif", DEEP[None, ..., :3].repeat(2, axis=0), photometric="rgb")
     assert said(tmp_path / "stack.tif").startswith("a stack of 2 pages of 3 bands (6 bands of 16 bits, ")
+    tiff(tmp_path / "inks.tif", SHALLOW[..., :5], photometric="separated", extrasamples=["unassalpha"])
+    assert said(tmp_path / "inks.tif") == "not an image that Pillow can read (5 bands of 8 bits, 19 × 16 pixels)"
     for text in (
         b"",
         b"text",
@@ -268,6 +289,8 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, module, name):
     assert said(tmp_path / name) == (
         f"3 bands of 16 bits, 19 × 16 pixels, to read which needs {module}: pip install 'ntdne_kernels[geo]'"
     )
+    png16(tmp_path / "grey.png", DEEP[..., 0])
+    assert np.array_equal(decode(tmp_path / "grey.png", (1,)), DEEP[..., :1])
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.tif", compression="tiff_lzw")
     assert decode(tmp_path / "plain.tif").shape == (4, 4, 3)
 
