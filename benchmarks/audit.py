@@ -124,7 +124,7 @@ def cleanlab(labels: Tensor, shares: "np.ndarray[Any, Any]") -> Verdict:
 def evidence(folder: Path, cache: Path | None) -> Iterator[Row]:
     for path in sorted(path.parent for path in folder.rglob(SETTINGS)):
         try:
-            settings, variant, encoder, history = trained(path)
+            settings, variant, encoder, history, _ = trained(path)
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue

@@ -16,6 +16,7 @@ import yaml
 
 from ntdne_kernels.audit import METHODS as AUDIT_METHODS
 from ntdne_kernels.experiments.files import check_folder
+from ntdne_kernels.experiments.images import MAX_PIXELS
 from ntdne_kernels.experiments.losses import LOSSES, loss_name, loss_options
 from ntdne_kernels.experiments.paper import METHODS
 from ntdne_kernels.experiments.settings import PRESETS, RATELESS, Settings, read_preset
@@ -140,6 +141,9 @@ def _add_audit(command: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--images", type=Path, metavar="FOLDER", help="folder that these names are relative to (this one)"
     )
+    files.add_argument(
+        "--max-pixels", type=_count, metavar="INT", help=f"files of more are not read ({MAX_PIXELS}; that of RUN)"
+    )
     for kind, default in (("features", "features"), ("label", "label, labels"), ("path", "path, paths")):
         files.add_argument(
             f"--{kind}-column", metavar="NAME", help=f"column of .csv or .parquet, or array of .npz ({default})"
@@ -213,6 +217,8 @@ def _add_settings(command: argparse.ArgumentParser, exclude: set[str]) -> None:
             options["help"] += f" ({shown})"
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
+        elif setting.name == "bands":
+            options |= {"type": _bands, "metavar": "B,B,..."}
         elif isinstance(default, tuple):
             options |= {"nargs": "+", "metavar": "CLASS"}
         else:
@@ -349,11 +355,16 @@ def _audit(arguments: argparse.Namespace) -> None:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if images:
         source = auditing.encode_folder(
-            arguments.data, checkpoint, cache=arguments.cache, download=arguments.download, device=device
+            arguments.data,
+            checkpoint,
+            cache=arguments.cache,
+            download=arguments.download,
+            max_pixels=arguments.max_pixels,
+            device=device,
         )
     else:
         columns = {kind: getattr(arguments, f"{kind}_column") for kind in ("features", "label", "path")}
-        source = auditing.read_features(data, labels, paths, arguments.images, columns)
+        source = auditing.read_features(data, labels, paths, arguments.images, columns, arguments.max_pixels)
     audit, written = auditing.write_audit(
         source,
         output,
@@ -390,6 +401,13 @@ def _positive(text: str) -> float:
 
 def _count(text: str) -> int:
     return _checked(int, text, lambda value: value >= 1, "a whole number from 1")
+
+
+def _bands(text: str) -> tuple[int, ...]:
+    bands = text.split(",")
+    return _checked(
+        lambda _: tuple(map(int, bands)), text, lambda found: min(found) >= 1, "numbers of bands from 1, as 4,3,2"
+    )
 
 
 def _threshold(text: str) -> str | float:
@@ -433,6 +451,7 @@ def _settings(
     values = {"loss": "NTDNE"} | preset | given | values
     values["loss"] = loss_name(values["loss"])
     values["classes"] = tuple(map(str, values.get("classes", ())))
+    values["bands"] = tuple(values.get("bands", ()))
     for name in ("data", "weights", "noise_file"):  # so that a run is the same one from any folder
         path = values.get(name)
         if path and path not in WORDS and Path(path).exists():

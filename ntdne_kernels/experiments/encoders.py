@@ -1,24 +1,27 @@
 """The networks that turn images into features.
 
-Shapes: B images, D features.
+Shapes: b images of B bands, D features.
 """
 
+import math
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision import models
 
 
-def make_encoder(name: str, dim: int, weights: str = "") -> nn.Module:
-    """A network from images (B, 3, H, W) to features (B, D), not normalised.
+def make_encoder(name: str, dim: int, weights: str = "", bands: int = 3) -> nn.Module:
+    """A network from images (b, B, H, W) to features (b, D), not normalised.
 
     Args:
         name: resnet18 or resnet50 (He et al. 2016; the last layer is Linear(·, D), as in the authors' code), or small:
             three convolutions, for images of some 8 to 32 pixels.
         dim: D.
         weights: "" starts at random; "imagenet" downloads torchvision's weights for all but the last layer; else a file
-            with a state dict: of this network, or of one whose last layer has another width.
+            with a state dict: of this network, or of one whose last layer has another width. Weights for three bands
+            serve any number, see `_for_bands`.
+        bands: B.
 
     Raises:
         ValueError: the weights cannot be read or belong to another network.
@@ -26,22 +29,37 @@ def make_encoder(name: str, dim: int, weights: str = "") -> nn.Module:
     if name == "small":
         if weights == "imagenet":
             raise ValueError("weights: imagenet weights exist for resnet18 and resnet50, not for small")
-        encoder: nn.Module = _small(dim)
+        encoder: nn.Module = _small(dim, bands)
     else:
         resnet: models.ResNet = getattr(models, name)(weights="DEFAULT" if weights == "imagenet" else None)
         resnet.fc = nn.Linear(resnet.fc.in_features, dim)
+        if bands != 3:
+            colours = resnet.conv1.weight.detach()
+            resnet.conv1 = nn.Conv2d(bands, 64, 7, stride=2, padding=3, bias=False)
+            if weights == "imagenet":
+                resnet.conv1.weight.data = _for_bands(colours, bands)
+            else:
+                nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
         encoder = resnet
     if weights not in ("", "imagenet"):
         _load(encoder, Path(weights))
     return encoder.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
 
 
-def _small(dim: int) -> nn.Module:
+def _for_bands(colours: Tensor, bands: int) -> Tensor:
+    """First weights (out, 3, ...) for other bands (out, B, ...): repeated, and scaled to answer equal bands alike.
+
+    As timm's adapt_input_conv does.
+    """
+    return colours.repeat(1, math.ceil(bands / 3), 1, 1)[:, :bands] * (3 / bands)
+
+
+def _small(dim: int, bands: int) -> nn.Module:
     def block(channels: int, out: int) -> list[nn.Module]:
         return [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
 
     return nn.Sequential(
-        *block(3, 32),
+        *block(bands, 32),
         nn.MaxPool2d(2),
         *block(32, 64),
         nn.MaxPool2d(2),
@@ -53,7 +71,7 @@ def _small(dim: int) -> nn.Module:
 
 
 def _load(encoder: nn.Module, path: Path) -> None:
-    """Load a state dict; a last layer of another shape keeps its random start."""
+    """Load a state dict; a last layer of another shape keeps its random start, a first one of 3 bands is adapted."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no exception of its own
@@ -62,6 +80,9 @@ def _load(encoder: nn.Module, path: Path) -> None:
     own = encoder.state_dict()
     if not isinstance(state, dict) or state.keys() != own.keys():
         raise ValueError(f"weights: {path} is no state dict of this network")
+    first = next(iter(own))
+    if isinstance(state[first], Tensor) and state[first].shape[1:2] == (3,) != own[first].shape[1:2]:
+        state[first] = _for_bands(state[first], own[first].shape[1])
     last = next(reversed(own)).rpartition(".")[0]
     fitting = {
         key: value for key, value in state.items() if value.shape == own[key].shape or not key.startswith(f"{last}.")

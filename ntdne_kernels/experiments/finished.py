@@ -165,7 +165,7 @@ def text(value: Any) -> str:
     if isinstance(value, dict):
         value = ", ".join(f"{name}={text(each)}" for name, each in value.items())
     elif isinstance(value, list):
-        value = ", ".join(map(text, value)) or "all"  # of classes, the one list
+        value = ", ".join(map(text, value)) or "all"  # of classes or bands
     return "none" if value in (None, "") else str(value)
 
 

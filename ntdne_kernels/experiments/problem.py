@@ -12,7 +12,15 @@ import yaml
 from torch import Tensor
 
 from ntdne_kernels.experiments import noise
-from ntdne_kernels.experiments.archive import Archive, ImageDataset, open_archive, split, transform
+from ntdne_kernels.experiments.archive import (
+    Archive,
+    ImageDataset,
+    Normalisation,
+    normalisation,
+    open_archive,
+    split,
+    transform,
+)
 from ntdne_kernels.experiments.noise import NoisyLabels
 from ntdne_kernels.experiments.settings import Settings
 
@@ -36,10 +44,12 @@ class Problem:
     """All images of the classes that are kept out."""
     noisy: NoisyLabels
     """The labels (N,) given to the training images, and which of them are wrong."""
+    normalisation: Normalisation
+    """Of the bands, by the training images."""
 
     def dataset(self, images: Tensor, augment_by: int | None = None) -> ImageDataset:
         """Samples (image, true label, position in `images`), augmented by a seed or not at all."""
-        augmentation = transform(augment=augment_by is not None)
+        augmentation = transform(augment_by is not None, self.normalisation)
         return ImageDataset(self.archive, images, self.labels[images], augmentation, augment_by)
 
     @property
@@ -62,6 +72,8 @@ def make_problem(settings: Settings, cache: Path | None = None, download: bool =
         skip_unreadable=settings.skip_unreadable,
         download=download,
         classes=list(settings.classes) or None,
+        bands=settings.bands,
+        max_pixels=settings.max_pixels,
     )
     C = len(archive.classes)
     if settings.unseen_classes > C - 2:
@@ -81,7 +93,9 @@ def make_problem(settings: Settings, cache: Path | None = None, download: bool =
     matrix = _matrix(settings, classes)
     noise_seed = AUTHORS_NOISE_SEED if settings.split == "authors" else settings.seed
     noisy = noise.corrupt(labels[train], matrix, noise_seed, settings.draw)
-    return Problem(archive, classes, labels, train, validation, test, (labels < 0).nonzero()[:, 0], noisy)
+    unseen = (labels < 0).nonzero()[:, 0]
+    bands = normalisation(archive, train, settings.bands)
+    return Problem(archive, classes, labels, train, validation, test, unseen, noisy, bands)
 
 
 def _matrix(settings: Settings, classes: list[str]) -> Tensor:

@@ -23,6 +23,7 @@ from ntdne_kernels.experiments import evaluation, tasks
 from ntdne_kernels.experiments.archive import ImageDataset
 from ntdne_kernels.experiments.encoders import make_encoder
 from ntdne_kernels.experiments.files import write_whole
+from ntdne_kernels.experiments.images import as_picture
 from ntdne_kernels.experiments.noise import dataset_of
 from ntdne_kernels.experiments.problem import Problem
 from ntdne_kernels.experiments.settings import Settings
@@ -112,12 +113,12 @@ def evaluate(
         "flipped": flipped,
         "pr_recall": recall,
         "pr_precision": precision,
-        "retrieval_images": problem.archive.images[shown.numpy()],
+        "retrieval_images": as_picture(problem.archive.images[shown.numpy()]),
         "retrieval_labels": problem.labels[shown],
     }
     if settings.dim == 2:  # shown as they are, before and after training
         torch.manual_seed(settings.seed)
-        untrained = make_encoder(settings.encoder, 2, settings.weights)
+        untrained = make_encoder(settings.encoder, 2, settings.weights, len(problem.normalisation.mean))
         sample = problem.dataset(problem.test[points])
         figures["untrained_features"] = embed(untrained, sample, batch, device).cpu()
         figures["test_features"] = embed(encoder, sample, batch, device).cpu()

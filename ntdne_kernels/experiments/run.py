@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from ntdne_kernels.experiments import results
+from ntdne_kernels.experiments.archive import IMAGENET, Normalisation
 from ntdne_kernels.experiments.encoders import make_encoder
 from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.problem import make_problem
@@ -58,6 +59,7 @@ def run(settings: Settings, variant: str, folder: Path, machine: Machine) -> dic
         return finished
     problem = make_problem(settings, machine.cache, machine.download)
     _announce(settings, variant, folder)
+    _say(problem.archive.notes)
     trained = train(
         settings,
         problem,
@@ -79,15 +81,15 @@ def evaluate(folder: Path, machine: Machine) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds no trained run.
     """
-    settings, variant, encoder, history = trained(folder)
+    settings, variant, encoder, history, _ = trained(folder)
     problem = make_problem(settings, machine.cache, machine.download)
     return results.evaluate(
         encoder, settings, problem, history, folder, variant=variant, device=machine.evaluation_device
     )
 
 
-def trained(folder: Path) -> tuple[Settings, str, nn.Module, list[dict[str, float]]]:
-    """Settings, variant, encoder and history of a run, as far as it is trained.
+def trained(folder: Path) -> tuple[Settings, str, nn.Module, list[dict[str, float]], Normalisation]:
+    """Settings, variant, encoder, history and normalisation of a run, as far as it is trained.
 
     Raises:
         ValueError: the folder holds no trained run, or a file of it is broken.
@@ -96,13 +98,14 @@ def trained(folder: Path) -> tuple[Settings, str, nn.Module, list[dict[str, floa
     path = folder / CHECKPOINT
     if not path.exists():
         raise ValueError(f"run: {folder} has no {CHECKPOINT}: not one epoch was finished")
-    encoder = make_encoder(settings.encoder, settings.dim)
     prefix = "encoder."
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         state = checkpoint["state_dict"]
+        bands = Normalisation(**checkpoint["normalisation"]) if "normalisation" in checkpoint else IMAGENET
+        encoder = make_encoder(settings.encoder, settings.dim, bands=len(bands.mean))
         encoder.load_state_dict({key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)})
-        return settings, variant, encoder, checkpoint["history"]
+        return settings, variant, encoder, checkpoint["history"], bands
     except Exception as error:  # torch.load has no exception of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"run: {path} is no checkpoint of this run that can be read: {reason}") from None
@@ -131,7 +134,7 @@ def finished_results(settings: Settings, folder: Path) -> dict[str, Any] | None:
 def _announce(settings: Settings, variant: str, folder: Path) -> None:
     """Write what the run is, and say it."""
     folder.mkdir(parents=True, exist_ok=True)
-    values = dataclasses.asdict(settings) | {"classes": list(settings.classes), "variant": variant}
+    values = dataclasses.asdict(settings) | {"variant": variant}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     write_whole(folder / SETTINGS, lambda file: file.write(text.encode()))
     loss = f"{settings.loss} ({variant})" if variant else settings.loss
@@ -139,10 +142,17 @@ def _announce(settings: Settings, variant: str, folder: Path) -> None:
     print(f"{folder}: {loss}, noise {noise}, seed {settings.seed}, {settings.epochs} epochs", flush=True)
 
 
+@rank_zero_only
+def _say(text: str) -> None:
+    if text:
+        print(text, flush=True)
+
+
 def _read_settings(folder: Path) -> tuple[Settings, str]:
     try:
         values = yaml.safe_load((folder / SETTINGS).read_text())
         variant = values.pop("variant")
-        return Settings(**values | {"classes": tuple(values["classes"])}), variant
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return Settings(**values | lists), variant
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"run: {folder} is no folder of a run: {error}") from None

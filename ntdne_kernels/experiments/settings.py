@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ntdne_kernels.experiments.images import MAX_PIXELS
 from ntdne_kernels.experiments.losses import LOSSES, loss_name
 
 PRESETS = ("paper", "authors", "scratch")
@@ -35,6 +36,13 @@ class Settings:
     classes: tuple[str, ...] = _setting((), "keep only these classes")
     unseen_classes: int = _setting(
         0, "classes, drawn by the seed, kept out of training: for the few-shot and unknown-class tasks"
+    )
+    bands: tuple[int, ...] = _setting(
+        (), "the bands of each file to take, counted from 1, as 4,3,2: each is standardised over the training images"
+    )
+    max_pixels: int = _setting(
+        MAX_PIXELS,
+        "files of more pixels count as unreadable, as one can be made to fill the memory; more admits scenes",
     )
     skip_unreadable: bool = _setting(False, "count and leave out images that cannot be read")
     split: str = _setting(
@@ -77,8 +85,10 @@ class Settings:
                 raise ValueError(f"{setting.name}: expected {_KINDS[kind]}, got {value!r}")
             if choices and value not in choices:
                 raise ValueError(f"{setting.name}: expected one of {', '.join(choices)}, got {value!r}")
-        for name in ("dim", "epochs", "batch_size", "lr_step"):
+        for name in ("dim", "epochs", "batch_size", "lr_step", "max_pixels"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
+        good = all(type(band) is int and band >= 1 for band in self.bands)
+        self._check("bands", good, "whole numbers from 1, as 4,3,2")
         self._check("image_size", self.image_size >= SMALLEST_IMAGE, f"at least {SMALLEST_IMAGE}")
         for name in ("unseen_classes", "seed", "weight_decay"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
@@ -114,6 +124,7 @@ def read_preset(name: str) -> dict[str, Any]:
     losses = preset.get("losses", {})
     if not isinstance(losses, dict) or not all(isinstance(options, dict) for options in losses.values()):
         raise ValueError(f"preset: expected losses in {path} as 'loss: {{option: value}}' for each")
-    if "classes" in preset and not isinstance(preset["classes"], list):
-        raise ValueError(f"preset: expected a list of classes in {path}, got {preset['classes']!r}")
+    for name in ("classes", "bands"):
+        if not isinstance(preset.get(name, []), list):
+            raise ValueError(f"preset: expected a list of {name} in {path}, got {preset[name]!r}")
     return preset | {"losses": {loss_name(loss): options for loss, options in losses.items()}}

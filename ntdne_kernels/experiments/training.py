@@ -5,9 +5,10 @@ same numbers as one that never was (on a GPU as far as PyTorch's kernels repeat 
 augmentations follow from the seed and the epoch alone, and the checkpoint, written under another name and then renamed,
 holds encoder, loss (bank and scores included), optimiser, schedule and history.
 
-Shapes: B images of a batch, N training images, D features, C classes.
+Shapes: b images of a batch in B bands, N training images, D features, C classes.
 """
 
+import dataclasses
 import logging
 import math
 import sys
@@ -46,7 +47,7 @@ class Training(LightningModule):
     """Encoder and loss of a run, and what is logged of it.
 
     Attributes:
-        encoder: images (B, 3, H, W) to features (B, D).
+        encoder: images (b, B, H, W) to features (b, D).
         criterion: one of the losses.
         history: a row of metrics for each whole epoch.
     """
@@ -59,7 +60,8 @@ class Training(LightningModule):
         self.batch_size = settings.batch_size // devices
         self.steps_per_epoch = len(Batches(range(math.ceil(len(problem.train) / devices)), self.batch_size))
         torch.manual_seed(settings.seed)
-        self.encoder = make_encoder(settings.encoder, settings.dim, settings.weights)
+        bands = len(problem.normalisation.mean)
+        self.encoder = make_encoder(settings.encoder, settings.dim, settings.weights, bands)
         self.criterion = make_criterion(settings, problem.noisy.labels)
         momentum = settings.loss_options.get("momentum")
         self.bank_momentum: dict[int, float] = momentum if isinstance(momentum, dict) else {}
@@ -207,6 +209,7 @@ class Training(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint |= {"history": self.history, "problem": self.problem.fingerprint}
+        checkpoint["normalisation"] = dataclasses.asdict(self.problem.normalisation)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = checkpoint["history"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from ntdne_kernels.experiments import cli
@@ -22,6 +23,20 @@ def photos(tmp_path: Path) -> Path:
             pixels = source.integers(low, high, (10, 12, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i:02}.png")
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """A folder of two class folders with 20 TIFFs each, of 5 bands in 12 of 16 bits; the fourth tells the classes."""
+    source = np.random.default_rng(0)
+    for name, level in (("forest", 2500), ("water", 300)):
+        (tmp_path / "scenes" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = source.integers(0, 1000, (10, 12, 5), dtype=np.uint16)
+            pixels[..., 3] += np.uint16(level)
+            path = tmp_path / "scenes" / name / f"{i:02}.tif"
+            tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="contig")
+    return tmp_path / "scenes"
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,13 +23,16 @@ from torch.utils.data import DataLoader
 
 from ntdne_kernels.experiments import archive as module
 from ntdne_kernels.experiments.archive import (
+    IMAGENET,
     Archive,
     ArchiveError,
     ImageDataset,
+    normalisation,
     open_archive,
     split,
     transform,
 )
+from ntdne_kernels.experiments.images import suffixes
 
 IMAGENET_MEAN, IMAGENET_DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -61,14 +65,19 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def archive(folder: Path, cache: Path) -> Archive:
+    return open_archive(str(folder), 4, cache=cache)
+
+
+@pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that were decoded."""
     names: list[str] = []
     decode = module._decode
 
-    def noting(path: str, image_size: int) -> object:
+    def noting(path: str, **how: object) -> object:
         names.append(Path(path).name)
-        return decode(path, image_size)
+        return decode(path, **how)
 
     monkeypatch.setattr(module, "_decode", noting)
     return names
@@ -91,7 +100,6 @@ def test_a_folder_is_read_class_by_class_and_file_by_file_in_the_order_of_names(
         write_image(tmp_path / "scenes" / name)
     (tmp_path / "scenes" / "SOURCE.md").touch()
     (tmp_path / "scenes" / "Beach" / "notes.txt").touch()
-    (tmp_path / "scenes" / ".ipynb_checkpoints").mkdir()
     archive = open_archive(str(tmp_path / "scenes"), 4, cache=cache)
     assert archive.name == "scenes"
     assert archive.classes == ["Beach", "bridge"]
@@ -143,6 +151,168 @@ def test_classes_keeps_only_those_named(folder, cache):
     assert archive.files[3] == "River/0.png"
 
 
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git", "#recycle", "$RECYCLE.BIN"])
+def test_hidden_and_technical_folders_are_skipped_at_any_depth(folder, cache, name):
+    for place in (folder, folder / "Beach", folder / "Forest" / "2019"):
+        write_image(place / name / "0.png")
+        write_image(place / name / "below" / "0.png")
+    write_image(folder / "Forest" / "2019" / "9.png")
+    write_image(folder / "Forest" / "._0.png")  # beside each file that macOS wrote to a foreign disk
+    archive = open_archive(str(folder), 4, cache=cache)
+    assert archive.classes == ["Beach", "Forest"]
+    assert len(archive.files) == 8
+    assert "Forest/2019/9.png" in archive.files
+    assert archive.left_out == {}
+
+
+@pytest.mark.parametrize("target", ["Beach", ".", "Forest", "..", "Forest/2019"])
+@pytest.mark.parametrize("place", ["Beach/again", "Beach/below/again"])
+def test_a_link_back_multiplies_no_image(folder, cache, target, place):
+    write_image(folder / "Forest" / "2019" / "9.png")
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / place).symlink_to(folder / target)
+    archive = open_archive(str(folder), 4, cache=cache)
+    assert len(archive.files) == 8
+    assert archive.labels.tolist() == [0] * 3 + [1] * 5
+
+
+def test_a_class_that_is_a_link_to_the_archive_is_none(folder, cache):
+    (folder / "all").symlink_to(folder)
+    (folder / "above").symlink_to(folder.parent)
+    assert open_archive(str(folder), 4, cache=cache).classes == ["Beach", "Forest"]
+
+
+def test_links_to_folders_elsewhere_are_followed_once(folder, cache, tmp_path):
+    write_archive(tmp_path / "elsewhere", {"Desert": 3, "more": 2})
+    (tmp_path / "elsewhere" / "more" / "back").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "more" / "the archive").symlink_to(folder)
+    (tmp_path / "elsewhere" / "more" / "a class").symlink_to(folder / "Forest")
+    write_image(folder / "loose.png")
+    (folder / "Desert").symlink_to(tmp_path / "elsewhere" / "Desert")
+    for name in ("more", "once more"):
+        (folder / "Beach" / name).symlink_to(tmp_path / "elsewhere" / "more")
+    archive = open_archive(str(folder), 4, cache=cache)
+    assert archive.labels.tolist() == [0] * 5 + [1] * 3 + [2] * 4
+    assert archive.files[3:5] == ["Beach/more/0.png", "Beach/more/1.png"]
+    some = open_archive(str(folder), 4, cache=cache, classes=["Beach", "Desert"])
+    assert some.labels.tolist() == [0] * 5 + [1] * 3
+
+
+def test_classes_may_be_links_to_a_hidden_store(folder, cache):
+    (folder / ".store").mkdir()
+    for name in ("Beach", "Forest"):
+        (folder / name).rename(folder / ".store" / name)
+        (folder / name).symlink_to(folder / ".store" / name)
+    (folder / ".store" / "Beach" / "back").symlink_to(folder / "Forest")
+    message = complaint(str(folder), 4, cache=cache)
+    assert "/.store/Forest is in two classes, Forest and Beach, by a link" in message
+    (folder / ".store" / "Beach" / "back").unlink()
+    assert open_archive(str(folder), 4, cache=cache).files[0] == "Beach/0.png"
+
+
+def test_a_folder_in_two_classes_is_refused(folder, cache, tmp_path):
+    (folder / "Shore").symlink_to(folder / "Beach")
+    message = complaint(str(folder), 4, cache=cache)
+    assert message == f"scenes: {folder / 'Beach'} is in two classes, Beach and Shore, by a link"
+    (folder / "Shore").unlink()
+    write_archive(tmp_path / "elsewhere", {"more": 3})
+    for name in ("Beach", "Forest"):
+        (folder / name / "more").symlink_to(tmp_path / "elsewhere" / "more")
+    assert "is in two classes, Beach and Forest, by a link" in complaint(str(folder), 4, cache=cache)
+
+
+def test_what_is_left_out_is_counted_by_suffix(folder, cache):
+    for name in ("a.txt", "b.TXT", "c.xml", "d", "e.rar", "f.txt"):
+        (folder / "Beach" / name).touch()
+    (folder / "list.csv").touch()
+    write_image(folder / "loose.png")
+    archive = open_archive(str(folder), 4, cache=cache)
+    assert archive.notes == (
+        "scenes: files that are no images by their suffix or place: 3 .txt, 1 .csv, 1 .png outside the class folders, "
+        "1 .rar, 1 .xml, 1 without a suffix"
+    )
+    assert len(archive.files) == 7
+
+
+def test_what_a_plugin_would_read_is_said_where_it_is_missing(folder, cache, monkeypatch):
+    (folder / "Beach" / "a.heic").touch()
+    monkeypatch.setattr(module, "suffixes", lambda: frozenset({".png"}))
+    assert open_archive(str(folder), 4, cache=cache).notes.endswith(": 1 .heic (needs pillow-heif)")
+
+
+@pytest.mark.parametrize("suffix", ["jp2", "jfif", "jpe", "avif", "gif", "heic", "JPG", "bmp"])
+def test_every_suffix_that_pillow_reads_is_read(folder, cache, suffix):
+    suffixes()  # Pillow's plugin for .heic
+    write_image(folder / "Beach" / f"9.{suffix}", 200, size=(16, 16))
+    archive = open_archive(str(folder), 4, cache=cache)
+    assert archive.files[3] == f"Beach/9.{suffix}"
+    assert abs(archive.images[3].astype(int) - [200, 201, 202]).max() <= 4
+    assert archive.left_out == {}
+
+
+# Bands and depth
+
+
+def write_bands(folder: Path, bands: int = 13, dtype: type = np.uint16, each: int = 5) -> Path:
+    """Class folders of TIFFs, whose band b of image i is about 100·b + i, up to 3,000."""
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(each):
+            pixels = (100 * np.arange(bands) + i + np.arange(64).reshape(8, 8, 1)).astype(dtype)
+            tifffile.imwrite(folder / name / f"{i}.tif", pixels, photometric="minisblack", planarconfig="contig")
+    return folder
+
+
+def test_bands_and_depth_are_kept(tmp_path, cache):
+    folder = write_bands(tmp_path / "sentinel")
+    images = open_archive(str(folder), 8, cache=cache).images
+    assert images.shape == (10, 8, 8, 13)
+    assert images.dtype == np.uint16
+    assert images[6, 0, 0].tolist() == list(range(1, 1300, 100))
+    chosen = open_archive(str(folder), 8, cache=cache, bands=(4, 3, 2)).images
+    assert np.array_equal(chosen, images[..., [3, 2, 1]])
+    assert np.array_equal(open_archive(str(folder), 8, cache=cache).images, images)
+    floats = open_archive(str(write_bands(tmp_path / "floats", 5, np.float32)), 8, cache=cache).images
+    assert floats.dtype == np.float32
+    assert floats[6, 0, 0].tolist() == [1, 101, 201, 301, 401]
+
+
+@pytest.mark.parametrize("deep", ["a/9.png", "a/0.png"])
+def test_files_of_8_and_16_bits_share_the_full_range(tmp_path, cache, deep):
+    folder = write_archive(tmp_path / "scenes", {"a": 3, "b": 3})
+    Image.fromarray(np.full((4, 4), 3001, np.uint16)).save(folder / deep)
+    archive = open_archive(str(folder), 4, cache=cache)
+    assert archive.images.dtype == np.uint16
+    assert (archive.images[archive.files.index(deep)] == 3001).all()
+    assert (archive.images[archive.files.index("b/1.png")] == 257 * np.array([4, 5, 6])).all()
+
+
+def test_images_of_other_bands_are_refused(tmp_path, cache):
+    folder = write_bands(tmp_path / "sentinel")
+    write_image(folder / "b" / "quicklook.png", size=(8, 8))
+    assert complaint(str(folder), 8, cache=cache, skip_unreadable=True).startswith(
+        "b/quicklook.png has 3 bands of uint8, and a/0.tif 13 of uint16; expected the same bands in all images"
+    )
+    archive = open_archive(str(folder), 8, cache=cache, skip_unreadable=True, bands=(4, 8))
+    assert archive.skipped == ["b/quicklook.png"]
+    assert archive.images.shape == (10, 8, 8, 2)
+    write_bands(folder, 13, np.float32, each=1)
+    assert "a/1.tif has 13 bands of uint16, and a/0.tif 13 of float32" in complaint(str(folder), 8, cache=cache)
+
+
+def test_bands_of_made_images_are_not_chosen(cache):
+    assert "bands: made:60x2 is made of grey or RGB images" in complaint("made:60x2", 8, cache=cache, bands=(1,))
+
+
+def test_large_scenes_are_admitted_by_an_option(folder, cache):
+    write_image(folder / "Beach" / "1.png", 1, size=(30, 20))
+    message = complaint(str(folder), 4, cache=cache, max_pixels=599)
+    assert "Beach/1.png cannot be read: 3 bands of 8 bits, 30 × 20 pixels, more than the 599 pixels that" in message
+    assert "--max-pixels admits" in message
+    archive = open_archive(str(folder), 4, cache=cache, max_pixels=600)
+    assert archive.images[1, 0, 0].tolist() == [1, 2, 3]
+
+
 # Complaints
 
 
@@ -166,6 +336,31 @@ def test_an_archive_of_one_class_is_refused(tmp_path, folder, cache):
     assert "made:9x0: expected at least 2 classes, got none" in complaint("made:9x0", 4, cache=cache)
     assert "expected at least 2 classes, got only 3" in complaint("digits", 4, cache=cache, classes=["3"])
     assert "expected at least 2 classes, got none" in complaint("digits", 4, cache=cache, classes=[])
+
+
+@pytest.mark.parametrize("parts", [("train", "val"), ("Training", "TEST"), ("2019", "2020")])
+def test_a_level_of_folders_above_the_classes_is_refused(tmp_path, cache, parts):
+    for part in parts:
+        write_archive(tmp_path / "scenes" / part, {"Beach": 3, "Forest": 4, "River": 3})
+    first, second = sorted(parts)
+    message = complaint(str(tmp_path / "scenes"), 4, cache=cache)
+    assert f"has images in {first}/Beach, {first}/Forest, {first}/River, {second}/Beach and 2 more: expected" in message
+    assert f"name one part of the set, as {tmp_path / 'scenes' / first}, or, if they are the classes" in message
+    assert message.endswith(f"say so: --classes {first} {second}")
+    assert open_archive(str(tmp_path / "scenes"), 4, cache=cache, classes=list(parts)).classes == [first, second]
+    assert open_archive(str(tmp_path / "scenes"), 4, cache=cache, nested=True).classes == [first, second]
+
+
+def test_one_part_of_a_set_is_enough_and_folders_below_a_class_are_none(tmp_path, cache, folder):
+    write_archive(folder / "Forest" / "below", {"2019": 1, "2020": 2})
+    write_archive(folder / "River", {"2019": 2, "2020": 2})
+    assert open_archive(str(folder), 4, cache=cache).labels.tolist() == [0] * 3 + [1] * 7 + [2] * 4
+    write_archive(folder / "test", {"Beach": 3, "Forest": 3})
+    assert "has images in test/Beach, test/Forest: expected" in complaint(str(folder), 4, cache=cache)
+    write_archive(tmp_path / "flat", {"train": 3, "val": 3})
+    assert "has images in train, val: expected a folder for each class" in complaint(
+        str(tmp_path / "flat"), 4, cache=cache
+    )
 
 
 def test_an_unknown_class_is_refused_with_the_known_ones(folder, cache):
@@ -221,12 +416,12 @@ def spoil(path: Path, how: str) -> str:
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
         path.write_bytes(path.read_bytes()[:1000])
         return "image file is truncated"
-    assert how == "16-bit"
-    Image.fromarray(np.full((4, 4), 3000, np.uint16)).save(path)
-    return "pixels of more than 8 bits (Pillow's mode I;16)"
+    assert how == "deep"
+    path.write_bytes(b"P6 4 2 65535\n" + bytes(48))
+    return "Pillow would keep 8 of the 16 bits; PNG and TIFF are read whole (3 bands of 16 bits, 4 × 2 pixels)"
 
 
-@pytest.mark.parametrize("how", ["text", "empty", "dangling", "truncated", "16-bit"])
+@pytest.mark.parametrize("how", ["text", "empty", "dangling", "truncated", "deep"])
 def test_an_unreadable_file_is_named_or_left_out_and_counted(folder, cache, how):
     path = folder / "Forest" / "1.png"
     reason = spoil(path, how)
@@ -267,7 +462,7 @@ def test_the_cache_remembers_unreadable_files(folder, cache, decoded):
 
 def test_a_file_that_has_become_readable_without_a_change_is_read(folder, cache, monkeypatch):
     decode = module._decode
-    failing = lambda path, image_size: "Input/output error" if "Forest/1" in path else decode(path, image_size)  # noqa: E731
+    failing = lambda path, **how: "Input/output error" if "Forest/1" in path else decode(path, **how)  # noqa: E731
     with monkeypatch.context() as broken:
         broken.setattr(module, "_decode", failing)
         assert "Input/output error" in complaint(str(folder), 4, cache=cache)
@@ -324,7 +519,7 @@ def test_the_cache_is_in_the_users_cache_folder_unless_named(folder, tmp_path, m
 
 
 def test_an_interrupted_decoding_leaves_nothing_behind(folder, cache, monkeypatch):
-    def interrupted(path: str, image_size: int) -> object:
+    def interrupted(path: str, **how: object) -> object:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -338,8 +533,8 @@ def test_an_interrupted_decoding_leaves_nothing_behind(folder, cache, monkeypatc
 def test_a_process_killed_half_way_leaves_no_broken_cache(folder, cache):
     rows = module._decode_all
 
-    def killed(paths: list[str], image_size: int) -> object:
-        for i, row in enumerate(rows(paths, image_size)):
+    def killed(paths: list[str], look: object) -> object:
+        for i, row in enumerate(rows(paths, look)):
             if i == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield row
@@ -364,11 +559,11 @@ def test_processes_that_open_an_archive_together_decode_it_once(folder, cache, t
     def open_and_log() -> None:
         decode = module._decode
 
-        def noting(path: str, image_size: int) -> object:
+        def noting(path: str, **how: object) -> object:
             with open(log, "a") as file:
                 file.write(f"{path}\n")
             time.sleep(0.1)  # so that without a lock all would be decoding
-            return decode(path, image_size)
+            return decode(path, **how)
 
         module._decode = noting
         assert len(open_archive(str(folder), 4, cache=cache).images) == 7
@@ -613,12 +808,68 @@ def test_augmented_images_are_grey_mirrored_and_of_other_colours_as_often_as_in_
     assert len(colours) > 700
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)])
+def test_bands_are_standardised_over_the_training_images(tmp_path, cache, dtype, largest):
+    folder = write_bands(tmp_path / "sentinel", 2, dtype)
+    archive = open_archive(str(folder), 8, cache=cache)
+    train = torch.tensor([7, 0, 1, 5])
+    bands = normalisation(archive, train)
+    values = archive.images[train.numpy()].reshape(-1, 2) / largest
+    assert np.allclose(bands.mean, values.mean(axis=0), rtol=1e-6)
+    assert np.allclose(bands.deviation, values.std(axis=0), rtol=1e-6)
+    made = torch.stack([transform(False, bands)(np.array(archive.images[i])) for i in train.tolist()])
+    assert made.shape == (4, 2, 8, 8)
+    assert made.dtype == torch.float32
+    assert made.mean(dim=(0, 2, 3)).abs().max() < 1e-4
+    assert (made.std(dim=(0, 2, 3), correction=0) - 1).abs().max() < 1e-4
+
+
+def test_colours_of_8_bits_are_normalised_as_imagenet_unless_they_are_chosen_bands(archive):
+    assert normalisation(archive, torch.arange(7)) == IMAGENET
+    chosen = normalisation(archive, torch.arange(7), bands=(3, 2, 1))
+    assert chosen != IMAGENET
+    assert np.allclose(chosen.mean, np.array([3, 4, 5]) / 255)
+
+
+def test_a_small_deviation_on_a_large_height_is_found_and_a_constant_band_stays_finite(tmp_path, cache):
+    source = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "heights" / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = np.stack([8000 + source.normal(0, 0.1, (8, 8)), np.full((8, 8), 7)], axis=-1).astype(np.float32)
+            tifffile.imwrite(tmp_path / "heights" / name / f"{i}.tif", pixels, photometric="minisblack")
+    archive = open_archive(str(tmp_path / "heights"), 8, cache=cache)
+    bands = normalisation(archive, torch.arange(6))
+    assert bands.floats
+    assert abs(bands.deviation[0] - archive.images[..., 0].std(dtype=np.float64)) < 1e-6
+    assert torch.isfinite(transform(False, bands)(np.array(archive.images[0]))).all()
+
+
+def test_bands_are_augmented_by_contrast_brightness_and_mirroring(tmp_path, cache):
+    archive = open_archive(str(write_bands(tmp_path / "sentinel", 5)), 8, cache=cache)
+    bands = normalisation(archive, torch.arange(10))
+    image = np.array(archive.images[0])
+    plain, augment = transform(False, bands)(image), transform(True, bands)
+    torch.manual_seed(0)
+    mirrored, factors, shifts = 0, [], []
+    for _ in range(300):
+        found = augment(image)
+        forward = (found[0, 0, 1] - found[0, 0, 0]) * (plain[0, 0, 1] - plain[0, 0, 0]) > 0
+        mirrored += not forward
+        found = found if forward else found.flip(2)
+        factors.append(float((found[0, 1, 0] - found[0, 0, 0]) / (plain[0, 1, 0] - plain[0, 0, 0])))
+        shifts.append(float(found[0].mean() - plain[0].mean()))
+        rest = found - found.mean(dim=(1, 2), keepdim=True)
+        expected = factors[-1] * (plain - plain.mean(dim=(1, 2), keepdim=True))
+        assert torch.allclose(rest, expected, atol=1e-4)
+    assert 110 < mirrored < 190
+    assert 0.59 < min(factors) < 0.65
+    assert 1.35 < max(factors) < 1.41
+    assert -0.41 < min(shifts) < -0.35
+    assert 0.35 < max(shifts) < 0.41
+
+
 # Samples
-
-
-@pytest.fixture
-def archive(folder: Path, cache: Path) -> Archive:
-    return open_archive(str(folder), 4, cache=cache)
 
 
 def value(image: torch.Tensor) -> int:

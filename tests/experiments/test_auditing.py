@@ -3,11 +3,13 @@
 import base64
 import io
 import re
+import shutil
 import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pandas as pd
 import pytest
@@ -267,6 +269,80 @@ def test_the_run_may_be_given_by_its_folder(ntdne, photos, trained):
     assert Path("by folder/audit.csv").read_bytes() == Path("by file/audit.csv").read_bytes()
 
 
+def pictures_on(page: Path) -> list[np.ndarray]:
+    """The thumbnails of a page, in its order."""
+    found = re.findall(r'<img src="data:image/\w+;base64,([^"]+)', page.read_text())
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))) for each in found]
+
+
+@pytest.mark.parametrize("by", ["folder", "features"])
+def test_pictures_are_upright_whole_and_without_what_is_transparent(ntdne, photos, trained, by):
+    """On the page as in training: one function decodes."""
+    for file in photos.rglob("*.png"):
+        file.unlink()
+    exif = Image.Exif()
+    exif[274] = 6
+    hidden = np.zeros((20, 40, 4), np.uint8)
+    hidden[..., 0], hidden[:, 20:, 3] = 200, 255
+    Image.fromarray(hidden).save(photos / "dark" / "hidden.png", exif=exif)
+    ramp = (np.arange(20 * 40).reshape(20, 40, 1) + np.zeros(3)).astype(np.uint16)  # 4 of 256 levels of a high byte
+    Path(photos / "bright" / "deep.png").write_bytes(imagecodecs.png_encode(ramp))
+    names = ["bright/deep.png", "dark/hidden.png"]
+    if by == "folder":
+        given = [photos, "--checkpoint", trained]
+    else:
+        np.save("features.npy", np.random.default_rng(0).standard_normal((2, 4)))
+        np.save("labels.npy", [0, 1])
+        Path("files.txt").write_text("\n".join(names))
+        given = ["features.npy", *LABELS, "--paths", "files.txt", "--images", photos]
+    assert ntdne("audit", *given, "--output", "out") == 0
+    shown = pictures_on(Path("out/audit.html"))
+    upright = [each for each in shown if each.shape[0] > each.shape[1]]
+    deep = [each for each in shown if each.shape[0] < each.shape[1]]
+    assert upright
+    assert deep
+    for each in upright:
+        top, bottom = each[:12].mean(axis=(0, 1)), each[-12:].mean(axis=(0, 1))
+        assert np.allclose(top, 0, atol=6)
+        assert np.allclose(bottom, [200, 0, 0], atol=6)
+    for each in deep:
+        assert len(np.unique(each)) > 100
+
+
+def test_scenes_of_many_bands_are_audited_by_a_run_on_such(ntdne, scenes, photos, capsys):
+    quick = ["--preset", "scratch", "--encoder", "small", "--image-size", 8, "--epochs", 2, "--precision", "32-true"]
+    for name, options in (("all", []), ("some", ["--bands", "4,3,2"])):
+        assert ntdne("train", scenes, *quick, "--noise", "none", *options, "--output", name) == 0
+        assert ntdne("audit", scenes, "--checkpoint", name, "--output", f"{name}-audit") == 0
+        assert len(pd.read_csv(f"{name}-audit/audit.csv")) == 40
+        assert len(pictures_on(Path(f"{name}-audit/audit.html"))) > 20
+    capsys.readouterr()
+    assert ntdne("audit", photos, "--checkpoint", "all", "--output", "other") == 2
+    assert "the run was trained on 5 bands of integers, but" in capsys.readouterr().err
+
+
+def test_the_audit_has_the_training_images_features(ntdne, scenes):
+    """The run's own normalisation, of its training images: not that of the images audited."""
+    quick = ["--preset", "scratch", "--encoder", "small", "--image-size", 8, "--epochs", 1, "--precision", "32-true"]
+    assert ntdne("train", scenes, *quick, "--noise", "none", "--output", "run") == 0
+    shutil.copytree(scenes / "forest", scenes.parent / "part" / "forest")
+    whole, part = (
+        inputs.encode_folder(str(folder), Path("run"), cache=Path("cache"), download=False, device="cpu")
+        for folder in (scenes, scenes.parent / "part")
+        if (folder / "water").mkdir(exist_ok=True) is None
+    )
+    assert torch.allclose(whole.features[:20], part.features, atol=1e-5)
+
+
+def test_max_pixels_is_the_runs_unless_given(ntdne, photos, trained, capsys):
+    Image.new("RGB", (100, 30)).save(photos / "dark" / "large.png")
+    given = ["audit", photos, "--checkpoint", trained]
+    assert ntdne(*given, "--max-pixels", 2999) == 0
+    assert "1 unreadable files left out" in capsys.readouterr().out
+    assert ntdne(*given) == 0
+    assert "unreadable" not in capsys.readouterr().out
+
+
 def test_a_file_name_of_any_bytes_is_written_back(ntdne, photos, trained):
     name = b"\xe9t\xe9.png".decode(errors="surrogateescape")
     try:
@@ -306,9 +382,9 @@ def test_pictures_that_cannot_be_opened_leave_a_place(tmp_path):
     features, labels = clusters()
 
     def picture(image: int) -> Image.Image:
-        if image % 2:
+        if image % 2 or image == 4:
             raise OSError("truncated")
-        return Image.new("I;16" if image == 4 else "P", (200, 100))
+        return Image.new("RGB", (200, 100))
 
     text = page_of(tmp_path, Source("some", features, labels, [f"{i}.png" for i in range(24)], picture))
     assert text.count('<img src="data:image/jpeg') > 20

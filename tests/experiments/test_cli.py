@@ -1,6 +1,7 @@
 """The command `ntdne` from end to end on tiny archives."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,38 @@ def test_skip_unreadable_counts_what_it_leaves_out(ntdne, photos, capsys):
     assert "1 unreadable" in capsys.readouterr().out
 
 
+def test_what_is_left_out_is_said_in_one_line(ntdne, photos, capsys):
+    for name in ("a.xml", "b.xml", "c.rar"):
+        (photos / "dark" / name).touch()
+    assert ntdne("train", photos, *QUICK, "--output", "run") == 0
+    assert "photos: files that are no images by their suffix or place: 2 .xml, 1 .rar\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("options", "bands"), [([], 5), (["--bands", "4,3"], 2), (["--bands", "4"], 1)])
+def test_scenes_of_many_bands_are_trained_on_evaluated_and_reported(ntdne, scenes, options, bands):
+    assert ntdne("train", scenes, *QUICK, "--augment", "--noise", "none", *options, "--output", "run") == 0
+    checkpoint = torch.load("run/last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]["encoder.0.weight"].shape[1] == bands
+    assert len(checkpoint["normalisation"]["mean"]) == bands
+    first = results_of(Path("run"))
+    assert first["metrics"]["knn"] > 0.9
+    (Path("run") / "results.json").unlink()
+    assert ntdne("evaluate", "run") == 0
+    assert results_of(Path("run"))["metrics"] == first["metrics"]
+    assert ntdne("train", scenes, *QUICK, "--augment", "--noise", "none", *options, "--output", "run") == 0
+    assert ntdne("report", "run", "--output", "report") == 0
+
+
+def test_bands_of_another_run_are_refused(ntdne, scenes, capsys):
+    assert ntdne("train", scenes, *QUICK, "--bands", "4,3,2", "--output", "run") == 0
+    assert ntdne("train", scenes, *QUICK, "--bands", "1,2,3", "--output", "run") == 2
+    assert "bands (4, 3, 2) there, (1, 2, 3) now" in capsys.readouterr().err
+    Path("mine.yaml").write_text("bands: [1, 2, 3]\nepochs: 1\n")
+    quick = [*QUICK[2:], "--preset", "mine.yaml"]
+    assert ntdne("train", scenes, *quick, "--output", "other") == 0
+    assert results_of(Path("other"))["settings"]["bands"] == [1, 2, 3]
+
+
 def empty_class(photos: Path) -> None:
     (photos / "empty").mkdir()
 
@@ -207,6 +240,15 @@ def class_of_one(photos: Path) -> None:
 
 def unreadable(photos: Path) -> None:
     (photos / "dark" / "bad.png").write_bytes(b"no image")
+
+
+def parts(photos: Path) -> None:
+    for part in ("train", "val"):
+        (photos / part).mkdir()
+        for name in ("bright", "dark"):
+            shutil.copytree(photos / name, photos / part / name)
+    for name in ("bright", "dark"):
+        shutil.rmtree(photos / name)
 
 
 def column_stochastic(photos: Path) -> None:
@@ -227,6 +269,11 @@ def other_run(photos: Path) -> None:
         (empty_class, ["train", "{photos}"], "empty"),
         (class_of_one, ["train", "{photos}"], "lonely"),
         (unreadable, ["train", "{photos}"], "bad.png"),
+        (parts, ["train", "{photos}"], "has images in train/bright, train/dark, val/bright, val/dark: expected"),
+        (None, ["train", "{photos}", "--bands", "4,0"], "--bands: expected numbers of bands from 1, as 4,3,2"),
+        (None, ["train", "{photos}", "--bands", "red"], "--bands: expected numbers of bands from 1, as 4,3,2"),
+        (None, ["train", "{photos}", "--bands", "1,4"], "there is no band 4 (3 bands of 8 bits, 12 × 10 pixels)"),
+        (None, ["train", "{photos}", "--max-pixels", "100"], "more than the 100 pixels that --max-pixels admits"),
         (None, ["train", "{photos}", "--rate", "1.5"], "rate: expected a number from 0 to 1, got 1.5"),
         (None, ["train", "{photos}", "--rate", "half"], "--rate"),
         (None, ["train", "{photos}", "--loss", "NTDN"], "did you mean 'NTDNE'?"),

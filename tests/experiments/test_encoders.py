@@ -1,7 +1,10 @@
 """Encoders: shapes, and first weights from files."""
 
+import copy
+
 import pytest
 import torch
+from torchvision import models
 
 from ntdne_kernels.experiments.encoders import make_encoder
 
@@ -9,6 +12,31 @@ from ntdne_kernels.experiments.encoders import make_encoder
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "small"])
 def test_features_have_dim_values(name):
     assert make_encoder(name, 7).eval()(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "small"])
+@pytest.mark.parametrize("bands", [1, 13])
+def test_the_first_layer_is_made_for_any_number_of_bands(name, bands):
+    assert make_encoder(name, 7, bands=bands).eval()(torch.randn(2, bands, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("bands", [1, 2, 4, 13])
+def test_weights_for_colours_from_a_file_serve_other_bands(tmp_path, bands):
+    saved = make_encoder("small", 7)
+    torch.save(saved.state_dict(), tmp_path / "weights.pt")
+    encoder = make_encoder("small", 7, str(tmp_path / "weights.pt"), bands=bands)
+    first = saved.state_dict()["0.weight"]
+    expected = [first[:, band % 3] * 3 / bands for band in range(bands)]
+    assert torch.allclose(encoder.state_dict()["0.weight"], torch.stack(expected, dim=1))
+
+
+def test_imagenet_weights_serve_other_bands_and_answer_repeated_colours_alike(monkeypatch):
+    made = models.resnet18(weights=None)
+    monkeypatch.setattr(models, "resnet18", lambda weights: copy.deepcopy(made))
+    encoder = make_encoder("resnet18", 7, "imagenet", bands=6)
+    assert torch.equal(encoder.conv1.weight, made.conv1.weight.repeat(1, 2, 1, 1) / 2)
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(encoder.conv1(image.repeat(1, 2, 1, 1)), made.conv1(image), atol=1e-5)
 
 
 def test_weights_come_from_a_file(tmp_path):

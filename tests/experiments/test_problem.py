@@ -1,6 +1,8 @@
 """The learning problem of some settings: parts, unseen classes, and the authors' splits with the authors' flips."""
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 
 from ntdne_kernels.experiments.noise import corrupt, uniform
@@ -60,6 +62,22 @@ def test_unseen_classes_are_in_no_part_and_the_others_are_counted_from_0(tmp_pat
         assert names == set(problem.classes)
 
 
+def test_bands_are_standardised_over_the_training_images_alone(tmp_path):
+    source = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "bands" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = source.integers(0, 4000, (8, 8, 5), np.uint16)
+            tifffile.imwrite(tmp_path / "bands" / name / f"{i}.tif", pixels, photometric="minisblack")
+    problem = problem_of(tmp_path, data=str(tmp_path / "bands"), bands=(5, 1))
+    values = problem.archive.images[problem.train.numpy()].reshape(-1, 2) / 65535
+    assert np.allclose(problem.normalisation.mean, values.mean(axis=0))
+    assert np.allclose(problem.normalisation.deviation, values.std(axis=0))
+    images = torch.stack([image for image, _, _ in problem.dataset(problem.train)])
+    assert images.shape == (14, 2, 8, 8)
+    assert abs(float(images.std()) - 1) < 0.01
+
+
 def test_too_many_unseen_classes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unseen_classes: expected at most 3, .* got 4"):
         problem_of(tmp_path, unseen_classes=4)
@@ -74,6 +92,10 @@ def test_too_many_unseen_classes_are_refused(tmp_path):
         ({"epochs": 2.5}, "epochs: expected a whole number, got 2.5"),
         ({"augment": 1}, "augment: expected true or false, got 1"),
         ({"lr": 0}, "lr: expected a positive number, got 0"),
+        ({"bands": (0, 1)}, r"bands: expected whole numbers from 1, as 4,3,2, got \(0, 1\)"),
+        ({"bands": ("4",)}, "bands: expected whole numbers from 1, as 4,3,2"),
+        ({"bands": "4"}, "bands: expected a list, got '4'"),
+        ({"max_pixels": 0}, "max_pixels: expected at least 1, got 0"),
         ({"schedule": "cosine"}, "schedule: expected one of constant, step, one-cycle, got 'cosine'"),
     ],
 )

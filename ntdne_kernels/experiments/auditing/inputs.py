@@ -21,15 +21,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ntdne_kernels.audit import free_memory
+from ntdne_kernels.experiments.images import MAX_PIXELS, as_picture, decode
 
 if TYPE_CHECKING:
     from ntdne_kernels.experiments.archive import Archive
 
-# What decodes and encodes images is imported where it is needed: torchvision and Lightning take seconds.
+# What encodes images is imported where it is needed: torchvision and Lightning take seconds.
 
 MAGIC = {".npy": b"\x93NUMPY", ".npz": b"PK", ".parquet": b"PAR1"}  # how these files begin
 COLUMNS = {"features": ("features",), "label": ("label", "labels"), "path": ("path", "paths")}
 INTEGER = re.compile(r"(-?[1-9][0-9]{0,17}|0)(\.0)?")  # 007 is a name; 1.0 is pandas' 1 beside missing values
+PICTURE = 192  # pixels a side: twice what the page shows
 LOOKED_FOR = 100  # files of pictures, to see whether their folder is right
 BROKEN = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)  # what NumPy says of a broken file
 
@@ -46,7 +48,7 @@ class Source:
     paths: list[str] | None
     """N file names, as they are shown."""
     picture: Callable[[int], Image.Image] | None
-    """Opens the picture of an image; an exception where it cannot."""
+    """Decodes the picture of an image, upright and RGB; an exception where it cannot."""
     sigma: float = 0.1
     """The temperature that the features were trained with, as far as is known."""
     unreadable: list[str] = field(default_factory=list)
@@ -54,7 +56,12 @@ class Source:
 
 
 def read_features(
-    path: Path, labels: Path | None, paths: Path | None, images: Path | None, columns: dict[str, str | None]
+    path: Path,
+    labels: Path | None,
+    paths: Path | None,
+    images: Path | None,
+    columns: dict[str, str | None],
+    max_pixels: int | None = None,
 ) -> Source:
     """Features from a file, as the command's help describes it.
 
@@ -63,6 +70,7 @@ def read_features(
         labels, paths: .npy, .npz, .parquet, .csv or .txt; None: they are in the file of the features.
         images: the folder that file names are relative to.
         columns: names of the columns of "features", "label" and "path", or None for the usual ones.
+        max_pixels: of a picture that is still shown; None: as `images.decode`.
 
     Raises:
         ValueError: a file is not what its name says or lacks a column, or there are not as many labels as images.
@@ -94,25 +102,29 @@ def read_features(
     names = ["" if name is None else str(name) for name in of_each("path", paths or path)]
     if images is not None and not any((images / name).is_file() for name in names[:LOOKED_FOR]):
         raise ValueError(f"--images: expected the folder that the files are in, but {images / names[0]} is not there")
-    return Source(path.stem, features, found, names, partial(_open_picture, names, images or Path()))
+    picture = partial(_open_picture, names, images or Path(), max_pixels or MAX_PIXELS)
+    return Source(path.stem, features, found, names, picture)
 
 
-def _open_picture(names: list[str], folder: Path, image: int) -> Image.Image:
+def _open_picture(names: list[str], folder: Path, max_pixels: int, image: int) -> Image.Image:
     file = folder / names[image]
     if not file.is_file():  # a pipe would be waited for
         raise FileNotFoundError(f"no file {file}")
-    return Image.open(file)
+    return Image.fromarray(as_picture(decode(file, max_pixels=max_pixels, smallest=PICTURE)))
 
 
-def encode_folder(data: str, run: Path, *, cache: Path | None, download: bool, device: str) -> Source:
+def encode_folder(
+    data: str, run: Path, *, cache: Path | None, download: bool, device: str, max_pixels: int | None = None
+) -> Source:
     """The images of a folder of class folders, through the encoder of a trained run; their labels are the folders.
 
     Args:
         data: as `open_archive` takes it.
         run: folder of a run of `ntdne train`, or a checkpoint in it.
+        max_pixels: of a file that is still read; None: that of the run.
 
     Raises:
-        ValueError: there is no such archive or run, or one of them is broken.
+        ValueError: there is no such archive or run, one of them is broken, or the run was trained on other bands.
     """
     from ntdne_kernels.experiments.archive import ImageDataset, open_archive, transform
     from ntdne_kernels.experiments.results import embed
@@ -121,21 +133,39 @@ def encode_folder(data: str, run: Path, *, cache: Path | None, download: bool, d
 
     if run.is_file() and run.name != CHECKPOINT:
         raise ValueError(f"--checkpoint: expected the {CHECKPOINT} of a run of ntdne train, or its folder, got {run}")
-    settings, _, encoder, _ = trained(run.parent if run.is_file() else run)
+    settings, _, encoder, _, normalisation = trained(run.parent if run.is_file() else run)
+    max_pixels = max_pixels or settings.max_pixels
     archive = open_archive(
-        data, settings.image_size, cache=cache, skip_unreadable=True, download=download, smallest_class=0
+        data,
+        settings.image_size,
+        cache=cache,
+        skip_unreadable=True,
+        download=download,
+        bands=settings.bands,
+        max_pixels=max_pixels,
+        smallest_class=0,
+        nested=bool(settings.classes),  # the run's archive was, as its classes were named
     )
+    if archive.notes:
+        print(archive.notes)
     if len(archive.files) == 0:
         raise ValueError(f"{data} has no image that can be read")
+    found, expected = archive.images.shape[-1], len(normalisation.mean)
+    if found != expected or normalisation.floats != (archive.images.dtype.kind == "f"):
+        kind = "floats" if normalisation.floats else "integers"
+        raise ValueError(
+            f"--checkpoint: the run was trained on {expected} bands of {kind}, but {data} has {found} bands of "
+            f"{archive.images.dtype}"
+        )
     classes = list(map(readable, archive.classes))
     every = torch.arange(len(archive.files))
-    images = ImageDataset(archive, every, archive.labels, transform(augment=False))
+    images = ImageDataset(archive, every, archive.labels, transform(False, normalisation))
     return Source(
         archive.name,
         embed(encoder, images, settings.batch_size, device),
         [classes[label] for label in archive.labels.tolist()],
         archive.files if any(archive.files) else None,
-        partial(_archive_picture, archive, Path(data).expanduser()),
+        partial(_archive_picture, archive, Path(data).expanduser(), settings.bands, max_pixels),
         settings.loss_options.get("sigma", 0.1),
         archive.skipped,
     )
@@ -146,10 +176,13 @@ def readable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _archive_picture(archive: "Archive", folder: Path, image: int) -> Image.Image:
-    """The file of an image; where it is in no folder of the user's, the image as it was decoded."""
+def _archive_picture(
+    archive: "Archive", folder: Path, bands: Sequence[int], max_pixels: int, image: int
+) -> Image.Image:
+    """The file of an image; where it is in no folder of the user's, the image as it was resized."""
     file = folder / archive.files[image]
-    return Image.open(file) if file.is_file() else Image.fromarray(np.array(archive.images[image]))
+    pixels = decode(file, bands, max_pixels, smallest=PICTURE) if file.is_file() else archive.images[image]
+    return Image.fromarray(as_picture(np.array(pixels)))
 
 
 # Files with columns

@@ -40,13 +40,10 @@ def thumbnails(picture: Callable[[int], Image.Image], images: Iterable[int]) -> 
 
 def _thumbnail(picture: Callable[[int], Image.Image], number: int) -> str:
     try:
-        with warnings.catch_warnings(), picture(number) as image:
-            warnings.simplefilter("ignore")  # Pillow's, of large images and odd metadata
-            if image.mode[0] in "IF":  # which Pillow would cut off at 255
-                return ""
-            image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
-            shown = image.convert("RGB")
-    except Exception:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, and more
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of odd metadata
+            shown = picture(number)
+    except (ValueError, OSError, MemoryError):  # it is no image that can be read
         return ""
     shown.thumbnail((THUMBNAIL, THUMBNAIL))
     file, kind = io.BytesIO(), "png" if max(shown.size) <= TINY else "jpeg"

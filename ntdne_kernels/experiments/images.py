@@ -1,0 +1,376 @@
+"""Image files as pixels: the one place where a file is decoded, for training, embedding and the pages alike.
+
+Shapes: H × W pixels of B bands.
+"""
+
+import importlib
+import io
+import json
+import math
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit, against files that are made to fill the memory
+PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+PLUGIN_MODULES = ("pillow_heif.HeifImagePlugin", "pillow_jxl")
+NEED_MORE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows and cannot read by itself
+DISPLAYED = (2, 98)  # percentiles that become black and white on a page
+ORIENTATION, NO_DATA = 274, 42113  # tags of EXIF and TIFF, and of GDAL
+Pixels = NDArray[Any]
+
+
+class Unreadable(ValueError):
+    """Why a file gives no pixels, and what it is."""
+
+
+class _Kind(NamedTuple):
+    """What a file says of itself."""
+
+    bands: int
+    bits: int
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        bands = "1 band" if self.bands == 1 else f"{self.bands} bands"
+        return f"{bands} of {self.bits} bits, {self.width} × {self.height} pixels"
+
+
+class _Samples(NamedTuple):
+    """What a file holds, as it is stored."""
+
+    pixels: Pixels
+    """(H, W, B)."""
+    alpha: int = 0
+    """Whether the last band is transparency, as TIFF counts: 0 no, 1 multiplied into the others, 2 not."""
+    orientation: int = 1
+    """As in EXIF."""
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Those of the files that can be read, in lower case: all that Pillow and its plugins read."""
+    for module in PLUGIN_MODULES:
+        with suppress(ImportError):
+            importlib.import_module(module)
+    Image.init()
+    known = Image.registered_extensions()
+    return frozenset(suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in NEED_MORE)
+
+
+def decode(path: str | Path, bands: Sequence[int] = (), max_pixels: int = MAX_PIXELS, smallest: int = 0) -> Pixels:
+    """The pixels of an image file, (H, W, B), upright.
+
+    Files of 8 bits give uint8, those of up to 16 bits uint16 in full range, all others float32 as stored (integers
+    beyond 2^24 rounded). Grey becomes three equal bands. What is transparent, holds GDAL's value for no data, or is not
+    finite, is laid over black, which is 0. The first picture of several is read; pages of a TIFF that are alike and of
+    one band each are bands. AVIF and HEIF of more than 8 bits have 8, as Pillow decodes them.
+
+    Args:
+        bands: those to take, counted from 1 and as the file stores them: no grey is repeated, and a band of
+            transparency is one like any other. All by default.
+        max_pixels: H·W that is still read.
+        smallest: a JPEG may be decoded at a fraction of its size, of no fewer pixels a side than this. 0: at its own.
+
+    Raises:
+        Unreadable: the file is no image, is broken, larger than max_pixels, has no such band, or has more depth than
+            can be kept.
+        OSError: the file cannot be opened.
+    """
+    suffixes()  # registers plugins
+    data = Path(path).read_bytes()
+    try:
+        kind, read = _identify(data, smallest)
+    except UnidentifiedImageError:
+        raise Unreadable("not an image") from None
+    except Exception as error:  # of a broken header: Pillow raises SyntaxError, struct.error, KeyError, and more
+        raise Unreadable(f"not an image that can be read: {_said(error)}") from None
+    if kind.width * kind.height > max_pixels:
+        raise Unreadable(f"{kind}, more than the {max_pixels} pixels that --max-pixels admits")
+    try:
+        samples = read()
+        pixels = _upright(_plain_type(samples.pixels), samples.orientation)
+    except UnidentifiedImageError:
+        raise Unreadable(f"not an image that Pillow can read ({kind})") from None
+    except ImportError as error:
+        raise Unreadable(f"{kind}, to read which needs {error.name}: pip install 'ntdne_kernels[geo]'") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, and more
+        raise Unreadable(f"{_said(error)} ({kind})") from None
+    B = pixels.shape[-1]
+    if bands:
+        if max(bands) > B:
+            raise Unreadable(f"there is no band {max(bands)} ({kind})")
+        return np.ascontiguousarray(pixels[..., [band - 1 for band in bands]])
+    if samples.alpha:
+        pixels = _over_black(pixels, samples.alpha)
+    return np.ascontiguousarray(pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels)
+
+
+def resized(pixels: Pixels, image_size: int) -> Pixels:
+    """Pixels (H, W, B) as (image_size, image_size, B) of their type, whatever their aspect: bilinear, antialiased."""
+    size = (image_size, image_size)
+    if pixels.dtype == np.uint8 and pixels.shape[-1] == 3:
+        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    bands = [Image.fromarray(band.astype(np.float32)) for band in np.moveaxis(pixels, -1, 0)]
+    small = np.stack([np.asarray(band.resize(size, Image.Resampling.BILINEAR)) for band in bands], axis=-1)
+    return (small if pixels.dtype == np.float32 else small.round()).astype(pixels.dtype)
+
+
+def as_picture(pixels: Pixels) -> Pixels:
+    """Pixels (..., H, W, B) as people can look at them: (..., H, W, 3) uint8.
+
+    Colours of 8 bits stay as they are. Of others the first three bands are shown, or the first one as grey, each
+    picture stretched over the range of its own values.
+    """
+    if pixels.dtype == np.uint8 and pixels.shape[-1] == 3:
+        return pixels
+    shown = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, axis=-1)
+    low, high = np.percentile(shown, DISPLAYED, axis=(-3, -2, -1), keepdims=True).astype(np.float32)
+    stretched = (shown - low) / np.where(high > low, high - low, 1)
+    return np.asarray(255 * stretched.clip(0, 1)).round().astype(np.uint8)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# What a file is, and who reads it
+
+
+def _identify(data: bytes, smallest: int) -> tuple[_Kind, Callable[[], _Samples]]:
+    """What the bytes of a file hold, and the function that reads it: Pillow's where that keeps all there is."""
+    if pages := _tiff_pages(data):
+        kind, whole = _tiff_kind(pages)
+        if not whole:
+            return kind, partial(_by_tifffile, data, kind, pages[0])
+        return kind, lambda: _by_pillow(_open(data), smallest, pages[0].get(NO_DATA))
+    if (at := _jpeg2000(data)) >= 0:
+        kind = _jpeg2000_kind(data, at)
+        if kind.bands > 4 or (kind.bands > 1 and kind.bits > 8):
+            return kind, partial(_jpeg2000_by_imagecodecs, data, kind)
+        return kind, lambda: _by_pillow(_open(data), smallest)
+    image = _open(data)
+    kind = _Kind(len(image.getbands()), _bits(image), *image.size)
+    if image.format == "PNG" and kind.bits == 16 and (image.mode != "I;16" or image.has_transparency_data):
+        return kind, partial(_png_by_imagecodecs, data, image)
+    if kind.bits > 8 and image.mode[0] not in "IF":
+        return kind, partial(_by_nobody, kind)
+    return kind, partial(_by_pillow, image, smallest)
+
+
+_opening = threading.Lock()
+
+
+def _open(data: bytes) -> Image.Image:
+    with _opening:  # Pillow's limit is one for the process, and `decode` has one that can be set
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(data))
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits of a sample in the file, which may be more than Pillow's mode tells."""
+    if image.mode[0] in "IF":
+        return 16 if image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I") else 32
+    tiles = getattr(image, "tile", ())
+    arguments = tiles[0].args if tiles else ()
+    rawmode, *others = arguments if isinstance(arguments, tuple) and arguments else (arguments,)
+    deep = str(rawmode).endswith((";16B", ";16L", ";16N")) or (tiles and tiles[0].codec_name == "SGI16")
+    largest = others[0] if image.format == "PPM" and others else 0
+    return 16 if deep or largest > 255 else 1 if image.mode == "1" else 8
+
+
+def _tiff_pages(data: bytes) -> list[ImageFileDirectory_v2]:
+    """The tags of a TIFF's pages that are as large as its first one, without overviews and masks; [] of other files."""
+    if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return []
+    header = data[: 16 if b"+" in data[2:4] else 8]
+    pages: list[ImageFileDirectory_v2] = []
+    file, seen = io.BytesIO(data), {0}
+    tags = ImageFileDirectory_v2(header)
+    while tags.next not in seen:
+        seen.add(tags.next)
+        file.seek(tags.next)
+        tags = ImageFileDirectory_v2(header)
+        tags.load(file)
+        overview_or_mask = tags.get(254, 0) & 0b101
+        if not pages or (not overview_or_mask and all(tags.get(size) == pages[0][size] for size in (256, 257))):
+            pages.append(tags)
+    return pages
+
+
+def _tiff_kind(pages: list[ImageFileDirectory_v2]) -> tuple[_Kind, bool]:
+    """What a TIFF holds, and whether Pillow reads all of it."""
+    tags = pages[0]
+    samples, bits = tags.get(277, 1), max(tags.get(258, (1,)))
+    colours = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}.get(tags.get(262, 1))  # of each photometric interpretation
+    complete = samples == colours or (samples - 1 == colours and tags.get(338, (0,))[0] in (1, 2))
+    numbers = set(tags.get(339, (1,)))  # 1: unsigned, 2: signed, 3: floats
+    deep_grey = samples == 1 and tags.get(262, 1) == 1 and (bits, *numbers) in {(16, 1), (16, 2), (32, 2), (32, 3)}
+    shallow = (bits <= 8 and numbers == {1}) or deep_grey
+    if bands_last := _rows_as_pages(pages):
+        height, width, bands = bands_last
+        return _Kind(bands, bits, width, height), False
+    return _Kind(samples * len(pages), bits, tags[256], tags[257]), len(pages) == 1 and complete and shallow
+
+
+def _rows_as_pages(pages: list[ImageFileDirectory_v2]) -> list[int]:
+    """(H, W, B) of an array that tifffile wrote as H pages, as it does unless told of the bands; [] of other files.
+
+    It notes the shape of what it was given; where the last axis is the shortest, that is the bands.
+    """
+    try:
+        shape: list[int] = json.loads(pages[0].get(270, ""))["shape"]
+    except (ValueError, TypeError, LookupError):
+        return []
+    return shape if len(pages) > 1 and len(shape) == 3 and shape[2] < min(shape[:2]) else []
+
+
+def _jpeg2000(data: bytes) -> int:
+    """Where the sizes of a JPEG 2000 codestream begin, or −1."""
+    at = data.find(b"\xff\x4f\xff\x51")
+    return at if at >= 0 and (at == 0 or data[4:8] == b"jP  ") else -1
+
+
+def _jpeg2000_kind(data: bytes, at: int) -> _Kind:
+    """ISO/IEC 15444-1, A.5.1: the marker segment SIZ."""
+    right, bottom, left, top = struct.unpack_from(">4I", data, at + 8)
+    (components,) = struct.unpack_from(">H", data, at + 40)
+    bits = max(data[at + 42 + 3 * component] % 128 + 1 for component in range(components))
+    return _Kind(components, bits, right - left, bottom - top)
+
+
+# The readers
+
+
+def _by_pillow(image: Image.Image, smallest: int, no_data: str | None = None) -> _Samples:
+    if smallest:
+        image.draft(None, (smallest, smallest))
+    image.load()
+    if image.mode[0] in "IF":
+        pixels = np.asarray(image)[..., None]
+        deep = pixels.astype(np.uint16) if image.format == "PPM" and image.mode == "I" else pixels
+        return _Samples(_without_no_data(deep, no_data), 0, _orientation(image))
+    if image.has_transparency_data:
+        mode = "LA" if image.mode in ("L", "LA", "La") and "transparency" not in image.info else "RGBA"
+    else:
+        mode = "L" if image.mode in ("1", "L") else "RGB"
+    pixels = np.asarray(image.convert(mode))
+    pixels = _without_no_data(pixels[..., None] if pixels.ndim == 2 else pixels, no_data)
+    return _Samples(pixels, 2 if mode.endswith("A") else 0, _orientation(image))
+
+
+def _by_tifffile(data: bytes, kind: _Kind, tags: ImageFileDirectory_v2) -> _Samples:
+    from tifffile import TiffFile
+
+    if tags.get(262, 1) not in (0, 1, 2):
+        raise ValueError(f"a TIFF of photometric interpretation {tags[262]}")
+    with TiffFile(io.BytesIO(data)) as file:
+        series = file.series[0]
+        pixels, axes = series.asarray(squeeze=False), series.get_axes(squeeze=False)
+    if (kind.height, kind.width) == (tags[257], tags[256]):
+        pixels = np.moveaxis(pixels, (axes.index("Y"), axes.index("X")), (0, 1))
+    else:
+        pixels = pixels.reshape(kind.height, kind.width, kind.bands)
+    others = [n for n in pixels.shape[2:] if n > 1]
+    if len(others) > 1:
+        raise ValueError(f"a stack of {math.prod(others) // tags.get(277, 1)} pages of {tags.get(277, 1)} bands")
+    pixels = _without_no_data(pixels.reshape(*pixels.shape[:2], -1), tags.get(NO_DATA))
+    if pixels.dtype.kind == "u":
+        pixels = _in_full_range(pixels, kind.bits)
+        pixels = np.iinfo(pixels.dtype).max - pixels if tags.get(262, 1) == 0 else pixels  # 0 is white
+    alpha = tags.get(338, (0,))[-1] if kind.bands == tags.get(277, 1) else 0
+    return _Samples(pixels, alpha if alpha in (1, 2) else 0, tags.get(ORIENTATION, 1))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # a broken EXIF, for which Pillow has many exceptions, spoils no picture
+        return 1
+
+
+def _png_by_imagecodecs(data: bytes, image: Image.Image) -> _Samples:
+    """A PNG of 16 bits, of which Pillow keeps 8 unless it is grey and opaque."""
+    from imagecodecs import png_decode
+
+    pixels = png_decode(data)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    return _Samples(pixels, 2 if pixels.shape[-1] in (2, 4) else 0, _orientation(image))
+
+
+def _jpeg2000_by_imagecodecs(data: bytes, kind: _Kind) -> _Samples:
+    """A JPEG 2000 of more than 8 bits in several bands, of which Pillow keeps 8, or of more than 4 bands."""
+    from imagecodecs import jpeg2k_decode
+
+    pixels = jpeg2k_decode(data)
+    pixels = _in_full_range(pixels, kind.bits) if pixels.dtype.kind == "u" else pixels
+    return _Samples(pixels, 2 if kind.bands in (2, 4) else 0)
+
+
+def _by_nobody(kind: _Kind) -> _Samples:
+    raise ValueError(f"Pillow would keep 8 of the {kind.bits} bits; PNG and TIFF are read whole")
+
+
+# Values
+
+
+def _in_full_range(pixels: Pixels, bits: int) -> Pixels:
+    """Unsigned integers of so many bits, as 12, over all values of their type."""
+    if bits >= 8 * pixels.dtype.itemsize:
+        return pixels
+    largest = np.iinfo(pixels.dtype).max
+    return np.asarray(pixels * (largest / (2**bits - 1))).round().astype(pixels.dtype)
+
+
+def _without_no_data(pixels: Pixels, no_data: str | None) -> Pixels:
+    """Black where GDAL's tag says that there is nothing."""
+    try:
+        value = float(str(no_data).strip("\0 "))
+    except ValueError:
+        return pixels
+    if pixels.dtype.kind == "f":
+        value = pixels.dtype.type(value)
+    return np.asarray(np.where(pixels == value, 0, pixels), pixels.dtype)
+
+
+def _plain_type(pixels: Pixels) -> Pixels:
+    """uint8, uint16, or finite float32."""
+    if pixels.dtype.kind == "c":
+        raise ValueError("complex numbers, which are no picture; give their magnitude")
+    if pixels.dtype.kind == "b":
+        return pixels.astype(np.uint8) * 255
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
+        return pixels.astype(pixels.dtype.newbyteorder("="))
+    return np.nan_to_num(pixels.astype(np.float32), nan=0, posinf=0, neginf=0)
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
+
+
+def _over_black(pixels: Pixels, alpha: int) -> Pixels:
+    """Colours (H, W, B − 1) without the transparency, which is the last band."""
+    colours, opacity = pixels[..., :-1], pixels[..., -1:]
+    if alpha == 1:
+        return colours
+    if pixels.dtype == np.float32:
+        return colours * opacity
+    largest = np.iinfo(pixels.dtype).max
+    return ((colours.astype(np.uint32) * opacity + largest // 2) // largest).astype(pixels.dtype)
