@@ -296,7 +296,7 @@ def _prepare_launch(
     return _Launch(
         kernels.prepare, (block_b * triton.cdiv(B, block_b) // BLOCK_Q,),
         D=D, SORTED_LABELS=sorted_labels, GATHER=gather, LOOK_UP=look_up, HAS_LABELS=has_labels, SNCA=snca,
-        SHORTEST=SHORTEST, BLOCK_Q=BLOCK_Q, BLOCK=128,
+        SHORTEST=SHORTEST, BLOCK_Q=BLOCK_Q, BLOCK=256,
     )  # fmt: skip
 
 

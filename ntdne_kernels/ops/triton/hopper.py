@@ -6,7 +6,7 @@ group holds HALF = 64 queries, takes the tiles in turn, and gives each back when
 
     the loading warp:    wait until a tile's place is empty → fetch the tile, which makes it full
     each warp group:     wait until tile t is full → S_t = Q·T_tᵀ, started; v += P_{t−1}·T_{t−1}, started
-                         S_t is there → P_t = 2^(S_t·scale − scale), while v is still being summed
+                         S_t is there → P_t = 2^(S_t·scale − scale)
                          v is there → tile t − 1 is empty
 
 Two warp groups run ahead and behind of each other freely: one multiplies while the other exponentiates. All warps walk
@@ -82,10 +82,15 @@ def _load(queries, bank, q_smem, ring, q_full, full, empty, places, first_query,
 
 
 @gluon.jit
-def _masked(w, start, stop, own, BLOCK_N: gl.constexpr, S: gl.constexpr):
-    """The weights w of a tile, 0 for rows at `stop` and behind it and for each query's own row."""
-    j = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
-    return gl.where((j[None, :] == own[:, None]) | (j >= stop)[None, :], 0.0, w)
+def _weigh(s, start, stop, next_own, own, scale, BLOCK_N: gl.constexpr, S: gl.constexpr):
+    """2^(s·scale − scale) of a tile, 0 for rows at `stop` and behind it and for each query's own row."""
+    # Most tiles hold no query's own row and end before the segment does: they need no mask. To end the loop at those
+    # that do, and start it again behind them, took 4 % longer at B = 1024 (H200); the branch behind the exponentials 3 %.
+    if start + BLOCK_N > gl.minimum(stop, next_own):
+        j = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
+        s = gl.where((j[None, :] == own[:, None]) | (j >= stop)[None, :], float("-inf"), s)
+        next_own = gl.min(gl.where(own >= start + BLOCK_N, own, _OUT_OF_SIGHT), 0)
+    return gl.exp2(s * scale - scale), next_own  # one fused multiply-add
 
 
 @gluon.jit
@@ -135,60 +140,41 @@ def _sum(q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end
         same = (my_low <= begin) & (begin < my_high)
         total = gl.zeros([_HALF], gl.float32, gl.SliceLayout(1, S))
         v = gl.zeros([_HALF, W], gl.float32, V)
-        start = begin
-        while start < stop:
-            # A run of tiles, of which the last holds the end of the segment or a query's own row: it alone is masked.
-            # A branch in the loop would cost each tile as much as a tenth of its products.
-            next_own = gl.min(gl.where(own >= start, own, _OUT_OF_SIGHT), 0)
-            last = start + (gl.minimum(stop - 1, next_own) - start) // BLOCK_N * BLOCK_N
+        next_own = gl.min(gl.where(own >= begin, own, _OUT_OF_SIGHT), 0)
 
+        stage = taken % STAGES
+        mbarrier.wait(full.index(stage), (taken // STAGES) & 1)
+        s = warpgroup_mma(q, ring.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        if not WEIGHTED:
+            mbarrier.arrive(empty.index(stage))
+        w, next_own = _weigh(s, begin, stop, next_own, own, scale, BLOCK_N, S)
+        total += gl.sum(w, 1)
+        p = gl.convert_layout(w.to(dtype), P)  # stays in registers
+        taken += 1
+        for start in range(begin + BLOCK_N, stop, BLOCK_N):
+            before = stage
             stage = taken % STAGES
             mbarrier.wait(full.index(stage), (taken // STAGES) & 1)
             s = warpgroup_mma(q, ring.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s])
-            w = gl.exp2(s * scale - scale)  # one fused multiply-add
-            if start == last:
-                w = _masked(w, start, stop, own, BLOCK_N, S)
-            total += gl.sum(w, 1)
-            p = gl.convert_layout(w.to(dtype), P)  # stays in registers
-            if not WEIGHTED:
-                mbarrier.arrive(empty.index(stage))
-            taken += 1
-            for _ in range(start + BLOCK_N, last, BLOCK_N):
-                before = stage
-                stage = taken % STAGES
-                mbarrier.wait(full.index(stage), (taken // STAGES) & 1)
-                s = warpgroup_mma(q, ring.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-                if WEIGHTED:
-                    v = warpgroup_mma(p, ring.index(before), v, is_async=True)
-                    s = warpgroup_mma_wait(1, deps=[s])  # the second product goes on under the exponentials
-                    w = gl.exp2(s * scale - scale)
-                    total += gl.sum(w, 1)
-                    next_p = gl.convert_layout(w.to(dtype), P)
-                    v, p = warpgroup_mma_wait(0, deps=[v, next_p])
-                    mbarrier.arrive(empty.index(before))
-                else:
-                    s = warpgroup_mma_wait(0, deps=[s])
-                    mbarrier.arrive(empty.index(stage))
-                    total += gl.sum(gl.exp2(s * scale - scale), 1)
-                taken += 1
             if WEIGHTED:
-                v = warpgroup_mma(p, ring.index(stage), v, is_async=True)
-                v = warpgroup_mma_wait(0, deps=[v])
-                mbarrier.arrive(empty.index(stage))
-            if start < last:
-                stage = taken % STAGES
-                mbarrier.wait(full.index(stage), (taken // STAGES) & 1)
-                s = warpgroup_mma(q, ring.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(0, deps=[s])
-                w = _masked(gl.exp2(s * scale - scale), last, stop, own, BLOCK_N, S)
+                v = warpgroup_mma(p, ring.index(before), v, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[s])  # the second product goes on under the exponentials
+                w, next_own = _weigh(s, start, stop, next_own, own, scale, BLOCK_N, S)
                 total += gl.sum(w, 1)
-                if WEIGHTED:
-                    v = warpgroup_mma(gl.convert_layout(w.to(dtype), P), ring.index(stage), v, is_async=True)
-                    v = warpgroup_mma_wait(0, deps=[v])
+                next_p = gl.convert_layout(w.to(dtype), P)
+                v, p = warpgroup_mma_wait(0, deps=[v, next_p])
+                mbarrier.arrive(empty.index(before))
+            else:
+                s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(empty.index(stage))
-                taken += 1
-            start = last + BLOCK_N
+                w, next_own = _weigh(s, start, stop, next_own, own, scale, BLOCK_N, S)
+                total += gl.sum(w, 1)
+            taken += 1
+        if WEIGHTED:
+            v = warpgroup_mma(p, ring.index(stage), v, is_async=True)
+            v = warpgroup_mma_wait(0, deps=[v])
+            mbarrier.arrive(empty.index(stage))
         if WEIGHTED:
             held = gl.where(same, total_same, total_other) != 0
             slot = i + gl.where(same, BLOCK_B, 0)

@@ -378,7 +378,7 @@ def _merged(
     D: tl.constexpr, BLOCK_B: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """log Σ and μ = v/Σ of the query at place i: of its class's rows, then of the others'; −inf and 0 of no row.
+    """Σ, its maximum, and μ = v/Σ of the query at place i: of its class's rows, then of the others'; 0 of no row.
 
     Both sums are read in one loop, and which slots are empty is read ahead: what the loop waits for is memory.
     """
@@ -425,10 +425,9 @@ def _merged(
         if WEIGHTED:
             v_other += tl.sum(rows_other * factor_other[:, None], 0)
             v_same += tl.sum(rows_same * factor_same[:, None], 0)
-    log_same = _log_of(total_same, highest_same, scale, TRACKED, SHIFT)
-    log_other = _log_of(total_other, highest_other, scale, TRACKED, SHIFT)
     mean_same = v_same / tl.where(total_same != 0, total_same, 1.0)
-    return log_same, log_other, mean_same, v_other / tl.where(total_other != 0, total_other, 1.0)
+    mean_other = v_other / tl.where(total_other != 0, total_other, 1.0)
+    return total_same.to(tl.float64), total_other.to(tl.float64), highest_same, highest_other, mean_same, mean_other
 
 
 @_part
@@ -444,7 +443,7 @@ def _log_of(total, highest, scale, TRACKED: tl.constexpr, SHIFT: tl.constexpr):
     offset = scale
     if TRACKED:
         offset = tl.where(total != 0, (highest - SHIFT).to(tl.float64), 0.0)
-    return tl.log(total.to(tl.float64)) + offset * LN_2
+    return tl.log(total) + offset * LN_2
 
 
 @triton.jit(do_not_specialize=["B", "N", "splits"])
@@ -470,15 +469,24 @@ def merge_to_log_scores(
     i = tl.program_id(0).to(tl.int64)
     out = tl.load(places + i * 4 + SOURCE)
     d = tl.arange(0, BLOCK_D)
-    log_same, log_other, mean_same, mean_other = _merged(
+    same, other, highest_same, highest_other, mean_same, mean_other = _merged(
         totals, maxima, vectors, i, B, scale, splits, d, D, BLOCK_B, TRACKED, SHIFT, WEIGHTED, BLOCK_K
     )
-    has_positive = log_same != float("-inf")  # NaN counts, and stays NaN
-    log_odds = log_other - log_same
-    # log p = −log(1 + e^log_odds); log Σ_all = log(Σ_same + Σ_other)
-    rest = tl.log(1.0 + tl.exp(-tl.abs(log_odds)))
-    score = tl.where(has_positive, -(tl.maximum(log_odds, 0.0) + rest), float("-inf"))
-    log_all = tl.where(has_positive, tl.maximum(log_same, log_other) + rest, log_other)
+    has_positive = same != 0  # NaN counts, and stays NaN
+    # log p = −log(1 + Σ_other/Σ_same); log Σ_all = log(Σ_same + Σ_other)
+    if TRACKED:
+        log_same = _log_of(same, highest_same, scale, TRACKED, SHIFT)
+        log_other = _log_of(other, highest_other, scale, TRACKED, SHIFT)
+        log_odds = log_other - log_same
+        rest = tl.log(1.0 + tl.exp(-tl.abs(log_odds)))
+        score = -(tl.maximum(log_odds, 0.0) + rest)
+        log_all = tl.where(has_positive, tl.maximum(log_same, log_other) + rest, log_other)
+        one_minus_p = 1.0 / (1.0 + tl.exp(-log_odds))
+    else:  # the sums have one offset: float64 logarithms and exponentials take most of a program's time
+        score = -tl.log(1.0 + other / tl.where(has_positive, same, 1.0))
+        log_all = _log_of(same + other, highest_same, scale, TRACKED, SHIFT)
+        one_minus_p = other / (same + other)
+    score = tl.where(has_positive, score, float("-inf"))
     norm = tl.full((), 1, norms.dtype.element_ty)
     if LOOK_UP:
         norm = tl.load(norms + out)
@@ -525,7 +533,6 @@ def merge_to_log_scores(
             derivative /= divisor
         tl.store(slope + out, derivative.to(slope.dtype.element_ty))
     if WEIGHTED:
-        one_minus_p = 1.0 / (1.0 + tl.exp(-log_odds))
         factor = derivative * one_minus_p * scale * LN_2  # scale·ln 2 = 1/σ
         row = (mean_same - mean_other) * factor.to(mean_same.dtype)
         if LOOK_UP:  # of f = x/|x| the gradient of x is (g − (g·f)f)/|x|
@@ -558,11 +565,11 @@ def merge_to_class_sums(
     i = tl.program_id(0).to(tl.int64)
     out = tl.load(places + i * 4 + SOURCE)
     d = tl.arange(0, BLOCK_D)
-    log_sum_same, log_sum_other, row_same, row_other = _merged(
+    same, other, highest_same, highest_other, row_same, row_other = _merged(
         totals, maxima, vectors, i, B, scale, splits, d, D, BLOCK_B, TRACKED, SHIFT, WEIGHTED, BLOCK_K
     )
-    tl.store(log_same + out, log_sum_same)
-    tl.store(log_other + out, log_sum_other)
+    tl.store(log_same + out, _log_of(same, highest_same, scale, TRACKED, SHIFT))
+    tl.store(log_other + out, _log_of(other, highest_other, scale, TRACKED, SHIFT))
     if WEIGHTED:
         tl.store(mean_same + out * D + d, row_same, mask=d < D)
         tl.store(mean_other + out * D + d, row_other, mask=d < D)
