@@ -16,7 +16,7 @@ from ntdne_kernels.ops.leave_one_out import UNLABELLED
 from ntdne_kernels.ops.user_warning import warn_user
 
 STEPS = 50  # that are searched for labels in place of the index
-CHANCE = 1e-6  # below it, that all positions of a batch are numbers of classes is taken for no accident
+CHANCE = 1e-6  # that positions drawn from the archive are all numbers of classes: less is taken for no accident
 
 
 class Watch:
@@ -24,6 +24,8 @@ class Watch:
 
     def __init__(self) -> None:
         self._steps = 0
+        self._numbers_of_classes = 0  # indices so far, as long as there is nothing else among them
+        self._repeated = 0  # of these, those that stand in their batch before
         self._compared = 0
         self._with_labels_alone = 0
         self._updated = False
@@ -50,7 +52,7 @@ class Watch:
             return
         self._with_labels_alone, self._updated = 0, False
         self._steps += 1
-        if self._due(self._steps, index.device) and len(index) and self._steps <= STEPS:
+        if self._steps <= STEPS and self._due(self._steps, index.device):
             self._look_for_labels(index, memory)
 
     def compare(self, given: Tensor, stored: Tensor, index: Tensor) -> None:
@@ -69,15 +71,29 @@ class Watch:
         )
 
     def _look_for_labels(self, index: Tensor, memory: MemoryBank) -> None:
-        """Labels given as the index are numbers of classes, and one of them stands twice in a batch."""
-        N, C, B = len(memory), len(memory.classes), len(index)
-        if C == 0 or B * math.log(N / C) < -math.log(CHANCE):
+        """Labels given as the index are all numbers of classes, and stand more than once in a batch."""
+        N, C = len(memory), len(memory.classes)
+        if C in (0, N):
             return
         ordered = index.sort().values
         place = torch.searchsorted(memory.classes, ordered).clamp(max=C - 1)
-        are_classes = (memory.classes[place] == ordered).all()
-        repeats = (ordered[1:] == ordered[:-1]).sum()
-        self._ask(self._say_repeated, torch.stack([are_classes.to(repeats.dtype), repeats]), B)
+        inside, are_classes = ordered >= 0, memory.classes[place] == ordered
+        repeats = (ordered[1:] == ordered[:-1]) & inside[1:]
+        counts = torch.stack([inside.sum(), (inside & are_classes).sum(), repeats.sum()])
+        self._ask(self._note_classes, counts, math.log(N / C))
+
+    def _note_classes(self, indices: int, numbers_of_classes: int, repeated: int, surprise: float) -> None:
+        """Counts of a batch; the surprise at one index that is the number of a class is −log of its chance."""
+        if numbers_of_classes < indices:
+            self._steps = STEPS  # positions, after all
+            return
+        self._numbers_of_classes += indices
+        self._repeated += repeated
+        if self._repeated and self._numbers_of_classes * surprise > -math.log(CHANCE):
+            self.labels_as_index(
+                f"all of the {self._numbers_of_classes} indices looked at are numbers of classes, and {self._repeated} "
+                "stand in their batch before"
+            )
 
     def _say_differing(self, differing: int, beside: int) -> None:
         if differing:
@@ -89,10 +105,6 @@ class Watch:
                 "purpose",
             )
 
-    def _say_repeated(self, are_classes: int, repeats: int, B: int) -> None:
-        if are_classes and repeats:
-            self.labels_as_index(f"the {B} images of a batch were {B - repeats}, all of them numbers of classes")
-
     def _due(self, batch: int, device: torch.device) -> bool:
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
@@ -101,7 +113,7 @@ class Watch:
             return batch <= STEPS and batch & (batch - 1) == 0
         return device.type == "cpu"
 
-    def _ask(self, say: Callable[..., None], numbers: Tensor, *known: int) -> None:
+    def _ask(self, say: Callable[..., None], numbers: Tensor, *known: float) -> None:
         """Call `say` with the numbers and what is known, on a GPU in a later step."""
         if numbers.device.type == "cpu":
             say(*numbers.tolist(), *known)

@@ -39,7 +39,7 @@ def shuffled(N: int, B: int, steps: int, seed: int = 0) -> Iterator[Tensor]:
         seed += 1
 
 
-def train(criterion: nn.Module, batches: Iterable[Tensor], as_index: Callable[[Tensor], Tensor]) -> list[str]:
+def train(criterion: nn.Module, batches: Iterable[Tensor], as_index: Callable[[Tensor], Tensor], **given) -> list[str]:
     """What is said while batches are trained on whose index is made of the right one."""
     device = criterion.memory.device
     with warnings.catch_warnings(record=True) as said:
@@ -47,19 +47,21 @@ def train(criterion: nn.Module, batches: Iterable[Tensor], as_index: Callable[[T
         for step, right in enumerate(batches):
             features, index = torch.randn(len(right), D, generator=draw(step)).to(device), as_index(right).to(device)
             line = inspect.currentframe().f_lineno + 1
-            criterion(features, index)
+            criterion(features, index, **given)
             criterion.update_bank(features, index)
     assert {(warning.filename, warning.lineno) for warning in said} <= {(__file__, line)}
     return [str(warning.message) for warning in said]
 
 
-@pytest.mark.parametrize(("N", "C", "B"), [(400, 10, 16), (400, 2, 32), (1437, 10, 128), (20_000, 1000, 64)])
+@pytest.mark.parametrize(
+    ("N", "C", "B"), [(400, 10, 16), (400, 2, 32), (1437, 10, 128), (20_000, 1000, 64), (1000, 10, 3)]
+)
 def test_labels_given_as_the_index_are_found_within_50_steps(N, C, B):
     criterion = criterion_of(N, C)
     (said,) = train(criterion, shuffled(N, B, 50), lambda index: labels_of(N, C)[index])
     assert re.match(
-        rf"the {B} images of a batch were \d+, all of them numbers of classes; is `index` the position of each image "
-        r"in the archive \(IndexedDataset\), and not its label\?",
+        r"all of the \d+ indices looked at are numbers of classes, and \d+ stand in their batch before; is `index` the "
+        r"position of each image in the archive \(IndexedDataset\), and not its label\?",
         said,
     )
 
@@ -80,8 +82,16 @@ def test_labels_given_as_the_index_are_found_on_a_gpu_without_synchronising():
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         criterion(features[0], labels[:32])
-    assert sum("all of them numbers of classes" in str(warning.message) for warning in said) == 1
+    assert sum("are numbers of classes" in str(warning.message) for warning in said) == 1
     assert sum("given beside an index differ" in str(warning.message) for warning in said) == 1
+
+
+def test_labels_as_the_index_are_found_where_some_images_have_none():
+    labels = labels_of(400, 10)
+    labels[::3] = -1
+    batches = shuffled(400, 16, 20)
+    (said,) = train(SNCALoss(labels, D), batches, lambda index: labels[index], labels=-torch.ones(16).long())
+    assert "are numbers of classes" in said
 
 
 @pytest.mark.parametrize("seed", range(4))
