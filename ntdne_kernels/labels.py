@@ -108,17 +108,21 @@ def read_labels(labels: Any, name: str) -> "Tensor | list[str | None]":
         return _of_array(values, name)
     if all(type(value) is int for value in values):
         return _integers(values, name)
-    plain = [_plain(value) for value in values]
+    if set(map(type, values)) <= {str, type(None)}:  # a million of them are few different ones
+        plain_of = {value: _plain(value) for value in set(values)}
+        plain = [plain_of[value] for value in values]
+    else:
+        plain = [_plain(value) for value in values]
     known = [value for value in plain if value is not None]
-    kinds = {type(value) for value in known}
+    kinds = set(map(type, known))
     nested = next((kind for kind in kinds if hasattr(kind, "__len__") and kind is not str), None)
     if nested is not None:
         raise ValueError(f"{name}: expected one dimension, got {type(labels).__name__} of {nested.__name__}")
     if kinds == {str}:
-        whole = [None if value is None else _whole(value) for value in plain]
-        if None in {number for value, number in zip(plain, whole, strict=True) if value is not None}:
+        whole = {text: _whole(text) for text in set(known)}
+        if None in whole.values():
             return plain
-        plain = whole
+        plain = [None if text is None else whole[text] for text in plain]
     elif not kinds <= {int, float}:
         found = " and ".join(sorted(kind.__name__ for kind in kinds))
         raise TypeError(f"{name}: expected integers or names, got {found}")
