@@ -36,7 +36,7 @@ inline acc_t norm(const acc_t* values, int64_t D) {
 // Norms of features[begin:end); false where one of them cannot be used. wide is scratch of D values.
 template <typename row_t, typename feature_t>
 FOR_EACH_VECTOR_WIDTH bool measure(
-    accumulator_t<row_t>* norms, const feature_t* features, const int64_t* index, accumulator_t<row_t>* wide, int64_t N,
+    accumulator_t<row_t>* norms, const feature_t* features, const int64_t* rows, accumulator_t<row_t>* wide, int64_t N,
     int64_t D, int64_t begin, int64_t end) {
   bool valid = true;
   for (int64_t i = begin; i < end; ++i) {
@@ -44,8 +44,8 @@ FOR_EACH_VECTOR_WIDTH bool measure(
       wide[d] = static_cast<accumulator_t<row_t>>(features[i * D + d]);
     }
     norms[i] = norm(wide, D);
-    const bool usable = index[i] >= 0 && index[i] < N && norms[i] > 0 && std::isfinite(norms[i]);
-    valid &= usable || index[i] == kNotInBank;
+    const bool usable = rows[i] >= 0 && rows[i] < N && norms[i] > 0 && std::isfinite(norms[i]);
+    valid &= usable || rows[i] == kNotInBank;
   }
   return valid;
 }
@@ -75,13 +75,14 @@ FOR_EACH_VECTOR_WIDTH void update_row(
 
 template <typename row_t, typename feature_t>
 void update_rows(
-    row_t* bank, const feature_t* features, const int64_t* index, int64_t N, int64_t B, int64_t D, double momentum) {
+    row_t* bank, const feature_t* features, const std::vector<int64_t>& rows, int64_t N, int64_t D, double momentum) {
   using acc_t = accumulator_t<row_t>;
+  const int64_t B = rows.size();
   std::vector<acc_t> norms(B);
   std::atomic<bool> valid{true};
   torch::stable::parallel_for(0, B, kGrain / D + 1, [&](int64_t begin, int64_t end) {
     std::vector<acc_t> wide(D);
-    if (!measure<row_t>(norms.data(), features, index, wide.data(), N, D, begin, end)) {
+    if (!measure<row_t>(norms.data(), features, rows.data(), wide.data(), N, D, begin, end)) {
       valid = false;
     }
   });
@@ -94,28 +95,35 @@ void update_rows(
     std::vector<acc_t> blend(D);
     for (int64_t part = begin; part < end; ++part) {
       for (int64_t i = 0; i < B; ++i) {
-        if (index[i] != kNotInBank && index[i] % parts == part) {
-          update_row(bank + index[i] * D, features + i * D, norms[i], blend.data(), D, static_cast<acc_t>(momentum));
+        if (rows[i] != kNotInBank && rows[i] % parts == part) {
+          update_row(bank + rows[i] * D, features + i * D, norms[i], blend.data(), D, static_cast<acc_t>(momentum));
         }
       }
     }
   });
 }
 
-void update_bank_cpu(Tensor bank, const Tensor& features, const Tensor& index, double momentum) {
-  check_arguments(bank, features, index);
+void update_bank_cpu(
+    Tensor bank, const Tensor& features, const Tensor& index, double momentum, const std::optional<Tensor>& position) {
+  check_arguments(bank, features, index, position);
   bump_version(bank);
-  const Tensor dense_features = torch::stable::contiguous(features);
+  const Tensor dense_features = dense_beside(bank, features);
   const Tensor dense_index = torch::stable::contiguous(index);
+  const Tensor dense_position = position ? torch::stable::contiguous(*position) : dense_index;
+  const int64_t* image = static_cast<const int64_t*>(dense_index.const_data_ptr());
+  const int64_t* place = position ? static_cast<const int64_t*>(dense_position.const_data_ptr()) : nullptr;
+  std::vector<int64_t> rows(features.size(0));
+  for (size_t i = 0; i < rows.size(); ++i) {
+    rows[i] = row_of(image[i], place, dense_position.size(0));
+  }
   dispatch_float_type(bank, "bank", [&](auto row) {
     using row_t = decltype(row);
     dispatch_float_type(features, "features", [&](auto feature) {
       using feature_t = decltype(feature);
       update_rows(
           static_cast<row_t*>(bank.mutable_data_ptr()),
-          static_cast<const feature_t*>(dense_features.const_data_ptr()),
-          static_cast<const int64_t*>(dense_index.const_data_ptr()),
-          bank.size(0), features.size(0), features.size(1), momentum);
+          static_cast<const feature_t*>(dense_features.const_data_ptr()), rows, bank.size(0), features.size(1),
+          momentum);
     });
   });
 }

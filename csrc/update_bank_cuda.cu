@@ -63,14 +63,15 @@ __device__ void update_row(row_t* row, const feature_t* feature, int64_t D, accu
 // other on a CPU. Finding the others is B index reads per warp, 2 KB that stay in cache at B = 256.
 template <typename row_t, typename feature_t>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) update_bank_kernel(
-    row_t* bank, const feature_t* features, const int64_t* index, int64_t N, int64_t B, int64_t D,
-    accumulator_t<row_t> m) {
+    row_t* bank, const feature_t* features, const int64_t* index, const int64_t* position, int64_t images, int64_t N,
+    int64_t B, int64_t D, accumulator_t<row_t> m) {
   const int lane = threadIdx.x % kWarp;
   const int64_t mine = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
   if (mine >= B) {
     return;
   }
-  const int64_t target = index[mine];
+  const auto row = [&](int64_t i) { return row_of(index[i], position, images); };
+  const int64_t target = row(mine);
   if (target < 0 || target >= N) {
     if (target != kNotInBank && lane == 0) {
       atomicAdd(&skipped_rows, 1ull);
@@ -79,13 +80,13 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) update_bank_kernel(
   }
   bool earlier = false;
   for (int64_t i = lane; i < mine; i += kWarp) {
-    earlier |= index[i] == target;
+    earlier |= row(i) == target;
   }
   if (__any_sync(kAllLanes, earlier)) {
     return;
   }
   for (int64_t first = mine; first < B; first += kWarp) {
-    const bool same = first + lane < B && index[first + lane] == target;
+    const bool same = first + lane < B && row(first + lane) == target;
     for (unsigned found = __ballot_sync(kAllLanes, same); found != 0; found &= found - 1) {
       const int64_t i = first + __ffs(found) - 1;
       update_row(bank + target * D, features + i * D, D, m, lane);
@@ -99,16 +100,18 @@ void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
-void update_bank_cuda(Tensor bank, const Tensor& features, const Tensor& index, double momentum) {
-  check_arguments(bank, features, index);
+void update_bank_cuda(
+    Tensor bank, const Tensor& features, const Tensor& index, double momentum, const std::optional<Tensor>& position) {
+  check_arguments(bank, features, index, position);
   bump_version(bank);
   const int64_t B = features.size(0);
   if (B == 0) {
     return;
   }
   const torch::stable::accelerator::DeviceGuard guard(bank.get_device_index());
-  const Tensor dense_features = torch::stable::contiguous(features);
-  const Tensor dense_index = torch::stable::contiguous(index);
+  const Tensor dense_features = dense_beside(bank, features);
+  const Tensor dense_index = dense_beside(bank, index);
+  const Tensor dense_position = position ? dense_beside(bank, *position) : dense_index;
   const cudaStream_t stream = static_cast<cudaStream_t>(current_stream(bank));
   const unsigned blocks = static_cast<unsigned>((B + kWarpsPerBlock - 1) / kWarpsPerBlock);
   dispatch_float_type(bank, "bank", [&](auto row) {
@@ -119,6 +122,7 @@ void update_bank_cuda(Tensor bank, const Tensor& features, const Tensor& index, 
           static_cast<row_t*>(bank.mutable_data_ptr()),
           static_cast<const feature_t*>(dense_features.const_data_ptr()),
           static_cast<const int64_t*>(dense_index.const_data_ptr()),
+          position ? static_cast<const int64_t*>(dense_position.const_data_ptr()) : nullptr, dense_position.size(0),
           bank.size(0), B, features.size(1), static_cast<accumulator_t<row_t>>(momentum));
     });
   });

@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import ProcessGroup
 from ntdne_kernels.ops import sharded
 from ntdne_kernels.ops.backends import BACKENDS
 from ntdne_kernels.ops.leave_one_out import not_again
-from ntdne_kernels.ops.losses import Loss
+from ntdne_kernels.ops.losses import Loss, loss_and_slope
 from ntdne_kernels.ops.streaming import STREAMING
 
 T = TypeVar("T")
@@ -210,7 +210,7 @@ class ShardedLoss(torch.autograd.Function):
             features, shard, labels, index, classes, sigma, need_direction, backend, sizes, ranks.name
         )
         ctx.backend = BACKENDS[backend] or STREAMING
-        value, slope = ctx.backend.loss_and_slope(log_p, indicator, loss.q, loss.k, loss.reduction)
+        value, slope = loss_and_slope(log_p, indicator, loss)
         own = ranks.own(sizes)
         if loss.reduction == "none":
             value, slope = value[own].clone(), slope[own]
@@ -219,7 +219,6 @@ class ShardedLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(log_p)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(direction, log_p[own].clone(), slope, features)
-        ctx.features_dtype = features.dtype
         return value, log_p
 
     @staticmethod
@@ -227,5 +226,5 @@ class ShardedLoss(torch.autograd.Function):
         if grad is None:
             return (None,) * 12
         direction, log_p, slope, features = ctx.saved_tensors
-        gradient = ctx.backend.features_gradient(direction, log_p, slope, grad, ctx.features_dtype)
+        gradient = ctx.backend.features_gradient(direction, log_p, slope, grad, features, log_p[:0])
         return not_again(gradient, grad, features), *(None,) * 11

@@ -25,7 +25,7 @@ from ntdne_kernels.ops import losses, reference
 from ntdne_kernels.ops.backends import BACKENDS, triton_misses
 from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.chunked import CHUNKED
-from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED, LeaveOneOutLoss
+from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, SHORTEST, UNLABELLED, LeaveOneOutLoss, look_up
 from ntdne_kernels.ops.user_warning import warn_user
 
 _said: set[str] = set()
@@ -124,15 +124,11 @@ def loss_and_log_scores(
     bank_labels: Any,
     index: Any,
     loss: losses.Loss | None,
-    indicator: Tensor | None = None,
     *,
     sigma: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """A loss (log p for None) and log p (B,): what the functions above and the modules share.
-
-    `indicator` (B,) as in `losses.ntdne`. The log p beside a loss has no gradient.
-    """
+    """A loss (log p for None) and log p (B,): what the functions above share. The log p beside a loss has no gradient."""
     check_number("sigma", sigma, 0, math.inf)
     N = _check_bank(bank)
     B = _check_features(features, bank, bank_may_be_on_host=True)
@@ -155,16 +151,39 @@ def loss_and_log_scores(
         index = _check_per_query("index", as_index(index, device=features.device), B, features)
         check_range("index", index, N)
     check_classes(labels)
-
     classes = bank_labels.tensors() if isinstance(bank_labels, LabelIndex) else [bank_labels]
+    return archive_loss(features, bank, labels, index, classes, [], loss, sigma=sigma, backend=backend)
+
+
+def archive_loss(
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor | None,
+    index: Tensor,
+    classes: list[Tensor],
+    archive: list[Tensor],
+    loss: losses.Loss | None,
+    *,
+    sigma: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """As `loss_and_log_scores`, of checked arguments, or of the images of an archive: see `leave_one_out.look_up`."""
     name = choose_backend(backend, bank, features.device)
     chosen = BACKENDS[name] if bank.device == features.device else CHUNKED[name]
     if chosen is None:
-        log_p = reference.log_scores(features, bank, labels, index, classes, sigma)
-        return (log_p, log_p) if loss is None else (losses.value(log_p, indicator, loss), log_p.detach())
+        indicator = "current" if loss is None else loss.indicator
+        queries = look_up(features, labels, index, classes, archive, accumulator_dtype(bank.dtype), indicator)
+        log_p = reference.log_scores(queries.features, bank, queries.labels, queries.places, classes, sigma)
+        if queries.counted is not None:
+            log_p = torch.where(queries.counted, log_p, torch.nan)
+        return (
+            (log_p, log_p)
+            if loss is None
+            else (losses.value(log_p, queries.indicator, loss, queries.counted), log_p.detach())
+        )
     need_direction = torch.is_grad_enabled() and features.requires_grad
     result: Tensor | tuple[Tensor, Tensor] = LeaveOneOutLoss.apply(
-        features, bank, labels, index, classes, float(sigma), loss, indicator, chosen, need_direction
+        features, bank, labels, index, classes, archive, float(sigma), loss, chosen, need_direction
     )
     return (result, result) if isinstance(result, Tensor) else result
 
@@ -176,7 +195,7 @@ def update_bank_(
 
     In place and outside autograd; features are normalised here. Where an index stands twice, its updates follow one
     another in batch order, on every device. A row whose blend nearly vanishes (norm < 1e-12) or is not finite becomes
-    the new feature.
+    the new feature. Features and index may lie in the bank's memory: they are read as they were before the call.
     A bfloat16 bank stalls at a momentum near 1: at 0.999 the step is below its rounding.
 
     On a CPU, bad values raise and nothing is written. On a GPU the kernel leaves such a feature out and counts it
@@ -205,18 +224,21 @@ def update_bank_(
         )
     features = features.detach() if isinstance(features, Tensor) else features
     index = check_update(bank, features, index, momentum, N, look=validate)
-    if not torch.compiler.is_compiling() and features.untyped_storage().data_ptr() == bank.untyped_storage().data_ptr():
-        features = features.clone()  # rows of the bank itself: an update must not read what another one wrote
+    write_rows(bank, features, index, momentum)
+    return bank
+
+
+def write_rows(bank: Tensor, features: Tensor, index: Tensor, momentum: float, position: Tensor | None = None) -> None:
+    """As `update_bank_`, of what `check_update` has passed; with a `position` (n,) index i means row position[i]."""
     with torch.no_grad():
         try:
-            torch.ops.ntdne_kernels.update_bank_(bank, features, index, float(momentum))
+            torch.ops.ntdne_kernels.update_bank_(bank, features, index, float(momentum), position)
         except RuntimeError:
             # The CPU kernel found a bad value, before it wrote anything: say which.
             if _can_look_inside(index):
-                check_range("index", index, N)
-                _check_directions(features, index, bank)
+                check_range("index", index, len(bank if position is None else position))
+                check_directions("features", features, index, accumulator_dtype(bank.dtype), look=True)
             raise
-    return bank
 
 
 def check_update(bank: Tensor, features: Tensor, index: Any, momentum: float, N: int, *, look: bool) -> Tensor:
@@ -229,7 +251,7 @@ def check_update(bank: Tensor, features: Tensor, index: Any, momentum: float, N:
     rows = _check_per_query("index", as_index(index, device=bank.device), B, bank)
     if look:
         check_range("index", rows, N, look=True)
-        _check_directions(features, rows, bank)
+        check_directions("features", features, rows, accumulator_dtype(bank.dtype), look=True)
     return rows
 
 
@@ -267,6 +289,27 @@ def check_classes(labels: Tensor, *, look: bool = False) -> None:
     if (look or _can_look_inside(labels)) and bool((labels < UNLABELLED).any()):
         row = int((labels < UNLABELLED).nonzero()[0])
         raise ValueError(f"labels: expected -1 (unlabelled) or a class from 0, got {int(labels[row])} at row {row}")
+
+
+def check_directions(
+    name: str, features: Tensor, index: Tensor | None = None, dtype: torch.dtype = torch.float32, *, look: bool = False
+) -> None:
+    """ValueError that names a row of the features (B, D) whose norm, summed in `dtype`, gives it no direction.
+
+    Rows whose index is −1 are passed over. Looks at GPU values only if told to.
+    """
+    if not (look or _can_look_inside(features)):
+        return
+    norm = torch.linalg.vector_norm(features.detach().to(torch.promote_types(dtype, torch.float32)), dim=1)
+    wrong = ~((norm >= SHORTEST) & norm.isfinite())
+    if index is not None:
+        wrong &= index != NOT_IN_BANK
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name}: expected rows of finite norm, at least {SHORTEST}, got norm {float(norm[row])} in row {row}; "
+            "nothing was written"
+        )
 
 
 def choose_backend(name: str | None, bank: Tensor, device: torch.device) -> str:
@@ -346,15 +389,4 @@ def _check_unit(name: str, rows: Tensor) -> None:
         row = int(wrong.nonzero()[0])
         raise ValueError(
             f"{name}: expected unit rows (torch.nn.functional.normalize), got norm {norm[row]} in row {row}"
-        )
-
-
-def _check_directions(features: Tensor, index: Tensor, bank: Tensor) -> None:
-    norm = torch.linalg.vector_norm(features.detach().to(accumulator_dtype(bank.dtype)), dim=1)
-    wrong = ~((norm > 0) & norm.isfinite()) & (index != NOT_IN_BANK)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"features: expected rows of positive, finite norm, got norm {float(norm[row])} in row {row}; "
-            "nothing was written"
         )

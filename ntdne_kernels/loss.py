@@ -20,11 +20,11 @@ from ntdne_kernels import functional
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.distributed import Ranks, ShardedLoss
 from ntdne_kernels.fill import fill_bank
-from ntdne_kernels.functional import check_choice, check_classes, check_number, check_range
+from ntdne_kernels.functional import check_choice, check_classes, check_directions, check_number, check_range
 from ntdne_kernels.labels import as_index, as_labels
 from ntdne_kernels.ops import sharded
 from ntdne_kernels.ops.bank_update import accumulator_dtype
-from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED
+from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED, indicator_of, log_chance, normalise
 from ntdne_kernels.ops.losses import Loss
 from ntdne_kernels.ops.user_warning import warn_user
 from ntdne_kernels.watch import Watch
@@ -105,21 +105,20 @@ class _NeighbourhoodLoss(nn.Module):
         if memory.ranks is not None:
             return self._forward_over_ranks(memory.ranks, features, index, labels, return_scores)
         self._check_features(features)
-        with_index = index is not None
-        index, given = self._check_images(len(features), index, labels)
-        images = index.clamp(0, len(memory) - 1)
-        stored = memory.labels[images]
-        if with_index and labels is not None and not torch.compiler.is_compiling():
-            self._watch.compare(given, stored, index)
-        labels = torch.where(index >= 0, stored, given)
-        loss, log_p = functional.loss_and_log_scores(
-            self._unit(features),
+        with_index, with_both = index is not None, index is not None and labels is not None
+        index, labels = self._check_images(len(features), index, labels)
+        check_directions("features", features, look=self.validate)
+        check_number("sigma", self.sigma, 0, math.inf)
+        if with_both and not torch.compiler.is_compiling():
+            self._watch.compare(labels, index, lambda: memory.labels[index.clamp(min=0)])
+        loss, log_p = functional.archive_loss(
+            features,
             memory.storage,
             labels,
-            memory.index,
-            memory.places(index),
+            index,
+            memory.index.tensors(),
+            memory.archive,
             self._loss(),
-            self._indicator(memory.scores[images], labels, index),
             sigma=self.sigma,
             backend=self._backend,
         )
@@ -139,8 +138,10 @@ class _NeighbourhoodLoss(nn.Module):
             """How many images there are; whether a gradient is wanted, beside a number of the settings."""
             memory.check_untouched()
             self._check_features(features)
+            check_directions("features", features, look=self.validate)
             check_number("sigma", self.sigma, 0, float("inf"))
-            given.extend(self._check_images(len(features), index, labels))
+            images, own_labels = self._check_images(len(features), index, labels)
+            given.extend([images, torch.full_like(images, UNLABELLED) if own_labels is None else own_labels])
             settings = (self.sigma, self.momentum, self._loss(), getattr(self, "indicator", None), self.training)
             number = 0 if torch.compiler.is_compiling() else zlib.crc32(repr(settings).encode())
             return len(features), 2 * number + int(torch.is_grad_enabled() and features.requires_grad)
@@ -154,8 +155,9 @@ class _NeighbourhoodLoss(nn.Module):
                 f"those of ranks {differing} differ from rank 0's; all call set_epoch, train and eval"
             )
         batch = memory.look_up(given[0], given[1], sizes)
+        loss_kind = self._loss()
         if index is not None and labels is not None and not torch.compiler.is_compiling():
-            self._watch.compare(given[1], batch.labels[ranks.own(sizes)], given[0])
+            self._watch.compare(given[1], given[0], lambda: batch.labels[ranks.own(sizes)])
         loss, log_p = ShardedLoss.apply(
             self._unit(features),
             memory.storage,
@@ -163,8 +165,15 @@ class _NeighbourhoodLoss(nn.Module):
             memory.local(batch.places),
             memory.index.tensors(),
             float(self.sigma),
-            self._loss(),
-            self._indicator(batch.scores, batch.labels, batch.images),
+            loss_kind,
+            indicator_of(
+                loss_kind.indicator,
+                batch.scores,
+                batch.labels,
+                batch.images,
+                [memory.classes, memory.offsets],
+                len(memory),
+            ),
             functional.choose_backend(self._backend, memory.storage, memory.device),
             any(number % 2 for _, number in found),  # all ranks make directions where one wants its gradient
             sizes,
@@ -177,7 +186,7 @@ class _NeighbourhoodLoss(nn.Module):
 
     def _unit(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
-            return nn.functional.normalize(features.to(accumulator_dtype(self.memory.storage.dtype)), dim=1)
+            return normalise(features, accumulator_dtype(self.memory.storage.dtype))[0]
 
     def update_bank(self, features: Tensor, index: Any) -> None:
         """Blend the batch into the bank (eq. 15), in place; detaches by itself. See `functional.update_bank_`."""
@@ -260,10 +269,6 @@ class _NeighbourhoodLoss(nn.Module):
     def _loss(self) -> Loss:
         raise NotImplementedError
 
-    def _indicator(self, stored: Tensor, labels: Tensor, index: Tensor) -> Tensor | None:
-        """The log scores (B,) that decide on pruning in place of the current ones, from those stored (B,)."""
-        return None
-
     def _check_features(self, features: Tensor) -> None:
         storage = self.memory.storage
         if not isinstance(features, Tensor) or not features.is_floating_point():
@@ -276,8 +281,8 @@ class _NeighbourhoodLoss(nn.Module):
                 f"features: expected shape (B, {storage.size(1)}) as in the bank, got {tuple(features.shape)}"
             )
 
-    def _check_images(self, B: int, index: Any, labels: Any) -> tuple[Tensor, Tensor]:
-        """Images, −1 for none, and the labels given (B,), −1 for none, as int64."""
+    def _check_images(self, B: int, index: Any, labels: Any) -> tuple[Tensor, Tensor | None]:
+        """Images, −1 for none, and the labels given (B,) or None, as int64."""
         memory = self.memory
         if index is None and labels is None:
             raise ValueError("index: expected the images of the batch, or labels for features without one; got neither")
@@ -299,7 +304,7 @@ class _NeighbourhoodLoss(nn.Module):
             if looking and bool((index == NOT_IN_BANK).any()):
                 row = int((index == NOT_IN_BANK).nonzero()[0])
                 raise ValueError(f"labels: expected labels, because index is -1 in row {row}; got None")
-            labels = torch.full_like(index, UNLABELLED)
+            return index, None
         labels = labels.to(torch.int64)
         check_classes(labels, look=self.validate)
         return index, labels
@@ -371,8 +376,7 @@ class NTDNELoss(_NeighbourhoodLoss):
         device, dtype: of the bank. The dtype decides the arithmetic, whatever autocast says.
         process_group: ranks that share the bank, each holding a part of its rows (a torch.distributed group, or a
             DeviceMesh of one dimension). Every call is then made by all of them; the batch is that of all ranks, and
-            loss and gradients are those of one process on it, once DistributedDataParallel has averaged the latter. A
-            criterion inside the wrapped module needs DistributedDataParallel(..., broadcast_buffers=False).
+            loss and gradients are those of one process on it, once DistributedDataParallel has averaged the latter.
         storage, path: "device", "host" or "disk": where the rows live; see `MemoryBank`.
 
     Attributes:
@@ -466,8 +470,11 @@ class NTDNELoss(_NeighbourhoodLoss):
         check_number("q", self.q, 0, 1, upper_included=True)
         _check_k(self.k)
         # With "auto", the k of eq. 13's constant and of features of no image in the archive: chance in C even classes.
+        auto = isinstance(self.k, str)
         k = 1 / max(2, len(self.memory.classes)) if isinstance(self.k, str) else self.k
-        return Loss(self.q, k if self.pruning else None, self.reduction)
+        if not self.pruning or k is None:
+            return Loss(self.q, None, self.reduction)
+        return Loss(self.q, k, self.reduction, "auto" if auto else self.indicator)
 
     def _log_threshold(self, labels: Tensor) -> Tensor | float:
         """log k of images with these labels (B,); k="auto" is the share of the other images that carry the label."""
@@ -476,18 +483,7 @@ class NTDNELoss(_NeighbourhoodLoss):
             return math.nan  # nothing is at most that
         if not isinstance(self.k, str):
             return math.log(self.k)
-        place = torch.searchsorted(memory.classes, labels).clamp(max=len(memory.classes) - 1)
-        others = memory.offsets.diff()[place] - 1
-        return torch.log(others.double() / max(len(memory) - 1, 1))  # half precision ends at 65,504 images
-
-    def _indicator(self, stored: Tensor, labels: Tensor, index: Tensor) -> Tensor | None:
-        auto = isinstance(self.k, str)
-        if not self.pruning or (self.indicator == "current" and not auto):
-            return None
-        if auto:
-            stored = torch.where(stored <= self._log_threshold(labels), -torch.inf, torch.inf)
-        kept_unless_known = stored.nan_to_num(nan=torch.inf, neginf=-torch.inf)
-        return torch.where(index >= 0, kept_unless_known, torch.nan)
+        return log_chance(labels, [memory.classes, memory.offsets], len(memory))
 
     def _note_pruned_share(self) -> None:
         if self._pruning_much_was_said:

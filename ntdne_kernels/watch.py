@@ -55,13 +55,13 @@ class Watch:
         if self._steps <= STEPS and self._due(self._steps, index.device):
             self._look_for_labels(index, memory)
 
-    def compare(self, given: Tensor, stored: Tensor, index: Tensor) -> None:
+    def compare(self, given: Tensor, index: Tensor, stored: Callable[[], Tensor]) -> None:
         """Labels (B,) that were given beside the index (B,), −1 for none, with those of the archive (B,)."""
         self._compared += 1
         if "labels differ" in self._said or not self._due(self._compared, index.device):
             return
         beside = (index >= 0) & (given != UNLABELLED)
-        self._ask(self._say_differing, torch.stack([(beside & (given != stored)).sum(), beside.sum()]))
+        self._ask(self._say_differing, torch.stack([(beside & (given != stored())).sum(), beside.sum()]))
 
     def labels_as_index(self, found: str) -> None:
         """Say that indices are labels, by what was found."""

@@ -538,6 +538,7 @@ def load_into_others(folder):
 def test_a_checkpoint_with_a_damaged_order_is_refused(tmp_path):
     saved, bank = MemoryBank(LABELS, D), MemoryBank(LABELS, D)
     saved.order.copy_(saved.order.flip(0))
+    saved._seal()  # else it could not be saved
     save_checkpoint(tmp_path, {"bank": saved}, 1)
     before = copy.deepcopy(bank.state_dict())
     message = error_of(load_checkpoint, tmp_path, {"bank": bank})

@@ -508,7 +508,7 @@ def ddp_worker(rank: int, store: str, results: str) -> None:
             self.criterion.update_bank(features, index)
             return loss
 
-    model = nn.parallel.DistributedDataParallel(Model(), broadcast_buffers=False)
+    model = nn.parallel.DistributedDataParallel(Model())
     features, index = batch(seed=1 + rank)
     for _ in range(2):
         model(features.float(), index).backward()

@@ -6,6 +6,7 @@ csrc/ puts the C++ kernel in its place on CPUs and the CUDA kernel on GPUs.
 Shapes: B features, N bank rows, D values each.
 """
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ from ntdne_kernels.ops.user_warning import warn_user
 VANISHING = 1e-12
 """A row whose blend with the new feature is shorter than this, or not finite, becomes the new feature."""
 
-_skipped: dict[torch.device, Tensor] = {}
 _warned: set[str] = set()
 
 
@@ -25,22 +25,39 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@cache
+@torch.inference_mode(False)
+def skipped_counter(device: torch.device) -> Tensor:
+    """(1,) int64: features without a direction that were left out on the device since the program started.
+
+    Those that the CUDA library left out of updates it counts itself.
+    """
+    return torch.zeros(1, dtype=torch.int64, device=device)
+
+
 @torch.no_grad()
-def update_bank_in_pytorch(bank: Tensor, features: Tensor, index: Tensor, momentum: float) -> None:
+def update_bank_in_pytorch(
+    bank: Tensor, features: Tensor, index: Tensor, momentum: float, position: Tensor | None = None
+) -> None:
     """Blend (B, D) `features` into the rows `index` (B,) of the (N, D) `bank`, in place and in batch order.
 
     Features are normalised first; index −1 marks a feature that has no row. On a CPU a feature without a direction
     (norm 0 or not finite) or an index outside the bank raises a RuntimeError and nothing is written; elsewhere that
-    feature is left out and counted.
+    feature is left out and counted. With `position` the index counts its entries, which are the rows; one outside them
+    is treated as one outside the bank. Whatever shares memory with the bank is read as it was before the call.
     """
     _warn_of_missing_kernel(bank.device.type)
     with torch.autocast(bank.device.type, enabled=False):
-        new = features.to(accumulator_dtype(bank.dtype))
+        # Contiguous, because sums over other strides are added up in another order.
+        new = features.to(accumulator_dtype(bank.dtype)).contiguous()
         norm = torch.linalg.vector_norm(new, dim=1)
+        if position is not None:
+            inside = (index >= 0) & (index < len(position))
+            index = torch.where(inside, position[torch.where(inside, index, 0)], torch.where(index == -1, -1, -2))
         valid = (norm > 0) & norm.isfinite() & (index >= 0) & (index < len(bank))
         skipped = (~valid & (index != -1)).sum()
         if bank.device.type != "cpu":
-            _skipped[bank.device] = _skipped.get(bank.device, 0) + skipped
+            skipped_counter(bank.device).add_(skipped)
         elif skipped:
             raise RuntimeError("update_bank_: a feature has norm 0 or is not finite, or an index is out of range")
         new, index = (new / norm.unsqueeze(1))[valid], index[valid]
@@ -64,7 +81,7 @@ def _turns(index: Tensor) -> Tensor:
 
 def skipped_rows_in_pytorch(bank: Tensor) -> int:
     """Features that updates on the bank's device have left out since the program started. Synchronises."""
-    return int(_skipped.get(bank.device, 0))
+    return 0
 
 
 def _warn_of_missing_kernel(device_type: str) -> None:
@@ -78,7 +95,9 @@ def _warn_of_missing_kernel(device_type: str) -> None:
         )
 
 
-def _update_bank_fake(bank: Tensor, features: Tensor, index: Tensor, momentum: float) -> None:
+def _update_bank_fake(
+    bank: Tensor, features: Tensor, index: Tensor, momentum: float, position: Tensor | None = None
+) -> None:
     return None
 
 
@@ -104,7 +123,8 @@ def _load_libraries() -> dict[str, str]:
 
 
 torch.library.define(
-    "ntdne_kernels::update_bank_", "(Tensor(a!) bank, Tensor features, Tensor index, float momentum) -> ()"
+    "ntdne_kernels::update_bank_",
+    "(Tensor(a!) bank, Tensor features, Tensor index, float momentum, Tensor? position=None) -> ()",
 )
 torch.library.impl("ntdne_kernels::update_bank_", "CompositeExplicitAutograd", update_bank_in_pytorch)
 torch.library.register_fake("ntdne_kernels::update_bank_", _update_bank_fake)

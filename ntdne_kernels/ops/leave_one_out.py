@@ -23,6 +23,8 @@ from ntdne_kernels.ops.bank_update import accumulator_dtype
 
 NOT_IN_BANK = -1
 UNLABELLED = -1
+SHORTEST = 1e-12
+"""Length of the shortest feature that has a direction: torch.nn.functional.normalize divides shorter ones by it."""
 # Equals no label, also none that a user's bank_labels could hold by mistake.
 _MATCHES_NOTHING = torch.iinfo(torch.int64).min
 
@@ -68,11 +70,126 @@ def class_ranges(labels: Tensor, classes: Tensor, offsets: Tensor) -> Tensor:
     return torch.where((classes[c] == labels).unsqueeze(1), ranges, 0)
 
 
+class Queries(NamedTuple):
+    """What a backend needs to know of a batch, (B, ...)."""
+
+    features: Tensor
+    """Unit rows; 0 for features without a direction."""
+    labels: Tensor
+    """−1 is unlabelled."""
+    places: Tensor
+    """Bank rows of the queries; −1 for none."""
+    norms: Tensor
+    """Lengths of the features before they were normalised, 0 for those without a direction; (0,) for unit rows."""
+    indicator: Tensor | None
+    """Log scores that decide on pruning in place of the current ones where they are not NaN."""
+
+    @property
+    def counted(self) -> Tensor | None:
+        """Which features have a direction; None: all."""
+        return None if len(self.norms) == 0 and len(self.features) > 0 else self.norms != 0
+
+
+def look_up(
+    features: Tensor,
+    labels: Tensor | None,
+    index: Tensor,
+    classes: list[Tensor],
+    archive: list[Tensor],
+    dtype: torch.dtype,
+    indicator: str,
+) -> Queries:
+    """The batch as backends take it.
+
+    `archive` is empty for unit features with labels, whose index is a bank row; or it is what a `MemoryBank` keeps of
+    N images: [labels (N,), position (N,), scores (N + 1,)]. Then `index` is an image, −1 for features of none, to which
+    `labels` belong (None: they are unlabelled), and features are of any length; their dtype becomes `dtype`.
+    """
+    if not archive:
+        assert labels is not None
+        return Queries(features, labels, index, features.new_empty(0), None)
+    image_labels, position, scores = archive
+    N = len(position)
+    known = (index >= 0) & (index < N)
+    image = index.clamp(0, N - 1)
+    labels = torch.where(known, image_labels[image], UNLABELLED if labels is None else labels)
+    units, norms = normalise(features, dtype)
+    stored = indicator_of(indicator, scores[image], labels, index, classes, N)
+    return Queries(units, labels, torch.where(known, position[image], NOT_IN_BANK), norms, stored)
+
+
+def normalise(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Unit rows (B, D) and lengths (B,) of the features, in `dtype`; both 0 where there is no direction.
+
+    A direction has what `torch.nn.functional.normalize` can divide: a finite length of at least SHORTEST.
+    """
+    features = features.to(dtype)
+    lengths = torch.linalg.vector_norm(features.detach(), dim=1, keepdim=True)
+    directed = (lengths >= SHORTEST) & (lengths < torch.inf)
+    features = torch.where(directed, features, 0)  # before the norm, whose gradient at NaN is NaN times 0
+    norms = torch.linalg.vector_norm(features, dim=1)
+    return features / torch.where(directed, norms.unsqueeze(1), 1), norms
+
+
+def indicator_of(
+    indicator: str, stored: Tensor, labels: Tensor, index: Tensor, classes: list[Tensor], N: int
+) -> Tensor | None:
+    """The log scores (B,) that decide on pruning in place of the current ones, NaN for images of none; or None.
+
+    They are the scores `stored` (B,) of images, of which those never scored are kept. With "auto" an image is pruned
+    whose score is at most chance: the share of the other N − 1 images that carry its label.
+    """
+    if indicator == "current":
+        return None
+    if indicator == "auto":
+        stored = torch.where(stored <= log_chance(labels, classes, N), -torch.inf, torch.inf)
+    return torch.where(index >= 0, stored.nan_to_num(nan=torch.inf, neginf=-torch.inf), torch.nan)
+
+
+def log_chance(labels: Tensor, classes: list[Tensor], N: int) -> Tensor:
+    """(B,) float64: log of the share of N − 1 other images that carry each of the labels (B,) of images."""
+    begin, end = class_ranges(labels, classes[0], classes[1]).unbind(1)
+    return torch.log((end - begin - 1).double() / max(N - 1, 1))  # half precision ends at 65,504 images
+
+
+def loss_of(
+    log_scores: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    features: Tensor,
+    bank: Tensor,
+    labels: Tensor | None,
+    index: Tensor,
+    classes: list[Tensor],
+    archive: list[Tensor],
+    sigma: float,
+    loss: losses.Loss,
+    need_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`Backend.loss` of a backend that has no better way than one after the other."""
+    queries = look_up(features, labels, index, classes, archive, accumulator_dtype(bank.dtype), loss.indicator)
+    log_p, direction, log_sum_all = log_scores(
+        queries.features, bank, queries.labels, queries.places, classes, sigma, need_direction
+    )
+    if queries.counted is not None:
+        log_p = torch.where(queries.counted, log_p, torch.nan)
+    value, slope = losses.loss_and_slope(log_p, queries.indicator, loss, queries.counted)
+    return value, log_p, slope, direction, queries.norms, log_sum_all
+
+
 def features_gradient(
-    direction: Tensor, log_p: Tensor, slope: Tensor | None, grad: Tensor, dtype: torch.dtype
+    direction: Tensor, log_p: Tensor, slope: Tensor | None, grad: Tensor, features: Tensor, norms: Tensor
 ) -> Tensor:
-    """grad · dL_i/dlog p_i · ∂log p_i/∂f_i (B, D)."""
-    return (_grad_log_p(log_p, slope, grad).unsqueeze(1) * direction).to(dtype)
+    """grad · dL_i/dlog p_i · ∂log p_i/∂f_i (B, D) in the features' dtype.
+
+    With `norms` (B,), those of `look_up`, it is the gradient of the features before they were normalised.
+    """
+    gradient = _grad_log_p(log_p, slope, grad).unsqueeze(1) * direction
+    if len(norms) > 0:
+        directed = (norms != 0).unsqueeze(1)
+        length = torch.where(directed, norms.unsqueeze(1), 1)
+        unit = torch.where(directed, features, 0).to(gradient.dtype) / length
+        gradient = (gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit) / length
+        gradient = torch.where(directed, gradient, 0)
+    return gradient.to(features.dtype)
 
 
 def _grad_log_p(log_p: Tensor, slope: Tensor | None, grad: Tensor) -> Tensor:
@@ -102,8 +219,17 @@ class Backend:
     """
     bank_gradient: Callable[..., Tensor]
     """(features, bank, labels, index, classes, sigma, log_p, log_sum_all, grad_log_p) → gradient of the bank (N, D)."""
-    loss_and_slope: Callable[..., tuple[Tensor, Tensor]] = losses.loss_and_slope
     features_gradient: Callable[..., Tensor] = features_gradient
+    fused_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] | None = None
+    """`loss` in fewer steps than `loss_of`, where the device has a way."""
+
+    def loss(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(features, bank, labels or None, index, classes, archive, sigma, loss, need_direction), as `look_up` says →
+
+        the loss, log p (B,), dL/dlog p (B,), ∂log p/∂f (B, D) or (0, D), norms (B,) or (0,), log Σ_all (B,). Features
+        without a direction have log p = NaN and are left out of the loss.
+        """
+        return loss_of(self.log_scores, *arguments) if self.fused_loss is None else self.fused_loss(*arguments)
 
 
 class _NotAgain(torch.autograd.Function):
@@ -139,40 +265,40 @@ class LeaveOneOutLoss(torch.autograd.Function):
         ctx: Any,
         features: Tensor,
         bank: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         index: Tensor,
         classes: list[Tensor],
+        archive: list[Tensor],
         sigma: float,
         loss: losses.Loss | None,
-        indicator: Tensor | None,
         backend: Backend,
         need_direction: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        log_p, direction, log_sum_all = backend.log_scores(
-            features, bank, labels, index, classes, sigma, need_direction
-        )
-        value, slope = log_p, None
-        if loss is not None:
-            value, slope = backend.loss_and_slope(log_p, indicator, loss.q, loss.k, loss.reduction)
+        slope = None
+        if loss is None:
+            log_p, direction, log_sum_all = backend.log_scores(
+                features, bank, labels, index, classes, sigma, need_direction
+            )
+            value, norms = log_p, log_p[:0]
+        else:
+            value, log_p, slope, direction, norms, log_sum_all = backend.loss(
+                features, bank, labels, index, classes, archive, sigma, loss, need_direction
+            )
             ctx.mark_non_differentiable(log_p)
             ctx.set_materialize_grads(False)  # of log p: a tensor of zeros
         ctx.sigma, ctx.backend = sigma, backend
-        ctx.features_dtype = features.dtype
-        if ctx.needs_input_grad[1]:
-            for_bank = (log_sum_all, bank, labels, index, *classes)
-            ctx.save_for_backward(log_p, slope, direction, features, *for_bank)
-        else:
-            ctx.save_for_backward(log_p, slope, direction, features)
+        for_bank = (log_sum_all, bank, labels, index, *classes) if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(log_p, slope, direction, features, norms, *for_bank)
         return log_p if loss is None else (value, log_p)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:  # nothing depends on the loss
             return (None,) * 10
-        log_p, slope, direction, features, *for_bank = ctx.saved_tensors
+        log_p, slope, direction, features, norms, *for_bank = ctx.saved_tensors
         grad_features = grad_bank = None
         if ctx.needs_input_grad[0]:
-            grad_features = ctx.backend.features_gradient(direction, log_p, slope, grad, ctx.features_dtype)
+            grad_features = ctx.backend.features_gradient(direction, log_p, slope, grad, features, norms)
             grad_features = not_again(grad_features, grad, features)
         if ctx.needs_input_grad[1]:
             log_sum_all, bank, labels, index, *classes = for_bank

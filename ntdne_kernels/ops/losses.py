@@ -25,58 +25,61 @@ def ntdne(log_p: Tensor, q: float, k: float | None, indicator: Tensor | None = N
     return torch.where(_decisive(log_p, indicator) <= math.log(k), -math.expm1(q * math.log(k)) / q, loss)
 
 
-def reduce(loss: Tensor, reduction: str) -> Tensor:
-    """The "none", "sum" or "mean" of a loss (B,); the mean of an empty batch is 0."""
+def reduce(loss: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
+    """The "none", "sum" or "mean" of a loss (B,), of the `counted` (B,) alone; the mean of nothing is 0."""
+    if counted is not None:
+        loss = torch.where(counted, loss, 0)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    return loss.sum() / max(len(loss), 1)
+    return loss.sum() / (max(len(loss), 1) if counted is None else counted.sum().clamp(min=1))
 
 
-def reduce_snca(log_p: Tensor, reduction: str) -> Tensor:
+def reduce_snca(log_p: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
     """−log p (eq. 5), reduced; queries without positives are ignored as by cross-entropy's `ignore_index`."""
-    kept = log_p != -torch.inf  # NaN is kept: it must show
-    loss = torch.where(kept, -log_p, 0)
-    if reduction == "mean":
-        return loss.sum() / kept.sum().clamp(min=1)
-    return reduce(loss, reduction)
+    return reduce(-log_p, reduction, _with_positives(log_p, counted))
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Which loss: NTDNE with exponent q and threshold k (None prunes nothing), SNCA for q None; and its reduction."""
+    """Which loss: NTDNE with exponent q and threshold k (None prunes nothing), SNCA for q None; and its reduction.
+
+    `indicator` says which score decides on pruning: the "current" one, the "stored" one of the image, or whether the
+    stored one is above chance ("auto"), as `leave_one_out.indicator_of` has it.
+    """
 
     q: float | None
     k: float | None
     reduction: str
+    indicator: str = "current"
 
 
-def value(log_p: Tensor, indicator: Tensor | None, loss: Loss) -> Tensor:
-    """The loss, differentiable by autograd: the definition."""
+def value(log_p: Tensor, indicator: Tensor | None, loss: Loss, counted: Tensor | None = None) -> Tensor:
+    """The loss, differentiable by autograd: the definition. Queries that are not `counted` (B,) are ignored."""
     if loss.q is None:
-        return reduce_snca(log_p, loss.reduction)
-    return reduce(ntdne(log_p, loss.q, loss.k, indicator), loss.reduction)
+        return reduce_snca(log_p, loss.reduction, counted)
+    return reduce(ntdne(log_p, loss.q, loss.k, indicator), loss.reduction, counted)
 
 
 def loss_and_slope(
-    log_p: Tensor, indicator: Tensor | None, q: float | None, k: float | None, reduction: str
+    log_p: Tensor, indicator: Tensor | None, loss: Loss, counted: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The loss, and its derivative with respect to each log p (B,): dL_i/dlog p_i = −p_i^q (eq. 11), of a mean 1/B."""
-    counts = log_p != -torch.inf if q is None else torch.ones_like(log_p, dtype=torch.bool)
-    slope = -torch.where(counts, 1.0, 0.0).to(log_p.dtype) if q is None else -torch.exp(q * log_p)
-    if k is not None:
-        slope = torch.where(_decisive(log_p, indicator) <= math.log(k), 0, slope)
-    if reduction == "mean":
-        slope = slope / counts.sum().clamp(min=1)
-    return value(log_p, indicator, Loss(q, k, reduction)), slope
+    slope = -torch.ones_like(log_p) if loss.q is None else -torch.exp(loss.q * log_p)
+    if loss.k is not None:
+        slope = torch.where(_decisive(log_p, indicator) <= math.log(loss.k), 0, slope)
+    counts = _with_positives(log_p, counted) if loss.q is None else counted
+    if counts is not None:
+        slope = torch.where(counts, slope, 0)
+    if loss.reduction == "mean":
+        slope = slope / (max(len(slope), 1) if counts is None else counts.sum().clamp(min=1))
+    return value(log_p, indicator, loss, counted), slope
 
 
-def loss_and_slope_fake(
-    log_p: Tensor, indicator: Tensor | None, q: float | None, k: float | None, reduction: str
-) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of `loss_and_slope`."""
-    return log_p.new_empty(log_p.shape if reduction == "none" else ()), torch.empty_like(log_p)
+def _with_positives(log_p: Tensor, counted: Tensor | None) -> Tensor:
+    kept = log_p != -torch.inf  # NaN is kept: it must show
+    return kept if counted is None else kept & counted
 
 
 def _decisive(log_p: Tensor, indicator: Tensor | None) -> Tensor:

@@ -15,10 +15,10 @@ from tests import formulas
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def compiled(bank: Tensor, features: Tensor, index: Tensor, momentum: float) -> None:
+def compiled(bank: Tensor, features: Tensor, index: Tensor, momentum: float, position: Tensor | None = None) -> None:
     if bank.device.type in bank_update.LOAD_ERRORS:
         pytest.skip("the package was built without a compiler")
-    torch.ops.ntdne_kernels.update_bank_(bank, features, index, momentum)
+    torch.ops.ntdne_kernels.update_bank_(bank, features, index, momentum, position)
 
 
 @pytest.fixture(params=[compiled, bank_update.update_bank_in_pytorch], ids=["compiled", "pytorch"])
@@ -110,14 +110,80 @@ def test_a_row_that_is_not_finite_becomes_the_new_feature(update, spoilt, device
         torch.testing.assert_close(rows.cpu(), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
 
 
-def test_rows_of_the_bank_itself_may_be_the_features(device):
-    """Each update reads the row as it was before the call."""
+# Features (b, 8) that lie in the memory of a bank (40, 8).
+OVERLAPS = {
+    "all": lambda bank: bank,
+    "later rows": lambda bank: bank[3:],
+    "every other row": lambda bank: bank[::2],
+    "one row": lambda bank: bank[5].expand(40, 8),
+    "shifted by half a row": lambda bank: bank.view(-1)[4:-4].view(39, 8),
+    "transposed": lambda bank: bank.view(-1)[:64].view(8, 8).t(),
+    "as the bits of another dtype": lambda bank: bank.view(torch.bfloat16).view(-1)[:320].view(40, 8),
+    "reaching in from before": lambda bank: bank.as_strided((40, 8), (8, 1), bank.storage_offset() - 100),
+}
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS.values(), ids=OVERLAPS)
+def test_features_in_the_banks_memory_are_read_as_they_were_before_the_call(update, overlap, device):
+    """Also where rows are written before another update reads them."""
+    whole, _, _ = made(1, 80, 8, torch.float32, torch.float32, device)
+    bank = whole.bfloat16().float()[20:60]  # halves of its numbers are numbers
+    features = overlap(bank)
+    index = torch.randint(0, 40, (len(features),), generator=torch.Generator().manual_seed(0)).to(device)
+    expected = bank.clone()
+    update(expected, features.clone(), index, 0.5)
+    update(bank, features, index, 0.5)
+    assert torch.equal(bank, expected)
+
+
+def test_an_index_in_the_banks_memory_is_read_as_it_was_before_the_call(update, device):
+    rows = nn.functional.normalize(torch.randn(8, 4, dtype=torch.float64), dim=1).to(device)
+    index = rows.view(torch.int64)[0]
+    index.copy_(torch.tensor([0, 3, -1, 5]))  # numbers near 0, as float64
+    expected, features = rows.clone(), torch.eye(4, dtype=torch.float64, device=device)
+    update(expected, features, index.clone(), 0.5)
+    update(rows, features, index, 0.5)
+    assert torch.equal(rows, expected)
+
+
+def test_a_compiler_may_drop_the_copy_of_the_rows_that_are_the_features(device):
+    """As inductor does; the op then gets the bank itself as its features."""
     bank, _, _ = made(1, 64, 8, torch.float32, torch.float32, device)
     index = torch.randperm(64, generator=torch.Generator().manual_seed(0)).to(device)
-    expected = bank.clone()
-    update_bank_(expected, bank.clone(), index, 0.5)
+
+    def step(bank: Tensor, index: Tensor) -> Tensor:
+        old = bank.clone()
+        update_bank_(bank, old, index, 0.5)
+        return bank
+
+    expected = step(bank.clone(), index)
+    assert torch.equal(torch.compile(step, fullgraph=True)(bank.clone(), index), expected)
     update_bank_(bank, bank, index, 0.5)
     assert torch.equal(bank, expected)
+
+
+def test_position_says_which_row_an_index_means(update, device):
+    """Two images of one row are applied in batch order too."""
+    bank, features, _ = made(8, 10, 8, torch.float32, torch.float32, device)
+    position = torch.tensor([7, 3, 0, 3, 9, -1], device=device)
+    index = torch.tensor([1, 0, 3, -1, 4, 2, 5, 1], device=device)
+    rows = torch.tensor([3, 7, 3, -1, 9, 0, -1, 3], device=device)
+    expected = bank.clone()
+    update(expected, features, rows, 0.5)
+    for place in (position, torch.stack([position, position], 1)[:, 0]):
+        given = bank.clone()
+        update(given, features, index, 0.5, place)
+        assert torch.equal(given, expected)
+
+
+@pytest.mark.parametrize("bad", [3, 9, -2, 2**62])
+def test_an_index_outside_of_position_is_refused_though_it_is_a_row(update, bad):
+    bank, features, _ = made(2, 10, 8, torch.float32, torch.float32, torch.device("cpu"))
+    before = bank.clone()
+    for index, position in (([0, bad], [4, 5, 6]), ([0, 1], [4, 10, 6]), ([0, 1], [4, -2, 6])):
+        with pytest.raises(RuntimeError, match="out of range"):
+            update(bank, features, torch.tensor(index), 0.5, torch.tensor(position))
+    assert torch.equal(bank, before)
 
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -154,8 +220,10 @@ def test_index_minus_one_is_left_out_whatever_its_feature_is(update, device):
     assert torch.equal(bank, without)
 
 
-def test_strided_features_and_indices(update, device):
-    bank, features, index = made(6, 10, 8, torch.float32, torch.float32, device)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("D", [8, 1000])
+def test_strided_features_and_indices(update, D, dtype, device):
+    bank, features, index = made(6, 10, D, dtype, dtype, device)
     other = bank.clone()
     update(bank, features, index, 0.5)
     update(other, features.t().contiguous().t(), torch.stack([index, index], 1)[:, 1], 0.5)
@@ -206,6 +274,9 @@ def test_a_gpu_leaves_bad_features_out_and_counts_them(update):
     update(bank, features, index, 0.5)
     assert torch.equal(bank, expected)
     assert count() == before + 3
+    update(bank, features, torch.tensor([3, -2, 2, -1, -1, -1], device=device), 0.5, torch.tensor([9, 4, 10]).cuda())
+    assert torch.equal(bank, expected)
+    assert count() == before + 6
 
 
 @pytest.mark.gpu
@@ -236,8 +307,9 @@ def test_a_gpu_update_runs_on_the_current_stream():
 def test_a_gpu_update_is_one_launch():
     bank, features, index = made(256, 1000, 128, torch.float32, torch.float32, torch.device("cuda"))
     compiled(bank, features, index, 0.5)
+    position = torch.randperm(1000, device="cuda")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        compiled(bank, features, index, 0.5)
+        compiled(bank, features, index, 0.5, position)
     launches = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert [event.name for event in launches if "update_bank_kernel" not in event.name] == []
     assert len(launches) == 1
@@ -258,14 +330,17 @@ def test_the_bank_version_counter_rises_so_that_a_stale_backward_raises(bump, de
 def test_schema_returns_nothing_and_mutates_the_bank_alone():
     schema = torch.ops.ntdne_kernels.update_bank_.default._schema
     assert str(schema) == (
-        "ntdne_kernels::update_bank_(Tensor(a!) bank, Tensor features, Tensor index, float momentum) -> ()"
+        "ntdne_kernels::update_bank_(Tensor(a!) bank, Tensor features, Tensor index, float momentum, "
+        "Tensor? position=None) -> ()"
     )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_opcheck(dtype, device):
+@pytest.mark.parametrize("position", [None, torch.arange(9, -1, -1)])
+def test_opcheck(dtype, position, device):
     given = made(4, 10, 8, dtype, torch.float32, device)
-    torch.library.opcheck(torch.ops.ntdne_kernels.update_bank_.default, (*given, 0.5))
+    position = None if position is None else position.to(device)
+    torch.library.opcheck(torch.ops.ntdne_kernels.update_bank_.default, (*given, 0.5, position))
 
 
 def test_compiles_into_one_graph_that_does_not_copy_the_bank(device):

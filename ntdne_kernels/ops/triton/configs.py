@@ -32,7 +32,7 @@ _LARGEST_D = {
 # A program's start (queries, first tiles) and end (its sums, and their merge) cost about as much as this many tiles.
 _TILES_PER_START = 4
 _LARGEST_PARTIAL_SUMS = 32 << 20  # bytes
-MERGE_WARPS = 1  # for the 4 KB of one query
+MERGE_WARPS = 4  # for the 16 KB of one query, of each of both sums
 
 
 class Config(NamedTuple):
@@ -59,6 +59,32 @@ class Device(NamedTuple):
     """Largest shared memory of a program, bytes."""
 
 
+HOPPER = 90
+"""The compute capability that the kernel of hopper.py is made for."""
+# Bank rows per tile by columns: with more the sums of 64 queries do not fit the registers of a warp group.
+_HOPPER_ROWS = {64: 128, 128: 128, 256: 64}
+_HOPPER_RESERVED = 4 << 10  # bytes beside the tiles: barriers, and what reductions exchange
+
+
+def hopper_width(D: int) -> int:
+    """Columns of a tile that holds D: a power of two, of which a TMA copy fills those past D with 0."""
+    return max(1 << (D - 1).bit_length(), 64)
+
+
+def hopper_tiles(device: Device, D: int, B: int) -> Config | None:
+    """Tiles of the kernel for Hopper GPUs, as many in flight as fit; None where the portable kernel is better.
+
+    That is for up to 16 queries, for which its tensor-core instruction is four times too tall, and where more than a
+    quarter of the columns would be filled up.
+    """
+    width = hopper_width(D)
+    if device.capability != HOPPER or B <= 16 or width not in _HOPPER_ROWS or 4 * D < 3 * width or D % 8 != 0:
+        return None
+    block_b, rows = 64 if B <= 64 else 128, _HOPPER_ROWS[width]
+    stages = (device.shared - _HOPPER_RESERVED - 2 * block_b * width) // (2 * rows * width)
+    return Config(block_b, rows, 8, stages, device.shared)
+
+
 def largest_D(capability: int, dtype: torch.dtype) -> int:
     """Columns of the widest bank of a dtype that a device has tiles for."""
     return _LARGEST_D[str(capability) if str(capability) in TABLE else _SAFE, dtype]
@@ -73,10 +99,11 @@ def columns(D: int) -> tuple[int, int]:
     return (largest, rest) if rest < largest else (2 * largest, 0)
 
 
-def merge_blocks(D: int, element_size: int) -> dict[str, int]:
-    """What a program that merges splits holds at once: all columns of splits that make 4 KB; 8 KB spill on sm_90."""
+def merge_blocks(D: int, element_size: int, splits: int) -> dict[str, int]:
+    """What a program that merges splits holds at once: all columns of splits that make 16 KB."""
     BLOCK_D = 1 << (D - 1).bit_length()
-    return {"BLOCK_D": BLOCK_D, "BLOCK_K": max(4096 // (BLOCK_D * element_size), 1)}
+    fitting = max((16 << 10) // (BLOCK_D * element_size), 1)
+    return {"BLOCK_D": BLOCK_D, "BLOCK_K": min(fitting, 1 << (splits - 1).bit_length())}
 
 
 @cache

@@ -70,59 +70,113 @@ def _rounded(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+@_part
+def _operand(x, PRECISION: tl.constexpr):
+    """x as a factor of a product: for TF32 rounded to its 10 bits as cuBLAS does; tensor cores would cut them off."""
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x)
+    return x
+
+
+@_part
+def _label_of(labels, images, image_labels, i, live, N, HAS_LABELS: tl.constexpr, LOOK_UP: tl.constexpr):
+    """The labels of the queries i, −1 for none: those of their images where these are looked up, else those given."""
+    label = tl.full(i.shape, -1, tl.int64)
+    if HAS_LABELS:
+        label = tl.load(labels + i, mask=live, other=-1)
+    if LOOK_UP:
+        image = tl.load(images + i, mask=live, other=-1)
+        known = (image >= 0) & (image < N)
+        label = tl.where(known, tl.load(image_labels + image, mask=known, other=-1), label)
+    return label
+
+
 @triton.jit(do_not_specialize=["B", "N", "C", "search_steps"])
 def prepare(
-    features, labels, index, classes, offsets, position,
+    features, labels, index, classes, offsets, position, image_labels,
     queries,  # out (B', D): the features in the bank's dtype, sorted by label where classes are ranges
-    places,  # out (B', 4): LOW and HIGH, the range of j of the query's class (without ranges LOW is the label);
-    # OWN, j of the query itself; SOURCE, which query stands here
+    places,  # out (B' + 1, 4): LOW and HIGH, the range of j of the query's class (without ranges LOW is the label);
+    # OWN, j of the query itself; SOURCE, which query stands here; and last 0, for `merge_to_log_scores` to count in
+    norms,  # out (B,): lengths of the features, 0 for those without a direction
+    skipped,  # in and out: how many had none since the program started
     B, N, C, stride_b, stride_d, search_steps,
-    D: tl.constexpr, BY_RANGE: tl.constexpr, GATHER: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, BY_RANGE: tl.constexpr, GATHER: tl.constexpr, LOOK_UP: tl.constexpr, HAS_LABELS: tl.constexpr,
+    SHORTEST: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries: their places in the order of labels, their classes' ranges, their own rows.
 
+    LOOK_UP: `index` are images of an archive of N; their labels and rows are looked up, and features are normalised.
     The programs go on to the end of the last block of queries with features of 0 that have no class and no row.
     """
     i = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     live = i < B
-    label = tl.load(labels + i, mask=live, other=-1)
+    label = _label_of(labels, index, image_labels, i, live, N, HAS_LABELS, LOOK_UP)
     itself = tl.load(index + i, mask=live, other=-1)
     place = i
     if BY_RANGE:
         before = tl.full((BLOCK_Q,), 0, tl.int32)
         for first in range(0, B, BLOCK):
             k = first + tl.arange(0, BLOCK)
-            other = tl.load(labels + k, mask=k < B, other=0)
+            other = _label_of(labels, index, image_labels, k, k < B, N, HAS_LABELS, LOOK_UP)
             comes_first = (other[None, :] < label[:, None]) | (
                 (other[None, :] == label[:, None]) & (k[None, :] < i[:, None])
             )
             before += tl.sum((comes_first & (k < B)[None, :]).to(tl.int32), 1)
         place = tl.where(live, before, i)
 
-        left = tl.full((BLOCK_Q,), 0, tl.int64)
-        right = left + C
-        for _ in range(search_steps):
-            middle = (left + right) // 2
-            smaller = (left < right) & (tl.load(classes + middle, mask=middle < C, other=0) < label)
-            right = tl.where(smaller, right, tl.maximum(middle, left))
-            left = tl.where(smaller, middle + 1, left)
+        # Where the labels are 0, 1, 2, ... a class stands at its label, and nothing is searched.
+        guess = tl.maximum(tl.minimum(label, C - 1), 0)
+        at_guess = tl.load(classes + guess, mask=guess < C, other=-1) == label
+        left = tl.where(at_guess, guess, 0)
+        right = tl.where(at_guess, guess, C)
+        if tl.max((right - left).to(tl.int32), 0) > 0:
+            for _ in range(search_steps):
+                middle = (left + right) // 2
+                smaller = (left < right) & (tl.load(classes + middle, mask=middle < C, other=0) < label)
+                right = tl.where(smaller, right, tl.maximum(middle, left))
+                left = tl.where(smaller, middle + 1, left)
         found = live & (tl.load(classes + left, mask=left < C, other=-1) == label) & (label >= 0)
         tl.store(places + place * 4 + LOW, tl.load(offsets + left, mask=found, other=0))
         tl.store(places + place * 4 + HIGH, tl.load(offsets + left + 1, mask=found, other=0))
     else:
         tl.store(places + place * 4 + LOW, tl.where(label >= 0, label, MATCHES_NOTHING))
-    if GATHER:
+    if GATHER or LOOK_UP:
         inside = (itself >= 0) & (itself < N)
         itself = tl.load(position + itself, mask=inside, other=-1)
     tl.store(places + place * 4 + OWN, itself)
     tl.store(places + place * 4 + SOURCE, i)
+    if tl.program_id(0) == 0:
+        tl.store(places + tl.num_programs(0).to(tl.int64) * BLOCK_Q * 4, 0)
+
+    norm = tl.full((BLOCK_Q,), 1, norms.dtype.element_ty)
+    if LOOK_UP:
+        squares = norm * 0
+        for first in range(0, D, BLOCK):
+            d = first + tl.arange(0, BLOCK)
+            rows = _load_features(features, i, live, d, stride_b, stride_d, D).to(norm.dtype)
+            squares += tl.sum(rows * rows, 1)
+        norm = tl.sqrt(squares)
+        directed = (norm >= SHORTEST) & (norm < float("inf"))  # not NaN
+        undirected = tl.sum((live & (directed == 0)).to(tl.int64), 0)
+        tl.atomic_add(skipped, undirected, mask=undirected > 0)
+        tl.store(norms + i, tl.where(directed, norm, 0.0), mask=live)
+        norm = tl.where(directed, norm, float("inf"))
     for first in range(0, D, BLOCK):
         d = first + tl.arange(0, BLOCK)
-        here = (d < D)[None, :]
-        rows = tl.load(
-            features + i[:, None] * stride_b + d[None, :].to(tl.int64) * stride_d, mask=here & live[:, None], other=0.0
+        rows = _load_features(features, i, live, d, stride_b, stride_d, D)
+        if LOOK_UP:
+            rows = tl.where(norm[:, None] == float("inf"), 0.0, rows.to(norm.dtype) / norm[:, None])
+        tl.store(
+            queries + place[:, None] * D + d[None, :], _rounded(rows, queries.dtype.element_ty), mask=(d < D)[None, :]
         )
-        tl.store(queries + place[:, None] * D + d[None, :], _rounded(rows, queries.dtype.element_ty), mask=here)
+
+
+@_part
+def _load_features(features, i, live, d, stride_b, stride_d, D: tl.constexpr):
+    """Columns d of the queries i of any strides; 0 past D and B."""
+    pointers = features + i[:, None] * stride_b + d[None, :].to(tl.int64) * stride_d
+    return tl.load(pointers, mask=(d < D)[None, :] & live[:, None], other=0.0)
 
 
 @_part
@@ -198,10 +252,10 @@ def stream(
     i = tl.arange(0, BLOCK_B)  # from here on queries are counted from `first`
     places += first * 4
     queries += first * D
-    q1 = _load_queries(queries, i, 0, D1, D)
+    q1 = _operand(_load_queries(queries, i, 0, D1, D), PRECISION)
     q2 = q1
     if D2 > 0:
-        q2 = _load_queries(queries, i, D1, D2, D)
+        q2 = _operand(_load_queries(queries, i, D1, D2, D), PRECISION)
     scale = tl.full((), scale, totals.dtype.element_ty)
 
     zeros = tl.full((BLOCK_B,), 0, totals.dtype.element_ty)
@@ -252,13 +306,12 @@ def stream(
                 row = tl.load(order + start + j, mask=inside, other=0) * bank_stride
             else:
                 tile += start * far_stride
-            t1 = _load_rows(tile, row, inside, 0, D1, D)
+            t1 = _operand(_load_rows(tile, row, inside, 0, D1, D), PRECISION)
             t2 = t1
             x = _dot(q1, tl.trans(t1), tl.full((BLOCK_B, BLOCK_N), 0, zeros.dtype), PRECISION)
             if D2 > 0:
-                t2 = _load_rows(tile, row, inside, D1, D2, D)
+                t2 = _operand(_load_rows(tile, row, inside, D1, D2, D), PRECISION)
                 x = _dot(q2, tl.trans(t2), x, PRECISION)
-            x *= scale
             # Most tiles hold no query's own row and end before the segment does: they need no mask.
             if start + BLOCK_N > tl.minimum(stop, next_own):
                 my_row = _from(tl.load(places + i * 4 + OWN), origin)
@@ -270,7 +323,7 @@ def stream(
                 label = tl.load(bank_labels + start + j, mask=inside, other=-1)
                 x = tl.where((label[None, :] == my_label[:, None]) == (kind == 1), x, float("-inf"))
             if TRACKED:
-                raised = tl.maximum(maximum, tl.max(x, 1))
+                raised = tl.maximum(maximum, tl.max(x, 1) * scale)
                 offset = tl.where(raised == float("-inf"), 0.0, raised - SHIFT)  # all masked: no −inf − (−inf)
                 shrink = tl.exp2(maximum - SHIFT - offset)
                 maximum = raised
@@ -279,12 +332,12 @@ def stream(
                     v1 *= shrink[:, None]
                     if D2 > 0:
                         v2 *= shrink[:, None]
-                weights = tl.exp2(x - offset[:, None])
+                weights = tl.exp2(x * scale - offset[:, None])
             else:
-                weights = tl.exp2(x - scale)
+                weights = tl.exp2(x * scale - scale)
             total += tl.sum(weights, 1)
             if WEIGHTED:
-                rounded = _rounded(weights, t1.dtype)
+                rounded = _operand(_rounded(weights, t1.dtype), PRECISION)
                 v1 = _dot(rounded, t1, v1, PRECISION)
                 if D2 > 0:
                     v2 = _dot(rounded, t2, v2, PRECISION)
@@ -316,69 +369,91 @@ def stream(
 
 
 @_part
-def _merge_splits(
-    totals, maxima, vectors, first, stride, splits, scale, d,
-    D: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """log Σ and μ = v/Σ (BLOCK_D,) over the slots first, first + stride, ... of the splits; −inf and 0 of no row."""
-    k = tl.arange(0, BLOCK_K)
-    total = tl.full((), 0, totals.dtype.element_ty)
-    vector = tl.full(d.shape, 0, totals.dtype.element_ty)
-    highest = total - float("inf")
-    if TRACKED:
-        for split in range(0, splits, BLOCK_K):
-            slot = first + (split + k) * stride
-            maximum = tl.load(maxima + slot, mask=split + k < splits, other=float("-inf"))
-            highest = tl.maximum(highest, tl.max(maximum, 0))
-    for split in range(0, splits, BLOCK_K):
-        here = split + k < splits
-        slot = first + (split + k) * stride
-        part = tl.load(totals + slot, mask=here, other=0.0)
-        factor = tl.full((BLOCK_K,), 1.0, total.dtype)
-        if TRACKED:
-            maximum = tl.load(maxima + slot, mask=here, other=float("-inf"))
-            factor = tl.where(maximum == float("-inf"), 0.0, tl.exp2(maximum - highest))
-        total += tl.sum(part * factor, 0)
-        if WEIGHTED:
-            # The vector of an empty slot was never written.
-            here = (part != 0)[:, None] & (d < D)[None, :]
-            rows = tl.load(vectors + slot[:, None] * D + d[None, :], mask=here, other=0.0)
-            vector += tl.sum(rows * factor[:, None], 0)
-    # A handful of float64 operations per query: the GPU's fast float32 logarithm is wrong by 2e-7 near 1.
-    log_total = tl.log(total.to(tl.float64))
-    offset = scale
-    if TRACKED:
-        offset = tl.where(total != 0, (highest - SHIFT).to(tl.float64), 0.0)
-    return log_total + offset * LN_2, vector / tl.where(total != 0, total, 1.0)
-
-
-@_part
 def _merged(
     totals, maxima, vectors, i, B, scale, splits, d,
     D: tl.constexpr, BLOCK_B: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr, WEIGHTED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """log Σ and μ of the query at place i: over the rows of its class, and over the others."""
+    """log Σ and μ = v/Σ of the query at place i: of its class's rows, then of the others'; −inf and 0 of no row.
+
+    The sums of both are read in one loop: what it waits for is memory.
+    """
+    k = tl.arange(0, BLOCK_K)
     first = i // BLOCK_B * 2 * BLOCK_B + i % BLOCK_B
     stride = (first * 0 + tl.cdiv(B, BLOCK_B)) * 2 * BLOCK_B
-    log_other, mean_other = _merge_splits(
-        totals, maxima, vectors, first, stride, splits, scale, d, D, TRACKED, SHIFT, WEIGHTED, BLOCK_K
-    )
-    log_same, mean_same = _merge_splits(
-        totals, maxima, vectors, first + BLOCK_B, stride, splits, scale, d, D, TRACKED, SHIFT, WEIGHTED, BLOCK_K
-    )
-    return log_same, log_other, mean_same, mean_other
+    zero = tl.full((), 0, totals.dtype.element_ty)
+    total_other, total_same = zero, zero
+    v_other = tl.full(d.shape, 0, totals.dtype.element_ty)
+    v_same = v_other
+    highest_other, highest_same = zero - float("inf"), zero - float("inf")
+    if TRACKED:
+        for split in range(0, splits, BLOCK_K):
+            slot = first + (split + k) * stride
+            here = split + k < splits
+            maximum = tl.load(maxima + slot, mask=here, other=float("-inf"))
+            highest_other = tl.maximum(highest_other, tl.max(maximum, 0))
+            maximum = tl.load(maxima + slot + BLOCK_B, mask=here, other=float("-inf"))
+            highest_same = tl.maximum(highest_same, tl.max(maximum, 0))
+    for split in range(0, splits, BLOCK_K):
+        slot = first + (split + k) * stride
+        here = split + k < splits
+        part_other = tl.load(totals + slot, mask=here, other=0.0)
+        part_same = tl.load(totals + slot + BLOCK_B, mask=here, other=0.0)
+        factor_other = tl.full((BLOCK_K,), 1.0, zero.dtype)
+        factor_same = factor_other
+        if TRACKED:
+            factor_other = _relative(maxima + slot, here, highest_other)
+            factor_same = _relative(maxima + slot + BLOCK_B, here, highest_same)
+        total_other += tl.sum(part_other * factor_other, 0)
+        total_same += tl.sum(part_same * factor_same, 0)
+        if WEIGHTED:
+            pointers = vectors + slot[:, None] * D + d[None, :]
+            inside = (d < D)[None, :]
+            # The vector of an empty slot was never written.
+            rows_other = tl.load(pointers, mask=(part_other != 0)[:, None] & inside, other=0.0)
+            rows_same = tl.load(pointers + BLOCK_B * D, mask=(part_same != 0)[:, None] & inside, other=0.0)
+            v_other += tl.sum(rows_other * factor_other[:, None], 0)
+            v_same += tl.sum(rows_same * factor_same[:, None], 0)
+    log_same = _log_of(total_same, highest_same, scale, TRACKED, SHIFT)
+    log_other = _log_of(total_other, highest_other, scale, TRACKED, SHIFT)
+    mean_same = v_same / tl.where(total_same != 0, total_same, 1.0)
+    return log_same, log_other, mean_same, v_other / tl.where(total_other != 0, total_other, 1.0)
 
 
-@triton.jit(do_not_specialize=["B", "splits"])
+@_part
+def _relative(maxima, here, highest):
+    """2^(maximum − highest) of the slots, 0 of those without rows."""
+    maximum = tl.load(maxima, mask=here, other=float("-inf"))
+    return tl.where(maximum == float("-inf"), 0.0, tl.exp2(maximum - highest))
+
+
+@_part
+def _log_of(total, highest, scale, TRACKED: tl.constexpr, SHIFT: tl.constexpr):
+    """log Σ in float64: the GPU's fast float32 logarithm is wrong by 2e-7 near 1."""
+    offset = scale
+    if TRACKED:
+        offset = tl.where(total != 0, (highest - SHIFT).to(tl.float64), 0.0)
+    return tl.log(total.to(tl.float64)) + offset * LN_2
+
+
+@triton.jit(do_not_specialize=["B", "N", "splits"])
 def merge_to_log_scores(
     totals, maxima, vectors, places,
     log_p, direction, log_sum_all,  # out (B,), (B, D), (B,)
-    B, scale: tl.float64, splits,
+    index, scores, norms,
+    value,  # out (B,), or one number: the loss
+    slope,  # out (B,): dL/dlog p
+    parts,  # out (B, 2): each query's loss, and whether it counts in a mean
+    B, N, scale: tl.float64, splits, q: tl.float64, log_k: tl.float64, pruned_loss: tl.float64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr,
-    WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr,
+    WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr, LOSS: tl.constexpr, PRUNING: tl.constexpr, INDICATOR: tl.constexpr,
+    REDUCTION: tl.constexpr, LOOK_UP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One query over the whole bank: log p, its gradient direction (μ_same − μ_all)/σ, and log Σ_all."""
+    """One query over the whole bank: log p, its gradient direction (μ_same − μ_all)/σ, log Σ_all, and its loss.
+
+    LOSS is "ntdne" (eq. 9, 13), "snca" (eq. 5) or "" for none. The last program to finish reduces the losses, in the
+    order of the batch.
+    """
     i = tl.program_id(0).to(tl.int64)
     out = tl.load(places + i * 4 + SOURCE)
     d = tl.arange(0, BLOCK_D)
@@ -391,12 +466,67 @@ def merge_to_log_scores(
     rest = tl.log(1.0 + tl.exp(-tl.abs(log_odds)))
     score = tl.where(has_positive, -(tl.maximum(log_odds, 0.0) + rest), float("-inf"))
     log_all = tl.where(has_positive, tl.maximum(log_same, log_other) + rest, log_other)
-    tl.store(log_p + out, score.to(log_p.dtype.element_ty))
+    directed = i >= 0
+    if LOOK_UP:
+        directed = tl.load(norms + out) != 0
+        score = tl.where(directed, score, float("nan"))
+    rounded_score = score.to(log_p.dtype.element_ty)
+    tl.store(log_p + out, rounded_score)
     tl.store(log_sum_all + out, log_all.to(log_sum_all.dtype.element_ty))
     if WEIGHTED:
         one_minus_p = 1.0 / (1.0 + tl.exp(-log_odds))
         row = (mean_same - mean_other) * (one_minus_p * scale * LN_2).to(mean_same.dtype)  # scale·ln 2 = 1/σ
         tl.store(direction + out * D + d, tl.where(has_positive, row, 0.0), mask=d < D)
+    if LOSS != "":
+        x = rounded_score.to(tl.float64)
+        counts = directed
+        if LOSS == "snca":
+            counts = directed & has_positive
+            loss = -x
+            derivative = x * 0 - 1.0
+        else:
+            u = x * q
+            # For small u the difference loses digits and three terms of its series suffice.
+            loss = tl.where(u > -1e-5, -u * (1.0 + u / 2.0 * (1.0 + u / 3.0)), 1.0 - tl.exp(u)) / q
+            derivative = -tl.exp(u)
+            if PRUNING:
+                pruned = x <= log_k
+                if INDICATOR != "current":
+                    image = tl.load(index + out)
+                    known = (image >= 0) & (image < N)
+                    stored = tl.load(scores + image, mask=known, other=0.0).to(tl.float64)
+                    threshold = log_k
+                    if INDICATOR == "auto":
+                        others = tl.load(places + i * 4 + HIGH) - tl.load(places + i * 4 + LOW) - 1
+                        threshold = tl.log(others.to(tl.float64) / tl.maximum(N - 1, 1).to(tl.float64))
+                    pruned = tl.where(known, stored <= threshold, pruned)  # NaN, never scored, is kept
+                loss = tl.where(pruned, pruned_loss, loss)
+                derivative = tl.where(pruned, 0.0, derivative)
+        loss = tl.where(counts, loss, 0.0)
+        derivative = tl.where(counts, derivative, 0.0)
+        tl.store(slope + out, derivative.to(slope.dtype.element_ty))
+        if REDUCTION == "none":
+            tl.store(value + out, loss.to(value.dtype.element_ty))
+        else:
+            tl.store(parts + out * 2, loss)
+            tl.store(parts + out * 2 + 1, counts.to(tl.float64))
+            tl.debug_barrier()  # other threads wrote some of that
+            finished = places + tl.cdiv(B, BLOCK_B).to(tl.int64) * BLOCK_B * 4
+            if tl.atomic_add(finished, 1, sem="acq_rel") == B - 1:
+                total = tl.full((BLOCK,), 0, tl.float64)
+                kept = tl.full((BLOCK,), 0, tl.float64)
+                for begin in range(0, B, BLOCK):
+                    j = begin + tl.arange(0, BLOCK)
+                    total += tl.load(parts + j * 2, mask=j < B, other=0.0, cache_modifier=".cg")
+                    kept += tl.load(parts + j * 2 + 1, mask=j < B, other=0.0, cache_modifier=".cg")
+                divisor = 1.0
+                if REDUCTION == "mean":
+                    divisor = tl.maximum(tl.sum(kept, 0), 1.0)
+                    for begin in range(0, B, BLOCK):
+                        j = begin + tl.arange(0, BLOCK)
+                        unscaled = tl.load(slope + j, mask=j < B, other=0.0, cache_modifier=".cg")
+                        tl.store(slope + j, (unscaled / divisor).to(slope.dtype.element_ty), mask=j < B)
+                tl.store(value, (tl.sum(total, 0) / divisor).to(value.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["B", "splits"])
@@ -422,76 +552,57 @@ def merge_to_class_sums(
 
 
 @triton.jit(do_not_specialize=["B"])
-def loss_and_slope(
-    log_p, indicator,
-    value,  # out (B,), or one number
-    slope,  # out (B,): dL/dlog p
-    B, q: tl.float64, log_k: tl.float64, pruned_loss: tl.float64,
-    SNCA: tl.constexpr, PRUNING: tl.constexpr, HAS_INDICATOR: tl.constexpr, REDUCTION: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: the losses of all queries (eq. 5, 9, 13), reduced, and their derivatives."""
-    total = tl.full((BLOCK,), 0, tl.float64)
-    kept = tl.full((BLOCK,), 0, tl.float64)
-    for first in range(0, B, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        x = tl.load(log_p + i, mask=i < B, other=0.0).to(tl.float64)
-        if SNCA:
-            counts = (i < B) & (x != float("-inf"))
-            loss = tl.where(counts, -x, 0.0)
-            derivative = tl.where(counts, -1.0, 0.0)
-        else:
-            counts = i < B
-            u = x * q
-            # For small u the difference loses digits and three terms of its series suffice.
-            loss = tl.where(u > -1e-5, -u * (1.0 + u / 2.0 * (1.0 + u / 3.0)), 1.0 - tl.exp(u)) / q
-            derivative = -tl.exp(u)
-            if PRUNING:
-                decisive = x
-                if HAS_INDICATOR:
-                    known = tl.load(indicator + i, mask=i < B, other=0.0).to(tl.float64)
-                    decisive = tl.where(known == known, known, x)
-                pruned = decisive <= log_k
-                loss = tl.where(pruned, pruned_loss, loss)
-                derivative = tl.where(pruned, 0.0, derivative)
-        if REDUCTION == "none":
-            tl.store(value + i, loss.to(value.dtype.element_ty), mask=i < B)
-        tl.store(slope + i, derivative.to(slope.dtype.element_ty), mask=i < B)
-        total += tl.where(i < B, loss, 0.0)
-        kept += counts.to(tl.float64)
-    if REDUCTION != "none":
-        divisor = 1.0
-        if REDUCTION == "mean":
-            divisor = tl.maximum(tl.sum(kept, 0), 1.0)
-            tl.debug_barrier()  # what other threads wrote is read now
-            for first in range(0, B, BLOCK):
-                i = first + tl.arange(0, BLOCK)
-                derivative = tl.load(slope + i, mask=i < B, other=0.0)
-                tl.store(slope + i, (derivative / divisor).to(slope.dtype.element_ty), mask=i < B)
-        tl.store(value, (tl.sum(total, 0) / divisor).to(value.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["B"])
 def gradient_to_features(
-    direction, log_p, slope, grad,
+    direction, log_p, slope, grad, features, norms,
     gradient,  # out (B, D)
-    B, grad_stride,
-    D: tl.constexpr, HAS_SLOPE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    B, grad_stride, stride_b, stride_d,
+    D: tl.constexpr, HAS_SLOPE: tl.constexpr, NORMALISED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """grad_i · dL_i/dlog p_i · ∂log p_i/∂f_i; exactly 0, whatever comes in, where a query has no positives."""
+    """grad_i · dL_i/dlog p_i · ∂log p_i/∂f_i; exactly 0, whatever comes in, where a query has no positives.
+
+    NORMALISED: with respect to the features before they were normalised, (g − (g·f)f)/norm.
+    """
     i = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = i < B
     factor = tl.load(grad + i * grad_stride, mask=live, other=0.0)
     if HAS_SLOPE:
         factor *= tl.load(slope + i, mask=live, other=0.0)
-    has_positive = tl.load(log_p + i, mask=live, other=float("-inf")) != float("-inf")
-    factor = tl.where(has_positive, factor, 0.0)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    alive = tl.load(log_p + i, mask=live, other=float("-inf")) != float("-inf")
+    d = tl.arange(0, BLOCK_D)
     here = live[:, None] & (d < D)[None, :]
     rows = tl.load(direction + i[:, None] * D + d[None, :], mask=here, other=0.0)
-    tl.store(
-        gradient + i[:, None] * D + d[None, :], _rounded(rows * factor[:, None], gradient.dtype.element_ty), mask=here
-    )
+    rows *= factor[:, None]
+    if NORMALISED:
+        norm = tl.load(norms + i, mask=live, other=0.0)
+        alive = alive & (norm != 0)
+        unit = _load_features(features, i, live, d, stride_b, stride_d, D).to(norm.dtype) / norm[:, None]
+        rows = (rows - tl.sum(rows * unit, 1)[:, None] * unit) / norm[:, None]
+    rows = tl.where(alive[:, None], rows, 0.0)
+    tl.store(gradient + i[:, None] * D + d[None, :], _rounded(rows, gradient.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["B", "N"])
+def record(
+    log_p, index, image_labels,
+    scores,  # in and out (N,)
+    B, N,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The scores of BLOCK queries, remembered for their images: of an image given twice the higher one."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    image = tl.load(index + i, mask=i < B, other=-1)
+    known = (image >= 0) & (image < N)
+    labelled = tl.load(image_labels + image, mask=known, other=-1) >= 0
+    highest = tl.full((BLOCK,), float("nan"), log_p.dtype.element_ty)
+    for first in range(0, B, 64):
+        k = first + tl.arange(0, 64)
+        score = tl.load(log_p + k, mask=k < B, other=float("nan"))
+        same = tl.load(index + k, mask=k < B, other=-2)[None, :] == image[:, None]
+        here = tl.where(same & (score == score)[None, :], score[None, :], float("-inf"))
+        seen = tl.max((same & (score == score)[None, :]).to(tl.int32), 1) > 0
+        before = tl.where(highest == highest, highest, float("-inf"))
+        highest = tl.where(seen, tl.maximum(before, tl.max(here, 1)), highest)
+    tl.store(scores + image, highest.to(scores.dtype.element_ty), mask=known & labelled & (highest == highest))
 
 
 @_part
@@ -516,12 +627,12 @@ def gradient_to_bank(
     row = start + j
     if GATHER:
         row = tl.load(order + row, mask=inside, other=0)
-    t1 = _load_rows(bank, row * bank_stride, inside, 0, D1, D)
+    t1 = _operand(_load_rows(bank, row * bank_stride, inside, 0, D1, D), PRECISION)
     t2 = t1
     g1 = tl.full((BLOCK_N, D1), 0, accumulator)
     g2 = g1
     if D2 > 0:
-        t2 = _load_rows(bank, row * bank_stride, inside, D1, D2, D)
+        t2 = _operand(_load_rows(bank, row * bank_stride, inside, D1, D2, D), PRECISION)
         g2 = tl.full((BLOCK_N, D2), 0, accumulator)
     scale = tl.full((), scale, accumulator)
     sigma = tl.full((), sigma, accumulator)
@@ -532,11 +643,11 @@ def gradient_to_bank(
         live = score != float("-inf")  # without positives a query has no gradient, and its sums may be empty
         log_all = tl.load(log_sum_all + query, mask=live, other=0.0)
         upstream = tl.load(grad_log_p + query, mask=live, other=0.0) / sigma
-        q1 = _load_queries(queries, i, 0, D1, D)
+        q1 = _operand(_load_queries(queries, i, 0, D1, D), PRECISION)
         q2 = q1
         x = _dot(q1, tl.trans(t1), tl.full((BLOCK_B, BLOCK_N), 0, accumulator), PRECISION)
         if D2 > 0:
-            q2 = _load_queries(queries, i, D1, D2, D)
+            q2 = _operand(_load_queries(queries, i, D1, D2, D), PRECISION)
             x = _dot(q2, tl.trans(t2), x, PRECISION)
         x *= scale
         my_row = tl.load(places + i * 4 + OWN)
@@ -554,7 +665,7 @@ def gradient_to_bank(
         log_sum = tl.where(same, ((log_all + score) * LOG2_E)[:, None], (log_all * LOG2_E)[:, None])
         one_minus_p = tl.where(score > -1e-4, -score * (1.0 + score / 2.0 * (1.0 + score / 3.0)), 1.0 - tl.exp(score))
         share = tl.where(same, (upstream * one_minus_p)[:, None], -upstream[:, None])
-        weights = tl.where(counts, tl.exp2(x - log_sum) * share, 0.0)
+        weights = _operand(tl.where(counts, tl.exp2(x - log_sum) * share, 0.0), PRECISION)
         # The weights have both signs and any size, which 16 bits would round or lose: they meet the queries as TF32.
         g1 = _dot(tl.trans(weights), q1.to(accumulator), g1, PRECISION)
         if D2 > 0:
@@ -585,10 +696,10 @@ def class_masses(
     features += first * features_stride
     index += first
     log_masses += first
-    q1 = _load_rows(features, i * features_stride, live, 0, D1, D)
+    q1 = _operand(_load_rows(features, i * features_stride, live, 0, D1, D), PRECISION)
     q2 = q1
     if D2 > 0:
-        q2 = _load_rows(features, i * features_stride, live, D1, D2, D)
+        q2 = _operand(_load_rows(features, i * features_stride, live, D1, D2, D), PRECISION)
     accumulator: tl.constexpr = tl.float64 if q1.dtype == tl.float64 else tl.float32
     zeros = tl.full((BLOCK_B,), 0, accumulator)
     narrow_scale = tl.full((), scale, accumulator)
@@ -606,10 +717,10 @@ def class_masses(
             j = tl.arange(0, BLOCK_N)
             inside = j < tl.minimum(end - start, BLOCK_N).to(tl.int32)
             tile = bank + start * far_stride
-            t = _load_rows(tile, j * bank_stride, inside, 0, D1, D)
+            t = _operand(_load_rows(tile, j * bank_stride, inside, 0, D1, D), PRECISION)
             s = _dot(q1, tl.trans(t), tl.full((BLOCK_B, BLOCK_N), 0, accumulator), PRECISION)
             if D2 > 0:
-                t = _load_rows(tile, j * bank_stride, inside, D1, D2, D)
+                t = _operand(_load_rows(tile, j * bank_stride, inside, D1, D2, D), PRECISION)
                 s = _dot(q2, tl.trans(t), s, PRECISION)
             if start + BLOCK_N > tl.minimum(end, next_own):
                 my_row = tl.load(index + i, mask=live, other=-1)
