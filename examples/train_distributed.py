@@ -63,7 +63,7 @@ encoder = DistributedDataParallel(
     ).to(device)
 )
 criterion = NTDNELoss(  # new: each process keeps N/W rows of the bank
-    train_labels, D, warmup_epochs=5, device=device, process_group=distributed.group.WORLD
+    dataset.labels, D, warmup_epochs=5, device=device, process_group=distributed.group.WORLD
 )
 optimizer = torch.optim.Adam(encoder.parameters())
 

@@ -7,6 +7,7 @@ from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.data import IndexedDataset
 from ntdne_kernels.fill import fill_bank
 from ntdne_kernels.label_index import LabelIndex
+from ntdne_kernels.labels import encode_labels
 from ntdne_kernels.loss import NTDNELoss, SNCALoss
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "MemoryBank",
     "NTDNELoss",
     "SNCALoss",
+    "encode_labels",
     "fill_bank",
     "functional",
 ]

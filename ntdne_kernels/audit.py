@@ -13,7 +13,6 @@ import contextlib
 import math
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,11 +26,12 @@ from torch import Tensor, nn
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.fill import with_progress
 from ntdne_kernels.functional import BANK_DTYPES, check_choice, check_number, check_range, choose_backend
-from ntdne_kernels.label_index import check_labels
+from ntdne_kernels.labels import as_index, encode_labels
 from ntdne_kernels.ops.backends import BACKENDS, class_masses_of
 from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.chunked import CHUNK_BYTES, chunks_of
 from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED
+from ntdne_kernels.ops.user_warning import warn_user
 
 QUERIES = {"cpu": 4096, "cuda": 32768}  # of a batch: enough of them fill a GPU, and read a bank on disk seldom enough
 CLASSES = 1024  # summed at once: B·1024 float64 are 34 MB on a CPU, 268 MB on a GPU
@@ -59,8 +59,8 @@ def audit_labels(
 
     Args:
         features: (N, D) of any length but 0, float tensor, NumPy array, memory map or DataFrame; read in order, once.
-        labels: (N,) integers, −1 for unlabelled, or names, none ("", None, NaN) for unlabelled; a tensor, array, list
-            or Series. They belong to features by position, not by a Series' index.
+        labels: (N,) integers, −1 for unlabelled, or names, none ("", None, NaN) for unlabelled, as `encode_labels`
+            takes them; a tensor, array, list or Series. They belong to features by position, not by a Series' index.
         sigma: temperature σ > 0 of the neighbourhood (eq. 3): that of training, where NTDNE made the features.
         top: m, the classes kept of each image's neighbours, at most C. Confident learning looks at these.
         device: where to compute; None: where the features are.
@@ -86,58 +86,6 @@ def _check(sigma: float, top: int, backend: str | None) -> None:
         raise ValueError(f"top: expected a number of classes from 1, got {top!r}")
     if backend is not None:
         check_choice("backend", backend, tuple(BACKENDS))
-
-
-def encode_labels(labels: Any) -> tuple[Tensor, tuple[Any, ...]]:
-    """The code (N,) of each label, −1 for unlabelled, and the C classes in order of code: integers or names.
-
-    Labels as `audit_labels` takes them.
-    """
-    if isinstance(labels, Tensor):
-        codes = check_labels(labels, "labels").cpu()
-    else:
-        values = np.asarray(labels, dtype=None if hasattr(labels, "dtype") else object)
-        if values.ndim != 1:
-            found = f"shape {values.shape}" if values.ndim else type(labels).__name__
-            raise ValueError(f"labels: expected one dimension, got {found}")
-        missing = np.array([_is_missing(value) for value in values.tolist()], dtype=bool)
-        known = _of_one_kind(values[~missing])
-        if known.dtype.kind in "US":
-            names, places = np.unique(known.astype(str), return_inverse=True)
-            codes = torch.full((len(values),), UNLABELLED, device="cpu")
-            codes[torch.from_numpy(~missing)] = torch.from_numpy(places)
-            return codes, tuple(names.tolist())
-        integers = np.full(len(values), UNLABELLED, dtype=np.int64)
-        integers[~missing] = known
-        codes = torch.from_numpy(integers)
-    if bool((codes < UNLABELLED).any()):
-        row = int((codes < UNLABELLED).nonzero()[0])
-        raise ValueError(f"labels: expected -1 (unlabelled) or a class from 0, got {int(codes[row])} at row {row}")
-    classes, places_of = torch.unique(codes, return_inverse=True)
-    shift = int(len(classes) > 0 and int(classes[0]) == UNLABELLED)
-    return places_of - shift, tuple(classes[shift:].tolist())
-
-
-def _is_missing(label: Any) -> bool:
-    return label is None or type(label).__name__ == "NAType" or label in ("", b"") or bool(label != label)
-
-
-def _of_one_kind(labels: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-    """The labels as an array of integers (whole numbers, where some were missing) or of strings."""
-    if labels.dtype == object:
-        kinds = {type(label) for label in labels}
-        if all(issubclass(kind, str) for kind in kinds) and kinds:
-            labels = labels.astype(str)
-        elif all(issubclass(kind, int | float | np.integer | np.floating) and kind is not bool for kind in kinds):
-            labels = np.array(labels.tolist())
-        else:
-            found = " and ".join(sorted(kind.__name__ for kind in kinds))
-            raise TypeError(f"labels: expected integers or names, got {found}")
-    if labels.dtype.kind not in "iufUS":
-        raise TypeError(f"labels: expected integers or names, got {labels.dtype}")
-    if labels.dtype.kind in "iuf" and not (good := (labels == np.floor(labels)) & (np.abs(labels) < 2.0**63)).all():
-        raise TypeError(f"labels: expected integers of 64 bits or names, got numbers such as {labels[~good][0]}")
-    return labels
 
 
 def feature_bank(
@@ -256,9 +204,7 @@ def audit_bank(
     if len(classes) != len(bank.classes):
         raise ValueError(f"classes: expected {len(bank.classes)} names, got {len(classes)}")
     if bank.fresh:
-        warnings.warn(
-            "bank: its rows are still the random ones of its start; fill_bank brings an encoder's", stacklevel=2
-        )
+        warn_user("bank: its rows are still the random ones of its start; fill_bank brings an encoder's")
     N, m, D = len(bank), min(int(top), len(classes)), bank.storage.size(1)
     bad: list[int] = []
     for start in range(0, N, _rows_of(D)):
@@ -398,7 +344,7 @@ def nearest_neighbours(bank: MemoryBank, images: Tensor, k: int) -> tuple[Tensor
     Raises:
         TypeError, ValueError, IndexError: images are no integers (n,) of the bank, or k is not 1 or more.
     """
-    images = check_labels(images, "images")
+    images = as_index(images, "images")
     check_range("images", images, len(bank))
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected 1 or more neighbours, got {k!r}")

@@ -5,7 +5,6 @@ Shapes: B features, N images, D values, C classes.
 
 import copy
 import os
-import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,11 @@ from torch.distributed.distributed_c10d import ProcessGroup
 
 from ntdne_kernels.distributed import Ranks
 from ntdne_kernels.functional import BANK_DTYPES, check_range, check_update, write_rows
-from ntdne_kernels.label_index import LabelIndex, check_integers, check_labels, class_order, fingerprint
+from ntdne_kernels.label_index import LabelIndex, class_order, fingerprint
+from ntdne_kernels.labels import as_index, as_labels
 from ntdne_kernels.ops.bank_update import accumulator_dtype, skipped_counter
 from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED
+from ntdne_kernels.ops.user_warning import warn_user
 from ntdne_kernels.storage import allocate, mark, take_place
 
 INIT_CHUNK = 65536  # rows drawn or looked at together, so that neither needs a second bank
@@ -54,10 +55,11 @@ class MemoryBank(nn.Module):
     `check_untouched()` before it.
 
     Args:
-        labels: (N,) integer class of each image; −1 is unlabelled.
+        labels: (N,) integer class of each image, −1 for unlabelled: a tensor, list, array, Series and the like. Names
+            are numbered by `encode_labels` first.
         dim: D, values per row.
         generator: source of the random start; the same on all ranks gives the rows of one process.
-        device: where the bank lives; follows `.to()` like any buffer.
+        device: where the bank lives; follows `.to()` like any buffer. None: where the labels are, or the CPU.
         dtype: float64, float32, float16 or bfloat16.
         process_group: ranks that share the bank: a torch.distributed group, or a DeviceMesh of one dimension. None: the
             bank is this process's own.
@@ -90,7 +92,7 @@ class MemoryBank(nn.Module):
 
     def __init__(
         self,
-        labels: Tensor,
+        labels: Any,
         dim: int,
         *,
         generator: torch.Generator | None = None,
@@ -105,8 +107,10 @@ class MemoryBank(nn.Module):
         self.kind, self.path = storage, None
 
         def check() -> dict[str, Any]:
+            nonlocal labels
             self.path = None if path is None else self._own_path(path)
-            _check_bank(labels, dim, dtype)
+            _check_bank(dim, dtype)
+            labels = as_labels(labels)
             return self._facts(labels, dim, dtype)
 
         facts = check() if self.ranks is None else self.ranks.same_everywhere(check)
@@ -136,9 +140,8 @@ class MemoryBank(nn.Module):
                 rank for rank, fresh in enumerate(self.ranks.counts("MemoryBank", lambda: int(rows.fresh))) if fresh
             ]
             if 0 < len(anew) < self.ranks.size:
-                warnings.warn(
-                    f"path: the files of ranks {anew} are new and start at random; those of the others were taken up",
-                    stacklevel=2,
+                warn_user(
+                    f"path: the files of ranks {anew} are new and start at random; those of the others were taken up"
                 )
         self._seal()
 
@@ -247,7 +250,7 @@ class MemoryBank(nn.Module):
             return torch.full_like(places, UNLABELLED)
         return torch.where(c >= 0, self.classes[c.clamp(min=0)], UNLABELLED)
 
-    def rows(self, index: Tensor) -> Tensor:
+    def rows(self, index: Any) -> Tensor:
         """(b, D) copy of the rows of the images `index` (b,); on ranks each holds those of all for a moment.
 
         Raises:
@@ -256,7 +259,7 @@ class MemoryBank(nn.Module):
         if self.ranks is None:
             return self.take(self.position[self._check_images(index)])
         sizes = self.ranks.counts("rows", lambda: len(self._check_images(index)))
-        index = index.to(torch.int64)
+        index = as_index(index, device=self.device)
         whole = self.look_up(index, index, sizes).places
         places, own = self.local(whole), self.ranks.own(sizes)
         rows = torch.full((len(places), self.storage.size(1)), -torch.inf, dtype=self._wide, device=self.device)
@@ -264,9 +267,7 @@ class MemoryBank(nn.Module):
         found = self.ranks.largest(rows)[own]  # one rank has each row
         return torch.where(whole[own].unsqueeze(1) >= 0, found, torch.nan).to(self.storage.dtype)
 
-    def update_(
-        self, features: Tensor, index: Tensor, momentum: float = 0.5, *, validate: bool = False
-    ) -> "MemoryBank":
+    def update_(self, features: Tensor, index: Any, momentum: float = 0.5, *, validate: bool = False) -> "MemoryBank":
         """Blend (b, D) features into the rows of the images `index` (b,), in place; see `functional.update_bank_`.
 
         Of a sharded bank each rank writes the rows it keeps, in the order of the batch of all ranks.
@@ -282,7 +283,7 @@ class MemoryBank(nn.Module):
             return self
         look = validate or (self.device.type == "cpu" and not torch.compiler.is_compiling())
         sizes = self.ranks.counts("update_bank", lambda: len(self._check_update(features, index, momentum, look=look)))
-        index = index.to(torch.int64)
+        index = as_index(index, device=self.device)
         batch = self.look_up(index, index, sizes)
         features = self.ranks.gather(features.detach().to(self._wide), sizes)  # of one dtype on all ranks
         if self.images:
@@ -290,7 +291,7 @@ class MemoryBank(nn.Module):
         self.fresh, self._source = False, None
         return self
 
-    def relabel(self, labels: Tensor) -> None:
+    def relabel(self, labels: Any) -> None:
         """Give the images new labels (N,); rows stay with their images, scores of changed images are forgotten.
 
         Raises:
@@ -298,10 +299,11 @@ class MemoryBank(nn.Module):
         """
 
         def check() -> dict[str, Any]:
+            nonlocal labels
             self._follow()
             if self._sealed != self._seals():
                 self._check_lengths()  # what was written into labels and order ends here
-            check_integers(labels, "labels")
+            labels = as_labels(labels)
             if len(labels) != len(self):
                 raise ValueError(f"labels: expected one for each of the {len(self)} images, got {len(labels)}")
             if labels.data_ptr() == self.labels.data_ptr():
@@ -364,21 +366,21 @@ class MemoryBank(nn.Module):
     def _wide(self) -> torch.dtype:
         return accumulator_dtype(self._storage.dtype)
 
-    def _check_index(self, index: Tensor) -> Tensor:
-        index = check_labels(index, "index")
-        if index.device != self.device:
-            raise ValueError(f"index: expected the bank's device, {self.device}, got {index.device}")
-        return index
+    def _check_index(self, index: Any) -> Tensor:
+        images = as_index(index, device=self.device)
+        if images.device != self.device:
+            raise ValueError(f"index: expected the bank's device, {self.device}, got {images.device}")
+        return images
 
-    def _check_images(self, index: Tensor) -> Tensor:
+    def _check_images(self, index: Any) -> Tensor:
         self.check_untouched()
-        index = self._check_index(index)
-        if index.device.type == "cpu" and bool((index == NOT_IN_BANK).any()):
+        images = self._check_index(index)
+        if images.device.type == "cpu" and bool((images == NOT_IN_BANK).any()):
             raise IndexError(f"index: expected images from 0 to {len(self) - 1}, got -1")
-        check_range("index", index, len(self))
-        return index
+        check_range("index", images, len(self))
+        return images
 
-    def _check_update(self, features: Tensor, index: Tensor, momentum: float, *, look: bool) -> Tensor:
+    def _check_update(self, features: Tensor, index: Any, momentum: float, *, look: bool) -> Tensor:
         self.check_untouched()
         like = self._storage
         if like.device != self.device:
@@ -682,11 +684,10 @@ def _gone() -> None:
     """The source of a copy that came out of a file."""
 
 
-def _check_bank(labels: Tensor, dim: int, dtype: torch.dtype) -> None:
+def _check_bank(dim: int, dtype: torch.dtype) -> None:
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"dim: expected an integer, got {type(dim).__name__}")
     if dim < 1:
         raise ValueError(f"dim: expected at least 1, got {dim}")
     if dtype not in BANK_DTYPES:
         raise TypeError(f"dtype: expected float64, float32, float16 or bfloat16, got {dtype}")
-    check_integers(labels, "labels")

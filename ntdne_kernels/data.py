@@ -1,14 +1,26 @@
-"""Datasets that say which image each sample is."""
+"""Datasets that say which image each sample is, and which label each image has."""
 
+import operator
+from collections.abc import Mapping
 from typing import Any
 
-from torch.utils.data import Dataset, IterableDataset
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
+
+from ntdne_kernels.labels import as_index, as_labels, read_labels
+
+INDEX = "index"  # key of the index in samples with keys
+LABELS = ("targets", "labels", "_labels")  # attributes of torchvision's datasets, and of others like them: N labels
+SAMPLES = ("samples", "imgs", "_samples")  # and N pairs of a file and its label
+COLUMNS = ("label", "labels")  # of datasets of Hugging Face
 
 
-class IndexedDataset(Dataset[tuple[Any, ...]]):
+class IndexedDataset(Dataset[Any]):
     """A map-style dataset whose samples end with their index: (image, label) becomes (image, label, index).
 
-    The index is the position in the wrapped dataset, whatever the sampler does, and names the image's row in the bank.
+    A sample with keys, as datasets of Hugging Face have them, gets the key "index". The index is the position in the
+    wrapped dataset, whatever the sampler does, and names the image's row in the bank. A slice is a list of samples.
 
     Args:
         dataset: any dataset with `__getitem__` and `__len__`.
@@ -29,9 +41,90 @@ class IndexedDataset(Dataset[tuple[Any, ...]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"index: expected a position below {len(self)}, got {index}")
-        sample = self.dataset[index]
-        position = index % len(self)
+        sample, position = self.dataset[index], index % len(self)
+        if isinstance(sample, Mapping):
+            if INDEX in sample:
+                raise ValueError(
+                    f"dataset: expected samples without a key {INDEX!r}, which would be replaced; rename it"
+                )
+            return {**sample, INDEX: position}
         return (*sample, position) if isinstance(sample, tuple | list) else (sample, position)
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64: the label of each image, by index, -1 for none: what the criterion takes. No image is read.
+
+        Found through Subset (and so random_split) and ConcatDataset, in a TensorDataset's second tensor, in attributes
+        `targets`, `labels`, `samples` or `imgs`, or in the column of a Hugging Face dataset that is called label or
+        labels or is its one ClassLabel.
+
+        Raises:
+            TypeError: there is no such place, or it holds no integers; of names the error says how to number them,
+                for the whole dataset, so that all of its parts have the same numbers.
+            ValueError: labels have not one dimension.
+        """
+        return _labels_of(self.dataset)
+
+
+def _labels_of(dataset: Any) -> Tensor:
+    """(N,) int64 on the CPU: the labels of a dataset's samples."""
+    if isinstance(dataset, IndexedDataset):
+        return _labels_of(dataset.dataset)
+    found = _labels_in_attributes(dataset)
+    if found is not None:
+        return found
+    if isinstance(dataset, Subset):
+        return _labels_of(dataset.dataset)[as_index(dataset.indices, "indices").cpu()]
+    if isinstance(dataset, ConcatDataset):
+        return torch.cat([_labels_of(part) for part in dataset.datasets])
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        return as_labels(dataset.tensors[1]).to("cpu", torch.int64)
+    if hasattr(dataset, "column_names") and hasattr(dataset, "with_format"):
+        return _labels_in_column(dataset)
+    raise TypeError(
+        f"dataset: found no labels of {type(dataset).__name__} without reading its images; give it an attribute "
+        f"`targets` with all {len(dataset)} of them, or the criterion labels in the order of the dataset"
+    )
+
+
+def _labels_in_attributes(dataset: Any) -> Tensor | None:
+    """Labels that a dataset keeps, one for each sample, after its `target_transform`."""
+    for name in LABELS + SAMPLES:
+        kept: Any = getattr(dataset, name, None)
+        if not hasattr(kept, "__len__") or len(kept) != len(dataset):  # names of classes, say
+            continue
+        if name in SAMPLES:
+            if not all(isinstance(sample, tuple | list) and len(sample) > 1 for sample in kept):
+                continue
+            kept = [sample[1] for sample in kept]
+        transform = getattr(dataset, "target_transform", None)
+        if transform is not None:
+            kept = [transform(label) for label in (kept.tolist() if hasattr(kept, "tolist") else kept)]
+        return as_labels(kept, "labels" if name in SAMPLES else f"dataset.{name}").to("cpu", torch.int64)
+    return None
+
+
+def _labels_in_column(dataset: Any) -> Tensor:
+    """Labels of a Hugging Face dataset."""
+    named = [name for name in COLUMNS if name in dataset.column_names]
+    typed = [name for name, feature in dataset.features.items() if type(feature).__name__ == "ClassLabel"]
+    columns = named or typed
+    if len(columns) != 1:
+        found = ", ".join(columns or dataset.column_names)
+        raise TypeError(
+            f"dataset: expected one column of labels, found {found}; dataset.rename_column('...', 'label') chooses"
+        )
+    name = columns[0]
+    labels = read_labels(dataset.with_format(None)[name][:], name)  # without transforms, which want images
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"{name}: expected integers, got names; this line numbers them: "
+            f"dataset = dataset.class_encode_column({name!r})"
+        )
+    return labels

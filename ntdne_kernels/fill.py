@@ -6,8 +6,7 @@ Shapes: b images of a batch, N of the archive, n of this rank, D values.
 import contextlib
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ntdne_kernels.bank import MemoryBank
-from ntdne_kernels.data import IndexedDataset
-from ntdne_kernels.label_index import check_labels
+from ntdne_kernels.data import INDEX, IndexedDataset
+from ntdne_kernels.labels import as_index
 from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK
+from ntdne_kernels.ops.user_warning import warn_user
 from ntdne_kernels.storage import flush
 
 SAVE_SECONDS = 600.0  # between two checkpoints of a pass
+IMAGES = ("pixel_values", "image", "images", "img")  # keys of the images in a batch with keys; the first there is
 
 
 @torch.no_grad()
@@ -42,7 +43,8 @@ def fill_bank(
     Args:
         bank: the bank to fill.
         encoder: maps a batch of images to (b, D) features, which need not be normalised.
-        loader: batches (images, ..., index) as from `IndexedDataset`; the index comes last.
+        loader: batches (images, ..., index) as from `IndexedDataset`; the index comes last. Or batches with keys, as
+            from a Hugging Face dataset: "index", and "pixel_values", "image", "images" or "img".
         progress: show progress on standard error: a bar on a terminal where tqdm is installed, else a line per tenth.
         resume: folder for the state of the pass, saved every ten minutes. Called again with it after a kill, on any
             number of ranks, the pass goes on with the images that are missing; the end of the pass empties it. Needs a
@@ -53,7 +55,7 @@ def fill_bank(
         How many images were filled, on all ranks. A warning says so where some were not in the loader; their rows stay.
 
     Raises:
-        TypeError: a batch does not end with a tensor of indices; with `resume`, the loader is not as described.
+        TypeError: a batch has no tensor of indices; with `resume`, the loader is not as described.
         ValueError, IndexError: features or indices of a batch are bad, or an index stands twice in it; earlier batches
             stay written.
         RuntimeError: another rank raised one of these.
@@ -67,9 +69,7 @@ def fill_bank(
         loader = _check_resumable(loader)
         done = checkpoint.load_checkpoint(resume, state, **saving) or 0
         if done and bank.path is not None and any(_counts(bank, lambda: int(bank.fresh))):
-            warnings.warn(
-                f"resume: the bank's file is newer than the pass in {resume}, which starts anew", stacklevel=2
-            )
+            warn_user(f"resume: the bank's file is newer than the pass in {resume}, which starts anew")
             filled.filled.zero_()
         loader = _without(loader, filled.everywhere())
     if isinstance(encoder, nn.parallel.DistributedDataParallel):
@@ -106,10 +106,7 @@ def fill_bank(
         checkpoint.remove_checkpoints(resume, **saving)
     count = sum(_counts(bank, lambda: int(filled.filled.sum())))
     if count < len(bank):
-        warnings.warn(
-            f"fill_bank: {len(bank) - count} of {len(bank)} images were not in the loader; their rows stay",
-            stacklevel=2,
-        )
+        warn_user(f"fill_bank: {len(bank) - count} of {len(bank)} images were not in the loader; their rows stay")
     return count
 
 
@@ -157,12 +154,8 @@ def _nothing(bank: MemoryBank) -> tuple[Tensor, Tensor]:
 
 def _encode(encoder: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Features (b, D) and images (b,) of a batch, on the bank's device."""
-    if not isinstance(batch, tuple | list) or not isinstance(batch[-1], Tensor):
-        raise TypeError(
-            "loader: expected batches (images, ..., index) with a tensor of indices last, as from "
-            f"DataLoader(IndexedDataset(dataset)); got {type(batch).__name__}"
-        )
-    index = check_labels(batch[-1], "index").to(device)
+    pixels, index = _images_and_index(batch)
+    index = as_index(index).to(device)
     images = index[index != NOT_IN_BANK]
     if len(images.unique()) < len(images):
         raise ValueError(
@@ -170,7 +163,22 @@ def _encode(encoder: nn.Module, batch: Any, device: torch.device) -> tuple[Tenso
             "with labels instead of indices? Wrap the dataset in IndexedDataset"
         )
     encoder_device = next((parameter.device for parameter in encoder.parameters()), device)
-    return encoder(batch[0].to(encoder_device)).to(device), index
+    return encoder(pixels.to(encoder_device)).to(device), index
+
+
+def _images_and_index(batch: Any) -> tuple[Any, Tensor]:
+    """Images (b, ...) and indices (b,) of a batch."""
+    if isinstance(batch, tuple | list) and isinstance(batch[-1], Tensor):
+        return batch[0], batch[-1]
+    if isinstance(batch, Mapping):
+        key = next((key for key in IMAGES if isinstance(batch.get(key), Tensor)), None)
+        if key is not None and isinstance(batch.get(INDEX), Tensor):
+            return batch[key], batch[INDEX]
+    found = f"keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+    raise TypeError(
+        "loader: expected batches (images, ..., index) with a tensor of indices last, or with tensors under the keys "
+        f"{INDEX!r} and {' or '.join(map(repr, IMAGES))}, as from DataLoader(IndexedDataset(dataset)); got {found}"
+    )
 
 
 def _check_resumable(loader: Iterable[Any]) -> "DataLoader[Any]":

@@ -6,23 +6,27 @@ What can be checked without asking a GPU for values always is: types, shapes, de
 tensors of a batch (an index outside the bank, a query's label below −1) are checked on a CPU, outside torch.compile.
 Where they are not, an index outside the bank excludes nothing and a label below −1 is unlabelled. A tensor of bank
 labels is never searched for values below −1, which are unlabelled too; building a `LabelIndex` searches it once.
+Labels and indices are integers in tensors on the device of the features, or in lists, arrays, Series and the like,
+which are taken there.
 
 Shapes: B queries, N bank rows, D features.
 """
 
 import math
-import warnings
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ntdne_kernels.label_index import LabelIndex, check_labels
+from ntdne_kernels.label_index import LabelIndex
+from ntdne_kernels.labels import as_index, as_labels
 from ntdne_kernels.ops import losses, reference
 from ntdne_kernels.ops.backends import BACKENDS, triton_misses
 from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.chunked import CHUNKED
 from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, SHORTEST, UNLABELLED, LeaveOneOutLoss, look_up
+from ntdne_kernels.ops.user_warning import warn_user
 
 _said: set[str] = set()
 BANK_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -31,9 +35,9 @@ BANK_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def ntdne_loss(
     features: Tensor,
     bank: Tensor,
-    labels: Tensor,
-    bank_labels: Tensor | LabelIndex,
-    index: Tensor | None = None,
+    labels: Any,
+    bank_labels: Any,
+    index: Any = None,
     *,
     sigma: float = 0.1,
     q: float = 0.7,
@@ -78,9 +82,9 @@ def ntdne_loss(
 def snca_loss(
     features: Tensor,
     bank: Tensor,
-    labels: Tensor,
-    bank_labels: Tensor | LabelIndex,
-    index: Tensor | None = None,
+    labels: Any,
+    bank_labels: Any,
+    index: Any = None,
     *,
     sigma: float = 0.1,
     reduction: str = "mean",
@@ -98,9 +102,9 @@ def snca_loss(
 def leave_one_out_log_scores(
     features: Tensor,
     bank: Tensor,
-    labels: Tensor,
-    bank_labels: Tensor | LabelIndex,
-    index: Tensor | None = None,
+    labels: Any,
+    bank_labels: Any,
+    index: Any = None,
     *,
     sigma: float = 0.1,
     backend: str | None = None,
@@ -116,9 +120,9 @@ def leave_one_out_log_scores(
 def loss_and_log_scores(
     features: Tensor,
     bank: Tensor,
-    labels: Tensor,
-    bank_labels: Tensor | LabelIndex,
-    index: Tensor | None,
+    labels: Any,
+    bank_labels: Any,
+    index: Any,
     loss: losses.Loss | None,
     *,
     sigma: float,
@@ -127,24 +131,24 @@ def loss_and_log_scores(
     """A loss (log p for None) and log p (B,), which beside a loss has no gradient: what the functions above share."""
     check_number("sigma", sigma, 0, math.inf)
     N = _check_bank(bank)
+    B = _check_features(features, bank, bank_may_be_on_host=True)
     if isinstance(bank_labels, LabelIndex):
         if bank_labels.size != N:
             raise ValueError(f"bank_labels: expected an index of the bank's {N} rows, got one of {bank_labels.size}")
         labels_device = bank_labels.offsets.device
     else:
-        bank_labels = check_labels(bank_labels, "bank_labels")
+        bank_labels = as_labels(bank_labels, "bank_labels", features.device).to(torch.int64)
         if len(bank_labels) != N:
             raise ValueError(f"bank_labels: expected one label for each of the bank's {N} rows, got {len(bank_labels)}")
         labels_device = bank_labels.device
-    B = _check_features(features, bank, bank_may_be_on_host=True)
     if _can_look_inside(features):
         _check_unit("features", features.detach())
-    labels = _check_per_query("labels", labels, B, features)
+    labels = _check_per_query("labels", as_labels(labels, device=features.device).to(torch.int64), B, features)
     _check_device("bank_labels", labels_device, features)
     if index is None:
         index = labels.new_full((B,), NOT_IN_BANK)
     else:
-        index = _check_per_query("index", index, B, features)
+        index = _check_per_query("index", as_index(index, device=features.device), B, features)
         check_range("index", index, N)
     check_classes(labels)
     classes = bank_labels.tensors() if isinstance(bank_labels, LabelIndex) else [bank_labels]
@@ -185,7 +189,7 @@ def archive_loss(
 
 
 def update_bank_(
-    bank: Tensor, features: Tensor, index: Tensor, momentum: float = 0.5, *, validate: bool = False
+    bank: Tensor, features: Tensor, index: Any, momentum: float = 0.5, *, validate: bool = False
 ) -> Tensor:
     """Row index[i] of the bank becomes normalise(momentum·row + (1 − momentum)·features[i]/|features[i]|) (eq. 15).
 
@@ -237,17 +241,18 @@ def write_rows(bank: Tensor, features: Tensor, index: Tensor, momentum: float, p
             raise
 
 
-def check_update(bank: Tensor, features: Tensor, index: Tensor, momentum: float, N: int, *, look: bool) -> Tensor:
+def check_update(bank: Tensor, features: Tensor, index: Any, momentum: float, N: int, *, look: bool) -> Tensor:
     """The index as int64 (B,), of features (B, D) for a bank of N rows; the errors of `update_bank_`.
 
     Looks at values if told to.
     """
     check_number("momentum", momentum, 0, 1, lower_included=True, upper_included=True)
-    index = _check_per_query("index", index, _check_features(features, bank), bank)
+    B = _check_features(features, bank)
+    rows = _check_per_query("index", as_index(index, device=bank.device), B, bank)
     if look:
-        check_range("index", index, N, look=True)
-        check_directions("features", features, index, accumulator_dtype(bank.dtype), look=True)
-    return index
+        check_range("index", rows, N, look=True)
+        check_directions("features", features, rows, accumulator_dtype(bank.dtype), look=True)
+    return rows
 
 
 def check_number(
@@ -326,7 +331,7 @@ def choose_backend(name: str | None, bank: Tensor, device: torch.device) -> str:
         return "triton"
     if missing not in _said and not torch.compiler.is_compiling():
         _said.add(missing)
-        warnings.warn(f"the loss streams through PyTorch: the Triton kernels need {missing}", stacklevel=4)
+        warn_user(f"the loss streams through PyTorch: the Triton kernels need {missing}")
     return "streaming"
 
 
@@ -366,7 +371,6 @@ def _check_matrix(name: str, matrix: Tensor, shape: str) -> None:
 
 
 def _check_per_query(name: str, values: Tensor, B: int, like: Tensor) -> Tensor:
-    values = check_labels(values, name)
     if len(values) != B:
         raise ValueError(f"{name}: expected one value for each of the {B} features, got {len(values)}")
     _check_device(name, values.device, like)

@@ -7,10 +7,12 @@ import ctypes
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ntdne_kernels.labels import as_labels
 from ntdne_kernels.ops.leave_one_out import UNLABELLED
 
 CHUNK = 1 << 19  # labels looked at together: some 50 MiB; four times as many leave the cache and take twice the time
@@ -37,14 +39,17 @@ class LabelIndex:
     size: int
 
     @staticmethod
-    def from_labels(labels: Tensor) -> "LabelIndex":
+    def from_labels(labels: Any) -> "LabelIndex":
         """Index the (N,) integer `labels`; −1 means unlabelled. Synchronises, so call it once; see `class_order`.
 
+        Args:
+            labels: a tensor, list, array, Series and the like.
+
         Raises:
-            TypeError: labels are not an integer tensor.
+            TypeError: labels are not integers; of names the error says how to number them.
             ValueError: labels are not one-dimensional, empty, or below −1.
         """
-        check_integers(labels, "labels")
+        labels = as_labels(labels)
         return LabelIndex(*class_order(labels, 0, len(labels)), len(labels))
 
     def tensors(self) -> list[Tensor]:
@@ -76,10 +81,10 @@ def class_order(labels: Tensor, first: int, count: int) -> tuple[Tensor, Tensor,
         position (count,), the place of each row of the part; both None where all labels already stand in class order.
 
     Raises:
-        TypeError: labels are not an integer tensor.
+        TypeError: labels are not integers.
         ValueError: labels are not one-dimensional, empty, or below −1, or the part does not lie inside them.
     """
-    check_integers(labels, "labels")
+    labels = as_labels(labels)
     N, end = len(labels), first + count
     if N == 0:
         raise ValueError("labels: expected at least one bank row, got an empty tensor")
@@ -162,28 +167,12 @@ def fingerprint(labels: Tensor) -> str:
     """SHA-256 of the (N,) integer `labels`: the same for the same values in the same order, whatever their dtype.
 
     Raises:
-        TypeError, ValueError: labels are not a one-dimensional integer tensor.
+        TypeError, ValueError: labels are not integers, or have not one dimension.
     """
-    check_integers(labels, "labels")
+    labels = as_labels(labels)
     digest = hashlib.sha256()
     for start in range(0, len(labels), CHUNK):
         chunk = labels[start : start + CHUNK].to("cpu", torch.int64).contiguous()
         # The bytes themselves; Tensor.numpy() would need NumPy, which the package does without.
         digest.update((ctypes.c_char * (8 * len(chunk))).from_address(chunk.data_ptr()))
     return digest.hexdigest()
-
-
-def check_labels(labels: Tensor, name: str) -> Tensor:
-    """The labels or indices as int64 (n,); TypeError or ValueError that names them otherwise."""
-    check_integers(labels, name)
-    return labels.to(torch.int64)
-
-
-def check_integers(labels: Tensor, name: str) -> None:
-    """TypeError or ValueError that names the labels or indices, unless they are a one-dimensional integer tensor."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name}: expected an integer tensor, got {type(labels).__name__}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{name}: expected an integer tensor, got {labels.dtype}")
-    if labels.dim() != 1:
-        raise ValueError(f"{name}: expected one dimension, got shape {tuple(labels.shape)}")

@@ -6,7 +6,6 @@ Shapes: B images of a batch, N images of the archive, D features.
 import math
 import operator
 import os
-import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,11 +21,13 @@ from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.distributed import Ranks, ShardedLoss
 from ntdne_kernels.fill import fill_bank
 from ntdne_kernels.functional import check_choice, check_classes, check_directions, check_number, check_range
-from ntdne_kernels.label_index import check_integers
+from ntdne_kernels.labels import as_index, as_labels
 from ntdne_kernels.ops import sharded
 from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED, indicator_of, log_chance, normalise
 from ntdne_kernels.ops.losses import Loss
+from ntdne_kernels.ops.user_warning import warn_user
+from ntdne_kernels.watch import Watch
 
 REFRESH_CHUNK = 1024  # bank rows scored at a time
 NEARLY_ALL = 0.9  # share of images: pruning more of them is warned of
@@ -37,7 +38,7 @@ class _NeighbourhoodLoss(nn.Module):
 
     def __init__(
         self,
-        labels: Tensor,
+        labels: Any,
         dim: int,
         *,
         sigma: float,
@@ -74,13 +75,14 @@ class _NeighbourhoodLoss(nn.Module):
         self.epoch = 0
         self._epoch_was_set = False
         self._images_seen = 0
+        self._watch = Watch()
 
     def forward(
         self,
         features: Tensor,
-        index: Tensor | None = None,
+        index: Any = None,
         *,
-        labels: Tensor | None = None,
+        labels: Any = None,
         return_scores: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Loss of a batch against the whole archive.
@@ -88,7 +90,8 @@ class _NeighbourhoodLoss(nn.Module):
         Args:
             features: (B, D) of any float dtype; normalised here.
             index: (B,) image of each feature, not its own neighbour; −1 or None: it is not in the archive.
-            labels: (B,) classes of the features whose index is −1. The others have the archive's label.
+            labels: (B,) classes of the features whose index is −1. The others have the archive's label; where it is
+                not the one given, a warning says so once. Both may be lists, arrays and the like.
             return_scores: also return the scores p (B,), eq. 4, detached.
 
         Returns:
@@ -102,9 +105,12 @@ class _NeighbourhoodLoss(nn.Module):
         if memory.ranks is not None:
             return self._forward_over_ranks(memory.ranks, features, index, labels, return_scores)
         self._check_features(features)
+        with_index, with_both = index is not None, index is not None and labels is not None
         index, labels = self._check_images(len(features), index, labels)
         check_directions("features", features, look=self.validate)
         check_number("sigma", self.sigma, 0, math.inf)
+        if with_both and not torch.compiler.is_compiling():
+            self._watch.compare(labels, index, lambda: memory.labels[index.clamp(min=0)])
         loss, log_p = functional.archive_loss(
             features,
             memory.storage,
@@ -117,12 +123,12 @@ class _NeighbourhoodLoss(nn.Module):
             backend=self._backend,
         )
         if self.training:
-            self._note_training(len(features))
+            self._note_training(len(features), index if with_index else None)
             memory.record_(log_p, index)
         return (loss, log_p.exp()) if return_scores else loss
 
     def _forward_over_ranks(
-        self, ranks: Ranks, features: Tensor, index: Tensor | None, labels: Tensor | None, return_scores: bool
+        self, ranks: Ranks, features: Tensor, index: Any, labels: Any, return_scores: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
         memory = self.memory
 
@@ -150,6 +156,8 @@ class _NeighbourhoodLoss(nn.Module):
             )
         batch = memory.look_up(given[0], given[1], sizes)
         loss_kind = self._loss()
+        if index is not None and labels is not None and not torch.compiler.is_compiling():
+            self._watch.compare(given[1], given[0], lambda: batch.labels[ranks.own(sizes)])
         loss, log_p = ShardedLoss.apply(
             self._unit(features),
             memory.storage,
@@ -172,7 +180,7 @@ class _NeighbourhoodLoss(nn.Module):
             ranks,
         )
         if self.training:
-            self._note_training(sum(sizes))
+            self._note_training(sum(sizes), None if index is None else given[0])
             memory.record_(log_p, batch.images)
         return (loss, log_p[ranks.own(sizes)].exp()) if return_scores else loss
 
@@ -180,9 +188,11 @@ class _NeighbourhoodLoss(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return normalise(features, accumulator_dtype(self.memory.storage.dtype))[0]
 
-    def update_bank(self, features: Tensor, index: Tensor) -> None:
+    def update_bank(self, features: Tensor, index: Any) -> None:
         """Blend the batch into the bank (eq. 15), in place; detaches by itself. See `functional.update_bank_`."""
         self.memory.update_(features, index, self.momentum, validate=self.validate)
+        if not torch.compiler.is_compiling():
+            self._watch.updated()
 
     def fill_bank(
         self, encoder: nn.Module, loader: Iterable[Any], *, progress: bool = True, resume: str | Path | None = None
@@ -271,15 +281,16 @@ class _NeighbourhoodLoss(nn.Module):
                 f"features: expected shape (B, {storage.size(1)}) as in the bank, got {tuple(features.shape)}"
             )
 
-    def _check_images(self, B: int, index: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _check_images(self, B: int, index: Any, labels: Any) -> tuple[Tensor, Tensor | None]:
         """Images, −1 for none, and the labels given (B,) or None, as int64."""
         memory = self.memory
         if index is None and labels is None:
             raise ValueError("index: expected the images of the batch, or labels for features without one; got neither")
+        index = None if index is None else as_index(index, device=memory.device)
+        labels = None if labels is None else as_labels(labels, device=memory.device)
         for name, given in (("index", index), ("labels", labels)):
             if given is None:
                 continue
-            check_integers(given, name)
             if len(given) != B:
                 raise ValueError(f"{name}: expected one value for each of the {B} features, got {len(given)}")
             if given.device != memory.device:
@@ -287,7 +298,6 @@ class _NeighbourhoodLoss(nn.Module):
         if index is None:
             index = memory.labels.new_full((B,), NOT_IN_BANK)
         else:
-            index = index.to(torch.int64)
             check_range("index", index, len(memory), look=self.validate)
         if labels is None:
             looking = self.validate or (index.device.type == "cpu" and not torch.compiler.is_compiling())
@@ -299,30 +309,29 @@ class _NeighbourhoodLoss(nn.Module):
         check_classes(labels, look=self.validate)
         return index, labels
 
-    def _note_training(self, B: int) -> None:
+    def _note_training(self, B: int, index: Tensor | None) -> None:
         """Warn, once each, of ways to train that cannot be meant; not in a compiled criterion."""
         if torch.compiler.is_compiling():
             return
+        self._watch.trained(B, index, self.memory)
         first = self._images_seen == 0
         self._images_seen += B
         if 0 < self._images_seen - len(self.memory) <= B:
             self._note_first_pass()
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if first and self.memory.ranks is None and distributed and torch.distributed.get_world_size() > 1:
-            warnings.warn(
+            warn_user(
                 f"each of the {torch.distributed.get_world_size()} ranks keeps a bank of its own, which sees only that "
                 "rank's images: the banks drift apart; process_group=torch.distributed.group.WORLD shards one bank "
-                "(it is None before init_process_group)",
-                stacklevel=3,
+                "(it is None before init_process_group)"
             )
 
     def _note_first_pass(self) -> None:
         """What can be said once as many images were seen as the archive has."""
         if self.memory.fresh:
-            warnings.warn(
+            warn_user(
                 "the whole archive was seen and the bank still holds its random start; call criterion.update_bank("
-                "features, index) after each step",
-                stacklevel=4,
+                "features, index) after each step"
             )
         if self.memory.scores.device.type != "cpu":
             return  # looking would synchronise
@@ -330,11 +339,7 @@ class _NeighbourhoodLoss(nn.Module):
         labelled = int((self.memory.labels != UNLABELLED).sum())
         if 0 < seen < labelled // 4:
             here = "" if self.memory.ranks is None else f" of the {len(self.memory.images)} kept on this rank"
-            warnings.warn(
-                f"{len(self.memory)} images were seen, but they were the same {seen}{here}; is `index` the position of "
-                "each image in the archive (IndexedDataset), and not its label?",
-                stacklevel=4,
-            )
+            self._watch.labels_as_index(f"{len(self.memory)} images were seen, but they were the same {seen}{here}")
 
 
 class NTDNELoss(_NeighbourhoodLoss):
@@ -349,7 +354,8 @@ class NTDNELoss(_NeighbourhoodLoss):
     images, for validation say, are scored by `criterion.eval()` and `criterion(features, labels=labels)`.
 
     Args:
-        labels: (N,) integer class of each archive image; −1 is unlabelled.
+        labels: (N,) integer class of each archive image, −1 for unlabelled, in a tensor, list, array, Series and the
+            like: `IndexedDataset(dataset).labels`, say. `encode_labels` numbers names.
         dim: D, features per image.
         sigma: temperature σ > 0 (eq. 3).
         q: exponent in (0, 1].
@@ -378,7 +384,8 @@ class NTDNELoss(_NeighbourhoodLoss):
             for each new value; torch._dynamo.config.recompile_limit says how often.
         memory: the `MemoryBank`.
         pruning: whether this epoch prunes.
-        pruned: (N,) the images that it prunes, by their last scores; on ranks, of `memory.images` alone.
+        pruned: (N,) the images that it prunes, by their last scores; none while it does not prune. On ranks, of
+            `memory.images` alone.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -386,7 +393,7 @@ class NTDNELoss(_NeighbourhoodLoss):
 
     def __init__(
         self,
-        labels: Tensor,
+        labels: Any,
         dim: int = 128,
         *,
         sigma: float = 0.1,
@@ -445,7 +452,12 @@ class NTDNELoss(_NeighbourhoodLoss):
 
     @property
     def pruned(self) -> Tensor:
-        """(N,) bool: images whose last score is at most the threshold; not those never scored, none for k=None."""
+        """(N,) bool: images that stopped training the encoder, as their last score is at most the threshold.
+
+        Not those never scored; none in the warm-up or for k=None.
+        """
+        if not self.pruning:
+            return torch.zeros_like(self.memory.last_log_p, dtype=torch.bool)
         return self.memory.last_log_p <= self._log_threshold(self.memory.labels)
 
     def extra_repr(self) -> str:
@@ -486,10 +498,9 @@ class NTDNELoss(_NeighbourhoodLoss):
             threshold, advice = "chance", "are the labels those of these images, and does the encoder learn?"
         else:
             threshold, advice = f"k = {self.k}", 'try k="auto", a lower k or more warmup_epochs'
-        warnings.warn(
+        warn_user(
             f"{pruned} of the {scored} images scored so far have a score of at most {threshold} and stop training the "
-            f"encoder (the median score is {median:.2g}); {advice}",
-            stacklevel=3,
+            f"encoder (the median score is {median:.2g}); {advice}"
         )
 
     def _note_first_pass(self) -> None:
@@ -497,10 +508,9 @@ class NTDNELoss(_NeighbourhoodLoss):
         if self.pruning and self.memory.scores.device.type == "cpu":
             self._note_pruned_share()
         if not self._epoch_was_set and self.k is not None and self.warmup_epochs > 0:
-            warnings.warn(
+            warn_user(
                 f"the whole archive was seen and set_epoch was never called, so pruning never starts (warmup_epochs="
-                f"{self.warmup_epochs}); call criterion.set_epoch(epoch) before each epoch",
-                stacklevel=4,
+                f"{self.warmup_epochs}); call criterion.set_epoch(epoch) before each epoch"
             )
 
 
@@ -512,7 +522,7 @@ class SNCALoss(_NeighbourhoodLoss):
 
     def __init__(
         self,
-        labels: Tensor,
+        labels: Any,
         dim: int = 128,
         *,
         sigma: float = 0.1,

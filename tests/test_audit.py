@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ntdne_kernels import MemoryBank, NTDNELoss, audit
-from ntdne_kernels.audit import LabelAudit, audit_bank, audit_labels, encode_labels, feature_bank, nearest_neighbours
+from ntdne_kernels.audit import LabelAudit, audit_bank, audit_labels, feature_bank, nearest_neighbours
 
 
 def blobs(N: int = 120, C: int = 4, *, wrong: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,22 +323,6 @@ def test_features_of_any_container_give_the_same(kind, tmp_path):
     assert same(audit_labels(given, labels), expected)
 
 
-@pytest.mark.parametrize(
-    ("given", "codes", "classes"),
-    [
-        (torch.tensor([3, -1, 3, 7], dtype=torch.int16), [0, -1, 0, 1], (3, 7)),
-        (np.array([3, 255, 3, 7], dtype=np.uint8), [0, 2, 0, 1], (3, 7, 255)),
-        ([3, None, 3, 7], [0, -1, 0, 1], (3, 7)),
-        (np.array([3.0, np.nan, 3.0, 7.0]), [0, -1, 0, 1], (3, 7)),
-        (["oak", None, "ash", float("nan"), ""], [1, -1, 0, -1, -1], ("ash", "oak")),
-        (np.array(["10", "9", "10", "b"]), [0, 1, 0, 2], ("10", "9", "b")),
-    ],
-)
-def test_labels_are_integers_or_names(given, codes, classes):
-    found, names = encode_labels(given)
-    assert (found.tolist(), names) == (codes, classes)
-
-
 def test_bank_of_a_criterion_is_audited_as_it_stands(device):
     features, labels, _ = blobs()
     labels = labels * 10
@@ -463,7 +447,7 @@ def test_bank_that_nothing_was_written_to_is_warned_of():
 @pytest.mark.parametrize(
     ("images", "k", "error", "message"),
     [
-        ([0, 1], 3, TypeError, "images: expected an integer tensor, got list"),
+        ([0.5], 3, TypeError, "images: expected integers, got 0.5"),
         (torch.tensor([12]), 3, IndexError, "images: expected"),
         (torch.tensor([1]), 0, ValueError, "k: expected 1 or more neighbours, got 0"),
     ],

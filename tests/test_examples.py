@@ -1,13 +1,17 @@
 """The examples run as a user runs them, and tables of the README are drawn from the data."""
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from benchmarks import audit, scale
 
@@ -84,6 +88,26 @@ def test_digits_names_a_bad_argument_in_one_line(arguments):
     assert result.stderr.count("\n") == 1
 
 
+def test_the_loop_of_the_readme_trains_on_a_part_of_an_archive():
+    """As it is written there, with the names that it leaves to the reader."""
+    images = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    archive = TensorDataset(images, torch.arange(60) % 3)
+    encoder = torch.nn.Linear(8, 128)
+    scope = {
+        "dataset": random_split(archive, [40, 20], generator=torch.Generator().manual_seed(0))[0],
+        "encoder": encoder,
+        "optimizer": torch.optim.Adam(encoder.parameters()),
+        "device": "cpu",
+        "epochs": 2,
+    }
+    before = encoder.weight.clone()
+    exec((ROOT / "README.md").read_text().split("## Use")[1].split("```")[1].removeprefix("python"), scope)
+    labels = [int(label) for _, label, _ in scope["dataset"][:]]
+    assert scope["criterion"].memory.labels.tolist() == labels
+    assert not scope["criterion"].memory.fresh
+    assert not torch.equal(encoder.weight, before)
+
+
 def test_the_tables_of_scale_in_the_readme_are_drawn_from_the_data(capsys):
     scale.table(ROOT / "benchmarks" / "results" / "scale.json")
     printed = capsys.readouterr().out.splitlines()
@@ -100,3 +124,39 @@ def test_the_tables_of_the_audit_in_the_readme_are_drawn_from_the_data(capsys):
     rows = [line for line in section.splitlines() if line.startswith("|")]
     assert len(rows) == 15 + 15 + 9
     assert [row for row in rows if row not in printed] == []
+
+
+def test_the_lightning_module_goes_on_bit_for_bit_from_a_checkpoint(tmp_path):
+    lightning = pytest.importorskip("lightning")
+    spec = importlib.util.spec_from_file_location("lightning_module", ROOT / "examples" / "lightning_module.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    data = recipe.digits()
+    loader = DataLoader(data, batch_size=256)
+
+    def fit(epochs: int, seed: int, checkpoint: Path | None = None) -> Any:
+        torch.manual_seed(seed)  # of weights and rows, which a checkpoint brings along
+        module = recipe.NeighbourhoodModule(recipe.make_encoder(), data.labels)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = lightning.Trainer(max_epochs=epochs, default_root_dir=tmp_path, accelerator="cpu", **quiet)
+        trainer.fit(module, loader, ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module
+
+    whole = fit(7, seed=0)
+    fit(6, seed=0)
+    resumed = fit(7, seed=1, checkpoint=tmp_path / "6.ckpt")
+    assert resumed.criterion.epoch == 6
+    assert resumed.criterion.pruning
+    expected = whole.state_dict()
+    for name, value in resumed.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_the_lightning_script_takes_up_its_last_checkpoint(tmp_path):
+    script = f"import examples.lightning_module as recipe, pathlib; recipe.main(pathlib.Path({str(tmp_path)!r}), %d)"
+    for epochs in (2, 3):
+        result = run("-c", script % epochs)
+        assert result.returncode == 0, result.stderr
+        assert f"after epoch {epochs}" in result.stdout
+    assert "Restored all states from the checkpoint" in result.stderr + result.stdout

@@ -12,6 +12,8 @@ from ntdne_kernels import IndexedDataset, MemoryBank, checkpoint, fill, fill_ban
 from tests import ranks
 from tests.test_bank import LABELS, bank_of
 
+INDEX = torch.arange(4)
+
 
 def encoder_and_loader(images: int = 10) -> tuple[nn.Module, DataLoader]:
     torch.manual_seed(0)
@@ -48,6 +50,26 @@ def test_fill_bank_wants_indices():
     bank, (encoder, _) = bank_of(), encoder_and_loader()
     with pytest.raises(TypeError, match="loader: expected batches \\(images, ..., index\\)"):
         fill_bank(bank, encoder, [torch.zeros(4, 3)], progress=False)
+
+
+@pytest.mark.parametrize("key", ["pixel_values", "image", "images", "img"])
+def test_fill_bank_takes_batches_with_keys(key):
+    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+    images = loader.dataset.dataset.tensors[0]
+    keyed = IndexedDataset([{"file": "a.png", key: image, "label": 0} for image in images])
+    assert fill_bank(bank, encoder, DataLoader(keyed, batch_size=4, shuffle=True), progress=False) == 10
+    expected = nn.functional.normalize(encoder.eval()(images), dim=1)
+    torch.testing.assert_close(bank.rows(torch.arange(10)), expected.detach())
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [({"image": torch.zeros(4, 3)}, "image"), ({"x": torch.zeros(4, 3), "index": INDEX}, "x, index")],
+)
+def test_fill_bank_names_the_keys_it_lacks(batch, found):
+    bank, (encoder, _) = bank_of(), encoder_and_loader()
+    with pytest.raises(TypeError, match=f"loader: .* under the keys 'index' and 'pixel_values' .*; got keys {found}$"):
+        fill_bank(bank, encoder, [batch], progress=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])

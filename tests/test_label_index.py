@@ -134,7 +134,8 @@ def test_labels_may_be_a_memory_map(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
-        ([1, 2], TypeError, "labels: expected an integer tensor, got list"),
+        (3, TypeError, "labels: expected integers or names, got int"),
+        (["oak", "ash"], TypeError, "labels: expected integers, got names such as 'oak'; .*encode_labels"),
         (torch.tensor([1.0]), TypeError, "labels: expected an integer tensor, got torch.float32"),
         (torch.tensor([True]), TypeError, "labels: expected an integer tensor, got torch.bool"),
         (torch.zeros(2, 2, dtype=torch.int64), ValueError, r"labels: expected one dimension, got shape \(2, 2\)"),

@@ -212,7 +212,7 @@ def test_auto_without_any_label_prunes_nothing():
 
 
 def test_auto_of_a_large_class_survives_half_precision():
-    criterion = NTDNELoss(torch.arange(140_000) % 2, 1, k="auto").half()
+    criterion = NTDNELoss(torch.arange(140_000) % 2, 1, k="auto", warmup_epochs=0).half()
     criterion.memory.last_log_p.fill_(math.log(0.9))
     assert not criterion.pruned.any()
     criterion.memory.last_log_p.fill_(math.log(0.1))
@@ -220,10 +220,14 @@ def test_auto_of_a_large_class_survives_half_precision():
 
 
 def test_pruned_are_the_images_whose_last_score_is_at_most_k():
-    criterion = filled(k=0.5)
+    criterion = filled(k=0.5, warmup_epochs=2)
+    criterion.set_epoch(2)
     assert not criterion.pruned.any()
     criterion.refresh_indicator()
     scores = criterion.memory.last_log_p.exp()
+    criterion.set_epoch(1)  # trains on all
+    assert criterion.pruned.tolist() == [False] * N
+    criterion.set_epoch(2)
     assert torch.equal(criterion.pruned, scores <= 0.5)
     assert 0 < criterion.pruned.sum() < N
     criterion.k = None
@@ -561,15 +565,6 @@ def test_never_updating_the_bank_warns_after_a_pass_over_the_archive():
         criterion(*batch(9))
 
 
-def test_labels_given_as_the_index_warn_after_a_pass_over_the_archive():
-    criterion = filled(SNCALoss)
-    features, index = batch()
-    with pytest.warns(UserWarning, match="40 images were seen, but they were the same 3; is `index` the position"):
-        for _ in range(N // B + 1):
-            criterion(features, labels_of()[index])
-            criterion.update_bank(features, labels_of()[index])
-
-
 def test_unlabelled_images_have_no_score_to_rank_by():
     labels = labels_of()
     labels[:5] = -1
@@ -609,6 +604,14 @@ FEATURES, INDEX = batch()
         ),
         (lambda c: c(FEATURES.long(), INDEX), TypeError, "features: expected a float tensor, got torch.int64"),
         (lambda c: c(FEATURES.to("meta"), INDEX), ValueError, "features: expected the bank's device, cpu, got meta"),
+        (lambda c: c(FEATURES, ["a"] * 12), TypeError, "index: expected integers, got 'a'"),
+        (lambda c: c(FEATURES, [0.5] * 12), TypeError, "index: expected integers, got 0.5"),
+        (lambda c: c(FEATURES, [None] * 12), TypeError, "index: expected integers, got None"),
+        (
+            lambda c: c(FEATURES, labels=["a"] * 12),
+            TypeError,
+            "labels: expected integers, got names such as 'a'; this line",
+        ),
         (lambda c: c(None, INDEX), TypeError, "features: expected a float tensor, got NoneType"),
         (lambda c: c.update_bank(FEATURES, INDEX + N), IndexError, "index: expected -1 or a bank row from 0 to 39"),
         (lambda c: c.update_bank(FEATURES * torch.nan, INDEX), ValueError, "features: .* got norm nan in row 0"),

@@ -49,12 +49,13 @@ with warnings.catch_warnings(record=True) as caught:
         features = torch.randn(5, 4, requires_grad=True)
         criterion(features, torch.arange(5)).backward()
         criterion.update_bank(features, torch.arange(5))
-print([str(w.message)[:55] for w in caught if w.category is RuntimeWarning])
+print([(str(w.message)[:55], w.filename, w.lineno) for w in caught if w.category is RuntimeWarning])
 """
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "['bank updates on cpu run through PyTorch, right but slow']"
+    line = script[: script.index("    criterion.update_bank")].count("\n") + 1
+    assert result.stdout.strip() == f"[('bank updates on cpu run through PyTorch, right but slow', '<string>', {line})]"
 
 
 def test_finds_the_toolkit_from_nvcc_and_not_from_the_folder_nvcc_lies_in(setup_script, tmp_path, monkeypatch):

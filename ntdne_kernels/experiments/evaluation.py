@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from ntdne_kernels.functional import check_choice, check_number
-from ntdne_kernels.label_index import check_labels
+from ntdne_kernels.labels import as_labels
 
 QUERIES_PER_TILE = 512
 ROWS_PER_TILE = 2048
@@ -261,7 +261,7 @@ def check_features(name: str, features: Tensor) -> None:
 
 def check_classes(name: str, labels: Tensor, features: Tensor) -> Tensor:
     """The labels as int64 on the features' device; errors that name them unless each row has a class from 0."""
-    labels = check_labels(labels, name).to(features.device)
+    labels = as_labels(labels, name).to(features.device, torch.int64)
     if len(labels) != len(features):
         raise ValueError(f"{name}: expected one class for each of the {len(features)} images, got {len(labels)}")
     if bool((labels < 0).any()):

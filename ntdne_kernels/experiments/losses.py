@@ -13,7 +13,6 @@ otherwise.
 import difflib
 import inspect
 import math
-import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, TypeAlias
@@ -27,9 +26,10 @@ from torch.nn import functional as F
 
 from ntdne_kernels import NTDNELoss, SNCALoss
 from ntdne_kernels.functional import check_number
-from ntdne_kernels.label_index import check_labels
+from ntdne_kernels.labels import as_index, as_labels
 from ntdne_kernels.loss import NEARLY_ALL
 from ntdne_kernels.ops.losses import ntdne
+from ntdne_kernels.ops.user_warning import warn_user
 
 INFINITY = float("inf")
 REFRESH_EVERY = 10  # epochs, in the authors' code
@@ -50,7 +50,7 @@ class BatchLoss(nn.Module):
 
     def __init__(self, labels: Tensor, dim: int) -> None:
         super().__init__()
-        labels = check_labels(labels, "labels")
+        labels = as_labels(labels).to(torch.int64)
         if len(labels) == 0 or int(labels.min()) < 0:
             found = f"{int(labels.min())} at image {int(labels.argmin())}" if len(labels) else "an empty tensor"
             raise ValueError(f"labels: expected a class from 0 for each image, got {found}")
@@ -75,7 +75,7 @@ class BatchLoss(nn.Module):
             TypeError, ValueError, IndexError: an argument is not as described. The values of `index` are looked at on a
                 CPU alone.
         """
-        index = check_labels(index, "index")
+        index = as_index(index)
         if features.shape != (len(index), self.dim):
             raise ValueError(
                 f"features: expected shape {(len(index), self.dim)}, a row for each index, got {tuple(features.shape)}"
@@ -302,10 +302,9 @@ class TRNSLLoss(NSLLoss):
         share = self.truncated_share
         if share > NEARLY_ALL and not self._truncating_much_was_said:
             self._truncating_much_was_said = True
-            warnings.warn(
+            warn_user(
                 f"{100 * share:.0f} % of the images had p of at most k = {self.k} in epoch {self.epoch} and did not "
-                "train the encoder; try a lower k or more warmup_epochs",
-                stacklevel=2,
+                "train the encoder; try a lower k or more warmup_epochs"
             )
         self.counts.zero_()
         self.epoch = epoch

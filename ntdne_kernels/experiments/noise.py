@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntdne_kernels.functional import check_choice, check_number
-from ntdne_kernels.label_index import check_labels
+from ntdne_kernels.labels import as_index, as_labels
 
 
 class NoisyLabels(NamedTuple):
@@ -57,7 +57,7 @@ def one_target(targets: Sequence[int] | Tensor, rate: float) -> Tensor:
         TypeError, ValueError: an argument is not as described.
     """
     _check_rate(rate)
-    targets = check_labels(torch.as_tensor(targets), "targets")
+    targets = as_index(targets, "targets")
     C = len(targets)
     _check_classes("targets", targets, C)
     matrix = (1 - rate) * torch.eye(C, dtype=torch.float64)
@@ -176,7 +176,7 @@ def corrupt(labels: Tensor, matrix: Tensor | NDArray[np.generic], seed: int, dra
     """
     check_choice("draw", draw, ("multinomial", "exact"))
     matrix = check_matrix(matrix, len(matrix))
-    labels = check_labels(labels, "labels").cpu()
+    labels = as_labels(labels).to("cpu", torch.int64)
     _check_classes("labels", labels, len(matrix))
     random = np.random.RandomState(seed)
     drawing = _multinomial if draw == "multinomial" else _exact

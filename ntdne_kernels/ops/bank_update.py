@@ -6,12 +6,13 @@ csrc/ puts the C++ kernel in its place on CPUs and the CUDA kernel on GPUs.
 Shapes: B features, N bank rows, D values each.
 """
 
-import warnings
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ntdne_kernels.ops.user_warning import warn_user
 
 VANISHING = 1e-12
 """A row whose blend with the new feature is shorter than this, or not finite, becomes the new feature."""
@@ -87,11 +88,10 @@ def _warn_of_missing_kernel(device_type: str) -> None:
     """Say once per device type that the update runs without its compiled kernel, and what is missing."""
     if device_type in LOAD_ERRORS and device_type not in _warned:
         _warned.add(device_type)
-        warnings.warn(
+        warn_user(
             f"bank updates on {device_type} run through PyTorch, right but slower: {LOAD_ERRORS[device_type]}. "
             "Once that is mended, in its folder: pip install --force-reinstall --no-deps --no-build-isolation -e .",
             RuntimeWarning,
-            stacklevel=3,
         )
 
 

@@ -173,6 +173,21 @@ def test_text_of_whole_numbers_is_integers_also_where_pandas_wrote_them(ntdne, f
     assert table.given_label[:3].tolist() == ["", "0", "0"]
 
 
+def test_text_as_savetxt_writes_it_is_integers_and_minus_one_is_unlabelled(ntdne, files):
+    labels = np.load("labels.npy")
+    np.savetxt("labels.txt", np.where(np.arange(24) == 5, -1, labels))
+    assert ntdne("audit", "features.npy", "--labels", "labels.txt", "--output", "out") == 0
+    table = pd.read_csv("out/audit.csv", dtype=str, keep_default_na=False)
+    assert table.given_label.tolist() == [str(label) if i != 5 else "" for i, label in enumerate(labels)]
+
+
+def test_blanks_around_a_name_make_no_second_class(ntdne, files):
+    names = [f"{' ' * (i % 3)}{NAMES[label]}{' ' * (i % 2)}" for i, label in enumerate(np.load("labels.npy"))]
+    pd.DataFrame({"label": names}).to_csv("labels.csv", index=False)
+    assert ntdne("audit", "features.npy", "--labels", "labels.csv", "--output", "out") == 0
+    assert set(pd.read_csv("out/audit.csv").given_label) == set(NAMES)
+
+
 def test_negative_labels_in_text_are_no_names(ntdne, files, capsys):
     Path("labels.txt").write_text("-2\n" + "-1\n" * 23)
     assert ntdne("audit", "features.npy", "--labels", "labels.txt", "--output", "out") == 2
@@ -499,7 +514,7 @@ LABELS = ["--labels", "labels.npy"]
         (lambda: save("bad.npy", [0] * 23), ["features.npy", "--labels", "bad.npy"], "each of the 24 images"),
         (lambda: save("bad.npy", [[0]] * 24), ["features.npy", "--labels", "bad.npy"], "shape (24, 1)"),
         (lambda: save("bad.npy", [-2] * 24), ["features.npy", "--labels", "bad.npy"], "got -2 at row 0"),
-        (lambda: save("bad.npy", [0.5] * 24), ["features.npy", "--labels", "bad.npy"], "integers or names"),
+        (lambda: save("bad.npy", [0.5] * 24), ["features.npy", "--labels", "bad.npy"], "numbers such as 0.5"),
         (lambda: Path("bad.txt").write_text("a\nb"), ["features.npy", *LABELS, "--paths", "bad.txt"], "24 images"),
         (None, ["features.npy", *LABELS, "--images", "."], "--paths"),
         (
@@ -521,7 +536,7 @@ LABELS = ["--labels", "labels.npy"]
         (None, ["{photos}", "--checkpoint", "no-run"], "no-run"),
         (None, ["{photos}", "--checkpoint", "features.npy"], "expected the last.ckpt of a run"),
         (lambda: save("bad.npy", np.ones((24, 3), np.longdouble)), ["bad.npy", *LABELS], "got float128"),
-        (lambda: save("bad.npy", [True] * 24), ["features.npy", "--labels", "bad.npy"], "integers or names, got True"),
+        (lambda: save("bad.npy", [True] * 24), ["features.npy", "--labels", "bad.npy"], "integers or names, got bool"),
         (lambda: save_run(b"nothing"), ["{photos}", "--checkpoint", "run"], "run/last.ckpt is no checkpoint"),
         (None, ["{photos}", "--checkpoint", "run", "--output", "{photos}/audit"], "lies in the archive"),
         (None, ["{photos}", "--checkpoint", "run", "--output", "{photos}"], "lies in the archive"),

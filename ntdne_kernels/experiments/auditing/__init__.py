@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ntdne_kernels.audit import LabelAudit, audit_bank, encode_labels, feature_bank
+from ntdne_kernels.audit import LabelAudit, audit_bank, feature_bank
 from ntdne_kernels.experiments.auditing.inputs import Source, encode_folder, read_features
 from ntdne_kernels.experiments.auditing.outputs import (
     CORRECTED,
@@ -17,6 +17,7 @@ from ntdne_kernels.experiments.auditing.outputs import (
 )
 from ntdne_kernels.experiments.auditing.page import as_html
 from ntdne_kernels.experiments.files import write_whole
+from ntdne_kernels.labels import encode_labels
 
 __all__ = ["Source", "check_output", "encode_folder", "left_over", "read_features", "write_audit"]
 

@@ -5,7 +5,6 @@ Nothing is unpickled, and no file is written to.
 Shapes: N images, D features.
 """
 
-import re
 import warnings
 import zipfile
 import zlib
@@ -22,6 +21,7 @@ from PIL import Image
 
 from ntdne_kernels.audit import free_memory
 from ntdne_kernels.experiments.images import MAX_PIXELS, as_picture, decode
+from ntdne_kernels.labels import read_labels
 
 if TYPE_CHECKING:
     from ntdne_kernels.experiments.archive import Archive
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 MAGIC = {".npy": b"\x93NUMPY", ".npz": b"PK", ".parquet": b"PAR1"}  # how these files begin
 COLUMNS = {"features": ("features",), "label": ("label", "labels"), "path": ("path", "paths")}
-INTEGER = re.compile(r"(-?[1-9][0-9]{0,17}|0)(\.0)?")  # 007 is a name; 1.0 is pandas' 1 beside missing values
 PICTURE = 192  # pixels a side: twice what the page shows
 LOOKED_FOR = 100  # files of pictures, to see whether their folder is right
 BROKEN = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)  # what NumPy says of a broken file
@@ -343,17 +342,12 @@ def _plain(path: Path, kind: str, values: Any) -> list[Any]:
     return values if isinstance(values, list) else list(values.tolist() if array else values.to_pylist())
 
 
-def _labels(path: Path, values: list[Any]) -> list[Any] | NDArray[np.int64]:
-    """Labels as `audit_labels` takes them: integers, or names with None where there is none.
-
-    Text that is integers throughout is integers; an empty label is none.
-    """
-    labels = [None if label == "" or label != label else label for label in values]
-    labels = [int(label) if isinstance(label, float) and label.is_integer() else label for label in labels]
-    known = [label for label in labels if label is not None]
-    wrong = next((label for label in known if not isinstance(label, int | str) or isinstance(label, bool)), None)
-    if wrong is not None:
-        raise ValueError(f"{path}: expected labels that are integers or names, got {wrong!r}")
-    if known and all(isinstance(label, int) or INTEGER.fullmatch(label) for label in known):
-        return np.array([-1 if label is None else int(str(label).removesuffix(".0")) for label in labels])
-    return [None if label is None else readable(str(label)) for label in labels]
+def _labels(path: Path, values: list[Any]) -> "list[str | None] | NDArray[np.integer[Any]]":
+    """Labels as `audit_labels` takes them: integers, or names with None where there is none."""
+    try:
+        labels = read_labels(values, str(path))
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    if isinstance(labels, torch.Tensor):
+        return labels.numpy()
+    return [None if label is None else readable(label) for label in labels]

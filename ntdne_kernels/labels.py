@@ -1,0 +1,205 @@
+"""Labels and indices as people have them, tensors, lists, arrays and Series of numbers or names: one way for all.
+
+NumPy is not needed; who gives an array has it.
+
+Shapes: N images, n values.
+"""
+
+import operator
+import re
+from collections.abc import Iterable, Mapping, Set
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ntdne_kernels.ops.leave_one_out import UNLABELLED
+
+if TYPE_CHECKING:
+    import numpy as np
+
+NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]{1,2})?", re.ASCII)  # 007 is a name
+LIMIT = 2**63
+
+
+def as_labels(labels: Any, name: str = "labels", device: torch.device | None = None) -> Tensor:
+    """The labels (N,) as a tensor of integers, -1 for those without one.
+
+    Args:
+        labels: integers in a tensor, whose dtype and device are kept. Or integers, whole numbers or text of whole
+            numbers throughout (" -1 ", "-1.0e+00") in a list, array, Series and the like, on which None, NaN and blank
+            text are no label; int64 where they are no array of integers.
+        name: of the argument, in errors.
+        device: for what is no tensor; None: the CPU.
+
+    Raises:
+        TypeError: they are names, which `encode_labels` numbers, or anything else.
+        ValueError: they have not one dimension.
+    """
+    if isinstance(labels, Tensor):
+        return _check_tensor(labels, name)
+    values = read_labels(labels, name)
+    if not isinstance(values, Tensor):
+        example = next(value for value in values if value is not None)
+        raise TypeError(
+            f"{name}: expected integers, got names such as {example!r}; this line numbers them: "
+            f"{name}, classes = ntdne_kernels.encode_labels({name})"
+        )
+    return values if device is None else values.to(device)
+
+
+def as_index(index: Any, name: str = "index", device: torch.device | None = None) -> Tensor:
+    """The indices (n,) as int64: integers in a tensor, whose device is kept, or in a list, array, Series and the like.
+
+    Args:
+        index: the integers.
+        name: of the argument, in errors.
+        device: for what is no tensor; None: the CPU.
+
+    Raises:
+        TypeError: they are no integers.
+        ValueError: they have not one dimension.
+    """
+    if isinstance(index, Tensor):
+        return _check_tensor(index, name).to(torch.int64)
+    values = _array_or_list(index, name, "integers")
+    if not isinstance(values, list):
+        if values.dtype.kind not in "iu":
+            raise TypeError(f"{name}: expected integers, got {values.dtype}")
+        return _of_array(values, name).to(device or "cpu", torch.int64)
+    wrong = next((value for value in values if isinstance(value, bool) or not hasattr(value, "__index__")), None)
+    if wrong is not None or None in values:
+        raise TypeError(f"{name}: expected integers, got {wrong!r}")
+    return torch.tensor([operator.index(value) for value in values], dtype=torch.int64, device=device or "cpu")
+
+
+def encode_labels(labels: Any) -> tuple[Tensor, tuple[Any, ...]]:
+    """Number the classes of labels: the code (N,) of each image, -1 for unlabelled, and the C classes by code.
+
+        codes, classes = encode_labels(["oak", "ash", None, "oak"])  # tensor([1, 0, -1, 1]), ("ash", "oak")
+
+    Args:
+        labels: as `as_labels` takes them, or names in a list, array, Series and the like, without the blanks around
+            them. Classes are in ascending order: integers, or names.
+
+    Raises:
+        TypeError: labels are neither integers nor names.
+        ValueError: they have not one dimension, or some are below -1.
+    """
+    values = _check_tensor(labels, "labels") if isinstance(labels, Tensor) else read_labels(labels, "labels")
+    if not isinstance(values, Tensor):
+        names = tuple(sorted({value for value in values if value is not None}))
+        code = {name: place for place, name in enumerate(names)} | {None: UNLABELLED}
+        return torch.tensor([code[value] for value in values], device="cpu"), names
+    codes = values.to("cpu", torch.int64)
+    if bool((codes < UNLABELLED).any()):
+        row = int((codes < UNLABELLED).nonzero()[0])
+        raise ValueError(f"labels: expected -1 (unlabelled) or a class from 0, got {int(codes[row])} at row {row}")
+    classes, places = torch.unique(codes, return_inverse=True)
+    shift = int(len(classes) > 0 and int(classes[0]) == UNLABELLED)
+    return places - shift, tuple(classes[shift:].tolist())
+
+
+def read_labels(labels: Any, name: str) -> "Tensor | list[str | None]":
+    """Labels (N,) that are no tensor, as integers on the CPU, -1 for none, or as names, None for none."""
+    values = _array_or_list(labels, name, "integers or names")
+    if not isinstance(values, list):
+        return _of_array(values, name)
+    if all(type(value) is int for value in values):
+        return _integers(values, name)
+    if set(map(type, values)) <= {str, type(None)}:  # a million of them are few different ones
+        plain_of = {value: _plain(value) for value in set(values)}
+        plain = [plain_of[value] for value in values]
+    else:
+        plain = [_plain(value) for value in values]
+    known = [value for value in plain if value is not None]
+    kinds = set(map(type, known))
+    nested = next((kind for kind in kinds if hasattr(kind, "__len__") and kind is not str), None)
+    if nested is not None:
+        raise ValueError(f"{name}: expected one dimension, got {type(labels).__name__} of {nested.__name__}")
+    if kinds == {str}:
+        whole = {text: _whole(text) for text in set(known)}
+        if None in whole.values():
+            return plain
+        plain = [None if text is None else whole[text] for text in plain]
+    elif not kinds <= {int, float}:
+        found = " and ".join(sorted(kind.__name__ for kind in kinds))
+        raise TypeError(f"{name}: expected integers or names, got {found}")
+    wrong = next((value for value in known if isinstance(value, float) and not value.is_integer()), None)
+    if wrong is not None:
+        raise _not_whole(name, wrong)
+    return _integers([UNLABELLED if value is None else int(value) for value in plain], name)
+
+
+def _check_tensor(values: Tensor, name: str) -> Tensor:
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer tensor, got {values.dtype}")
+    if values.dim() != 1:
+        raise ValueError(f"{name}: expected one dimension, got shape {tuple(values.shape)}")
+    return values
+
+
+def _array_or_list(values: Any, name: str, expected: str) -> "np.ndarray[Any, Any] | list[Any]":
+    """An array of numbers (n,), or a list of anything else."""
+    if hasattr(values, "__array__"):  # arrays, Series, Categoricals
+        import numpy as np
+
+        array = np.asarray(values)
+        if array.ndim != 1:
+            raise ValueError(f"{name}: expected one dimension, got shape {array.shape}")
+        if array.dtype.kind not in "iufOUS":
+            raise TypeError(f"{name}: expected {expected}, got {array.dtype}")
+        return array if array.dtype.kind in "iuf" else list(array.tolist())
+    if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected {expected}, got {type(values).__name__}")
+    return list(values)
+
+
+def _of_array(array: "np.ndarray[Any, Any]", name: str) -> Tensor:
+    import numpy as np
+
+    if array.dtype.kind == "f":
+        array = np.where(np.isnan(array), UNLABELLED, array).astype(np.float64)
+        good = (array == np.floor(array)) & (np.abs(array) < float(LIMIT))
+        if not good.all():
+            raise _not_whole(name, array[~good][0])
+        array = array.astype(np.int64)
+    elif array.dtype.kind == "u" and array.dtype.itemsize == 8:
+        if len(array) and array.max() >= LIMIT:
+            raise _not_whole(name, array.max())
+        array = array.astype(np.int64)
+    # A copy, in the machine's byte order: torch shares no memory that is read-only or runs backwards.
+    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("=")))
+
+
+def _integers(values: list[int], name: str) -> Tensor:
+    wrong = next((value for value in values if not -LIMIT <= value < LIMIT), None)
+    if wrong is not None:
+        raise _not_whole(name, wrong)
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
+def _not_whole(name: str, value: Any) -> TypeError:
+    return TypeError(f"{name}: expected integers of 64 bits or names, got numbers such as {value}")
+
+
+def _plain(value: Any) -> Any:
+    """A label as an int, float, text without blanks around it, or None where it is missing."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()  # NumPy's and torch's scalars
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
+    if isinstance(value, str):
+        return str(value).strip() or None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return None if value != value else int(value) if isinstance(value, int) else float(value)
+    return None if type(value).__name__ in ("NAType", "NaTType") else value  # pandas'
+
+
+def _whole(text: str) -> int | None:
+    """The integer of 64 bits that is written, or None."""
+    if not NUMBER.fullmatch(text):
+        return None
+    number = Decimal(text)
+    return int(number) if number == int(number) and -LIMIT <= number < LIMIT else None
