@@ -459,9 +459,8 @@ def _sum_up(
                 )  # fmt: skip
             except _NOT_COMPILED as error:
                 _do_without_hopper(error)
-                _sum_up(
-                    merge, features, bank, labels, index, classes, archive, sigma, weighted, loss, out, value, slope, q, k
-                )  # fmt: skip
+                rest = (sigma, weighted, loss, out, value, slope, q, k)
+                _sum_up(merge, features, bank, labels, index, classes, archive, *rest)
                 return
         else:
             plan.stream(
@@ -485,7 +484,7 @@ def _sum_up(
 def _do_without_hopper(error: Exception) -> None:
     """From here on the portable kernel alone, which is said once: Gluon, in which the other is written, changes."""
     global hopper
-    hopper = None
+    hopper = None  # type: ignore[assignment]
     _plan.cache_clear()
     warn_user(
         f"the kernel for Hopper GPUs does not compile with triton {triton.__version__}, and the loss takes the slower, "
