@@ -342,7 +342,6 @@ class _Plan(NamedTuple):
     slots: tuple[int, ...]
     """(splits, blocks, sums of a block, queries of a block)"""
     rows_per_split: int
-    tracked: bool
     hopper: int
     """Bank rows per tile of the kernel for Hopper GPUs; 0: the portable one."""
 
@@ -405,7 +404,6 @@ def _plan(
         config.block_b,
         (splits, blocks, 2, config.block_b),
         rows,
-        tracked,
         hopper_rows,
     )  # fmt: skip
 
@@ -438,9 +436,8 @@ def _sum_up(
         tracked = sigma < SMALLEST_PLAIN_SIGMA or bank.dtype == torch.float16
         plan = _plan(
             merge, device, B, N, D, bank.dtype, arithmetic, layout.sorted_labels, layout.gather, len(archive) > 0,
-            labels is not None,
-            tracked, weighted, loss, hopper_serves(bank), bank.device, layout.classes.size(0), features.dtype,
-            features.stride(), bank.stride(0), out[0].dtype,
+            labels is not None, tracked, weighted, loss, hopper_serves(bank), bank.device, layout.classes.size(0),
+            features.dtype, features.stride(), bank.stride(0), out[0].dtype, archive[2].dtype if archive else None,
         )  # fmt: skip
         stream = _stream(features, bank, labels if labels is not None else index, index, *layout[:4], *archive)
         norms = torch.empty_like(out[0]) if archive else out[0]
