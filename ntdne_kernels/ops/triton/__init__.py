@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from ntdne_kernels.ops import scores as _scores  # noqa: F401  defines the op record_scores_
 from ntdne_kernels.ops.bank_update import accumulator_dtype, skipped_counter
@@ -19,11 +21,6 @@ from ntdne_kernels.ops.leave_one_out import SHORTEST, Backend, bank_gradient_fak
 from ntdne_kernels.ops.losses import Loss
 from ntdne_kernels.ops.streaming import SMALLEST_PLAIN_SIGMA
 from ntdne_kernels.ops.triton import kernels
-
-try:
-    from ntdne_kernels.ops.triton import hopper
-except (ImportError, AttributeError):  # Gluon is experimental
-    hopper = None  # type: ignore[assignment]
 from ntdne_kernels.ops.triton.configs import (
     MERGE_WARPS,
     SMALLEST_CAPABILITY,
@@ -37,6 +34,12 @@ from ntdne_kernels.ops.triton.configs import (
     merge_blocks,
     split_count,
 )
+from ntdne_kernels.ops.user_warning import warn_user
+
+try:
+    from ntdne_kernels.ops.triton import hopper
+except (ImportError, AttributeError):  # Gluon is experimental
+    hopper = None  # type: ignore[assignment]
 
 # The products of 16-bit rows are exact in either mode; the bank's gradient has float32 factors, which meet as TF32.
 PRECISION = {"16-bit": "tf32", "tf32": "tf32", "ieee": "ieee", "fp64": "ieee"}
@@ -52,6 +55,7 @@ _LARGEST_STRIDE = 1 << 23
 _FLOAT16_SHIFT = 14  # float16 ends at 2^16
 BLOCK_Q = 16  # queries that a program of `prepare` takes
 _HERE = nullcontext()
+_NOT_COMPILED = (CompilationError, PTXASError, OutOfResources)
 
 
 def missing(bank: Tensor) -> str | None:
@@ -338,7 +342,6 @@ class _Plan(NamedTuple):
     slots: tuple[int, ...]
     """(splits, blocks, sums of a block, queries of a block)"""
     rows_per_split: int
-    tracked: bool
     hopper: int
     """Bank rows per tile of the kernel for Hopper GPUs; 0: the portable one."""
 
@@ -401,7 +404,6 @@ def _plan(
         config.block_b,
         (splits, blocks, 2, config.block_b),
         rows,
-        tracked,
         hopper_rows,
     )  # fmt: skip
 
@@ -434,9 +436,8 @@ def _sum_up(
         tracked = sigma < SMALLEST_PLAIN_SIGMA or bank.dtype == torch.float16
         plan = _plan(
             merge, device, B, N, D, bank.dtype, arithmetic, layout.sorted_labels, layout.gather, len(archive) > 0,
-            labels is not None,
-            tracked, weighted, loss, hopper_serves(bank), bank.device, layout.classes.size(0), features.dtype,
-            features.stride(), bank.stride(0), out[0].dtype,
+            labels is not None, tracked, weighted, loss, hopper_serves(bank), bank.device, layout.classes.size(0),
+            features.dtype, features.stride(), bank.stride(0), out[0].dtype, archive[2].dtype if archive else None,
         )  # fmt: skip
         stream = _stream(features, bank, labels if labels is not None else index, index, *layout[:4], *archive)
         norms = torch.empty_like(out[0]) if archive else out[0]
@@ -448,10 +449,16 @@ def _sum_up(
         vectors = totals.new_empty((*plan.slots, D if weighted else 0))
         scale = math.log2(math.e) / sigma
         if plan.hopper:
-            plan.stream(
-                stream, *hopper.descriptors(queries, bank, plan.hopper), places, totals, vectors, B, N, scale,
-                plan.rows_per_split,
-            )  # fmt: skip
+            try:
+                plan.stream(
+                    stream, *hopper.descriptors(queries, bank, plan.hopper), places, totals, vectors, B, N, scale,
+                    plan.rows_per_split,
+                )  # fmt: skip
+            except _NOT_COMPILED as error:
+                _do_without_hopper(error)
+                rest = (sigma, weighted, loss, out, value, slope, q, k)
+                _sum_up(merge, features, bank, labels, index, classes, archive, *rest)
+                return
         else:
             plan.stream(
                 stream, queries, bank, layout.order, places, totals, maxima, vectors, B, N, bank.stride(0), scale,
@@ -469,6 +476,18 @@ def _sum_up(
             B, archive[0].size(0) if archive else N, features.stride(0), features.stride(1), scale, plan.slots[0],
             q_or_1, log_k, -math.expm1(q_or_1 * log_k) / q_or_1,
         )  # fmt: skip
+
+
+def _do_without_hopper(error: Exception) -> None:
+    """From here on the portable kernel alone, which is said once: Gluon, in which the other is written, changes."""
+    global hopper
+    hopper = None  # type: ignore[assignment]
+    _plan.cache_clear()
+    warn_user(
+        f"the kernel for Hopper GPUs does not compile with triton {triton.__version__}, and the loss takes the slower, "
+        f"portable one: {error}",
+        RuntimeWarning,
+    )
 
 
 def hopper_serves(bank: Tensor) -> bool:
@@ -569,9 +588,9 @@ def fused_loss(
     sigma: float,
     loss: Loss,
     need_gradient: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Backend.loss` in one op."""
-    result: tuple[Tensor, ...] = loss_op(
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = loss_op(
         features, bank, labels, index, classes, archive, sigma, loss.q, loss.k, loss.reduction, loss.indicator,
         need_gradient,
     )  # fmt: skip

@@ -63,7 +63,7 @@ HOPPER = 90
 """The compute capability that the kernel of hopper.py is made for."""
 # Bank rows per tile by columns: with more the sums of 64 queries do not fit the registers of a warp group.
 _HOPPER_ROWS = {64: 128, 128: 128, 256: 64}
-_HOPPER_RESERVED = 4 << 10  # bytes beside the tiles: barriers, and what reductions exchange
+_HOPPER_RESERVED = 2 << 10  # bytes beside the tiles: barriers, and what reductions exchange
 
 
 def hopper_width(D: int) -> int:

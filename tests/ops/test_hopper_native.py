@@ -1,0 +1,127 @@
+"""The kernel for Hopper GPUs where there is one, against float64 and the portable kernel; and what it falls back to."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+
+from ntdne_kernels import LabelIndex
+from ntdne_kernels.ops import reference, triton
+from ntdne_kernels.ops.triton import configs
+from ntdne_kernels.ops.triton.configs import Device, hopper_tiles, hopper_width
+from tests.conftest import Archive
+from tests.ops.test_leave_one_out import arguments
+
+H200 = Device(capability=90, multiprocessors=132, shared=232_448)
+needs_interpreter = pytest.mark.skipif(not triton.INTERPRETED, reason="the other way round needs no pretence")
+
+
+@pytest.fixture
+def fresh_plans():
+    """Plans made before or in this test are not those of others."""
+    triton._plan.cache_clear()
+    yield
+    triton._plan.cache_clear()
+
+
+def in_class_order(B: int, N: int, D: int, C: int, device: str = "cuda", seed: int = 0) -> tuple:
+    """The arguments of `triton.log_scores` before sigma, bfloat16, with images that are their own queries and others."""
+    features, bank, labels, index, own = arguments(
+        Archive(B, N, D, C, seed=seed, dtype=torch.bfloat16, device=device), "sorted index"
+    )
+    assert isinstance(index, LabelIndex)
+    return features, bank, labels, own, index.tensors()
+
+
+def portable(given: tuple, sigma: float, weighted: bool) -> tuple[Tensor, ...]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "hopper_serves", lambda _: False)
+        return triton.log_scores(*given, sigma, weighted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("D", [64, 112, 128, 256])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("B", [17, 64, 65, 300])
+def test_sums_are_those_of_the_portable_kernel_and_of_float64(B, D, weighted):
+    """Ragged ends, single rows, more classes than rows in a tile, one class, queries of no class and of no row."""
+    for N, C in ((1, 1), (5, 9), (127, 3), (129, 1), (3333, 300), (20_001, 45), (70_001, 2)):
+        given = in_class_order(B, N, D, C, seed=N)
+        assert triton.hopper_serves(given[1])
+        assert hopper_tiles(triton.describe(given[1].device), D, B) is not None
+        log_p, direction, log_all = triton.log_scores(*given, 0.1, weighted)
+        expected = portable(given, 0.1, weighted)
+        torch.testing.assert_close(log_p, expected[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(log_all, expected[2], rtol=1e-5, atol=1e-6)
+        if weighted:
+            assert (direction - expected[1]).norm() <= 1e-4 * expected[1].norm() + 1e-6
+        features, bank, labels, own, classes = given
+        exact = reference.log_scores(features.bfloat16().double(), bank.double(), labels, own, classes, 0.1)
+        torch.testing.assert_close(log_p.double(), exact, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+def test_results_repeat_bit_for_bit_also_where_sums_are_added_to_memory(monkeypatch, fresh_plans):
+    monkeypatch.setattr(triton, "FOLD_ROWS", 1000)
+    given = in_class_order(200, 300_001, 128, 7)
+    first = triton.log_scores(*given, 0.1, True)
+    for _ in range(5):
+        assert all(
+            torch.equal(one, other) for one, other in zip(first, triton.log_scores(*given, 0.1, True), strict=True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("D", "B", "expected"),
+    [(128, 256, (128, 128)), (128, 64, (64, 128)), (64, 65, (128, 128)), (256, 4096, (128, 64)), (96, 128, (128, 128)),
+     (128, 16, None), (65, 256, None), (72, 256, None), (100, 256, None), (160, 256, None), (512, 256, None)],
+)  # fmt: skip
+def test_which_problems_take_the_kernel_and_with_which_tiles(D, B, expected):
+    tiles = hopper_tiles(H200, D, B)
+    assert (None if tiles is None else (tiles.block_b, tiles.block_n)) == expected
+    if tiles is not None:
+        width = hopper_width(D)
+        assert 2 * width * (tiles.block_b + tiles.num_stages * tiles.block_n) <= H200.shared - 1024
+        assert tiles.num_stages >= 4
+    assert hopper_tiles(Device(100, 132, 232_448), D, B) is None
+
+
+@needs_interpreter
+def test_where_it_does_not_compile_the_portable_kernel_takes_over_which_is_said_once(monkeypatch, fresh_plans):
+    """As after a change of Gluon: the first launch ends in an error of the compiler."""
+
+    class Broken:
+        arg_names = ()
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                raise CompilationError("", SimpleNamespace(lineno=1, col_offset=0), "no such layout")
+
+            return launch
+
+    given = in_class_order(20, 60, 128, 3, device="cpu")
+    expected = triton.log_scores(*given, 0.1, True)
+    triton._plan.cache_clear()
+    monkeypatch.setattr(
+        triton, "hopper", SimpleNamespace(stream=Broken(), descriptors=lambda queries, bank, rows: (queries, bank))
+    )
+    monkeypatch.setattr(triton, "hopper_serves", lambda bank: triton.hopper is not None)
+    with pytest.warns(RuntimeWarning, match="kernel for Hopper GPUs does not compile with triton") as said:
+        found = triton.log_scores(*given, 0.1, True)
+        again = triton.log_scores(*given, 0.1, True)
+    assert len(said) == 1
+    for results in (found, again):
+        assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
+
+
+def test_stages_are_as_many_as_fit():
+    assert [hopper_tiles(H200, D, 256).num_stages for D in (64, 128, 256)] == [13, 6, 5]
+    assert configs.HOPPER == 90
