@@ -158,6 +158,7 @@ CHUNKED: dict[str, Backend] = {
         backend or STREAMING,
         log_scores=partial(log_scores, backend=name),
         class_sums=partial(class_sums, backend=name),
+        fused_loss=None,  # a kernel that reads the bank where it is
     )
     for name, backend in BACKENDS.items()
 }
