@@ -157,6 +157,12 @@ def test_losses_are_where_the_features_are(backend):
     assert [x.device.type for x in results] == ["cuda"] * 5
 
 
+@pytest.mark.usefixtures("capturing")
+def test_a_bank_elsewhere_is_not_read_in_a_cuda_graph():
+    with pytest.raises(RuntimeError, match="CUDA graph: a bank in host memory is read by copies that the host waits"):
+        next(chunked.chunks_of(torch.zeros(3, 2), torch.device("cuda"), 1))
+
+
 class Streams:
     """Stands for `torch` in `chunks_of`: CUDA streams whose work is done at some later time, drawn at random.
 
