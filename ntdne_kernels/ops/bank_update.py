@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ntdne_kernels.ops.capture import check_not_capturing
 from ntdne_kernels.ops.user_warning import warn_user
 
 VANISHING = 1e-12
@@ -31,7 +32,11 @@ def skipped_counter(device: torch.device) -> Tensor:
     """(1,) int64: features without a direction that were left out on the device since the program started.
 
     Those that the CUDA library left out of updates it counts itself.
+
+    Raises:
+        RuntimeError: it would be made within a CUDA graph, each replay of which would set it to 0.
     """
+    check_not_capturing(device, "the first step on a device makes a counter; run a step before the capture")
     return torch.zeros(1, dtype=torch.int64, device=device)
 
 
@@ -46,6 +51,7 @@ def update_bank_in_pytorch(
     feature is left out and counted. With `position` the index counts its entries, which are the rows; one outside them
     is treated as one outside the bank. Whatever shares memory with the bank is read as it was before the call.
     """
+    check_not_capturing(bank.device, "bank updates through PyTorch wait for the GPU; they need their compiled kernel")
     _warn_of_missing_kernel(bank.device.type)
     with torch.autocast(bank.device.type, enabled=False):
         # Contiguous, because sums over other strides are added up in another order.
