@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ class Training(LightningModule):
     def training_step(self, batch: list[Tensor]) -> dict[str, Tensor]:
         images, _, index = batch
         features = self.encoder(images.contiguous(memory_format=torch.channels_last))
-        loss = self.criterion(features, index)
+        with self._divergence_named():
+            loss = self.criterion(features, index)
         return {"loss": loss, "features": features.detach(), "index": index}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -133,13 +135,21 @@ class Training(LightningModule):
             if isinstance(self.criterion, NTDNELoss | SNCALoss):
                 memory = self.criterion.memory
                 memory.record_(self._of_all_ranks(memory.last_log_p[outputs["index"]]), index)
-        try:
+        with self._divergence_named():
             self.criterion.update_bank(features, index)
-        except ValueError as error:  # of features without a direction
-            epoch = self.current_epoch + 1
-            raise ValueError(f"training diverged in epoch {epoch}; try a lower --lr than {self._lr}: {error}") from None
         self.train_features[index] = normalize(features, dim=1)
         self._losses.append(outputs["loss"].detach())
+
+    @contextmanager
+    def _divergence_named(self) -> Iterator[None]:
+        """Features without a direction are those of an encoder whose weights are no longer finite."""
+        try:
+            yield
+        except ValueError as error:
+            if "finite norm" not in str(error):
+                raise
+            epoch = self.current_epoch + 1
+            raise ValueError(f"training diverged in epoch {epoch}; try a lower --lr than {self._lr}: {error}") from None
 
     def _of_all_ranks(self, values: Tensor) -> Tensor:
         gathered: Any = self.all_gather(values)

@@ -56,10 +56,18 @@ class Loss:
 
 
 def value(log_p: Tensor, indicator: Tensor | None, loss: Loss, counted: Tensor | None = None) -> Tensor:
-    """The loss, differentiable by autograd: the definition. Queries that are not `counted` (B,) are ignored."""
+    """The loss, differentiable by autograd: the definition.
+
+    Queries that are not `counted` (B,) are ignored. If none is, a sum or mean is NaN: an encoder that diverged must not
+    train on in silence.
+    """
     if loss.q is None:
-        return reduce_snca(log_p, loss.reduction, counted)
-    return reduce(ntdne(log_p, loss.q, loss.k, indicator), loss.reduction, counted)
+        reduced = reduce_snca(log_p, loss.reduction, counted)
+    else:
+        reduced = reduce(ntdne(log_p, loss.q, loss.k, indicator), loss.reduction, counted)
+    if counted is None or loss.reduction == "none" or len(log_p) == 0:
+        return reduced
+    return torch.where(counted.any(), reduced, torch.nan)
 
 
 def loss_and_slope(

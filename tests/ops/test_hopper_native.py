@@ -27,7 +27,7 @@ def fresh_plans():
 
 
 def in_class_order(B: int, N: int, D: int, C: int, device: str = "cuda", seed: int = 0) -> tuple:
-    """The arguments of `triton.log_scores` before sigma, bfloat16, with images that are their own queries and others."""
+    """What `triton.log_scores` takes before sigma: a bfloat16 bank in class order, queries of its rows and others."""
     features, bank, labels, index, own = arguments(
         Archive(B, N, D, C, seed=seed, dtype=torch.bfloat16, device=device), "sorted index"
     )

@@ -8,11 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ntdne_kernels import LabelIndex
-from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, ntdne_loss, snca_loss
+from ntdne_kernels import LabelIndex, MemoryBank
+from ntdne_kernels.functional import BACKENDS, archive_loss, leave_one_out_log_scores, ntdne_loss, snca_loss
 from ntdne_kernels.ops import streaming
+from ntdne_kernels.ops.backends import triton
+from ntdne_kernels.ops.bank_update import skipped_counter
+from ntdne_kernels.ops.losses import Loss
 from tests import formulas
-from tests.conftest import Archive
+from tests.conftest import Archive, served
 
 
 @pytest.fixture(params=["labels", "index", "sorted index"])
@@ -476,6 +479,35 @@ def test_opcheck_of_the_bank_gradient(fused, by, device):
     torch.library.opcheck(ops.bank_gradient, (*given, 0.1, log_p, log_sum_all, torch.ones_like(log_p)))
 
 
+def loss_arguments(device: torch.device, dtype: torch.dtype, with_labels: bool = True) -> tuple:
+    """Arguments of `Backend.loss` up to sigma, of images of an archive and of others."""
+    archive = Archive(B=7, N=50, D=20, dtype=dtype, device=device)
+    index = LabelIndex.from_labels(archive.bank_labels)
+    scores = torch.linspace(-3, 0, 51, device=device, dtype=archive.features.dtype)
+    images = [archive.bank_labels, index.position, torch.where(scores > -0.5, torch.nan, scores)]
+    labels = archive.labels if with_labels else None
+    return 3 * archive.features, archive.bank, labels, archive.index, [index.classes, index.offsets], images, 0.1
+
+
+@pytest.mark.skipif(triton is None, reason="needs Triton")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("need_gradient", "reduction"), [(True, "mean"), (False, "none")])
+def test_opcheck_of_the_loss(dtype, need_gradient, reduction, device):
+    served("triton", device)
+    given = loss_arguments(device, dtype, with_labels=need_gradient)
+    torch.library.opcheck(triton.loss_op, (*given, 0.7, 0.3, reduction, "stored", need_gradient))
+    torch.library.opcheck(triton.loss_op, (*given, None, None, reduction, "current", need_gradient))
+
+
+@pytest.mark.skipif(triton is None, reason="needs Triton")
+def test_eager_and_compiled_outputs_of_the_loss_are_bitwise_equal(device):
+    served("triton", device)
+    given = (*loss_arguments(device, torch.float32), 0.7, 0.3, "mean", "auto", True)
+    compiled = torch.compile(lambda *inputs: triton.loss_op(*inputs), fullgraph=True)
+    for eager, traced in zip(triton.loss_op(*given), compiled(*given), strict=True):
+        assert torch.equal(eager, traced)
+
+
 def test_eager_and_compiled_outputs_of_the_op_are_bitwise_equal(fused, by, device):
     given = (*op_arguments(Archive(B=33, N=700, D=20, dtype=torch.float32, device=device), by), 0.1, True)
     op = BACKENDS[fused].log_scores
@@ -502,12 +534,120 @@ def test_compiled_loss_and_gradients_agree_with_eager(backend, by, device):
 
 
 def test_repeated_runs_are_bitwise_equal(backend, by, device):
-    archive = Archive(B=40, N=700 if device.type == "cpu" else 30_000, D=32, dtype=torch.float32, device=device)
+    on_cpu = device.type == "cpu"
+    archive = Archive(40 if on_cpu else 1500, 700 if on_cpu else 30_000, 32, dtype=torch.float32, device=device)
     runs = []
-    for _ in range(3 if device.type == "cpu" else 20):
+    for _ in range(3 if on_cpu else 20):
         features = archive.features.clone().requires_grad_()
         given = arguments(archive, by)
         loss = ntdne_loss(features, *given[1:], backend=backend)
         loss.backward()
         runs.append((loss.detach(), features.grad))
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+WITHOUT_DIRECTION = {
+    "zero": 0.0,
+    "too short": 1e-13,
+    "subnormal": 1e-40,
+    "NaN": torch.nan,
+    "infinite": torch.inf,
+    "minus infinite": -torch.inf,
+}
+
+
+def archive_of(device: torch.device, dtype: torch.dtype) -> tuple[MemoryBank, Tensor, Tensor]:
+    """A bank of 50 images, half clustered by class; features (B, D) of any length and their images (B,)."""
+    made = torch.Generator().manual_seed(0)
+    labels = torch.arange(50) % 3
+    labels[:4] = torch.tensor([-1, 7, 7, 9])  # unlabelled, a pair, and one alone
+    memory = MemoryBank(labels, 6, dtype=dtype).to(device)
+    rows = nn.functional.one_hot(labels % 5, 6) + 0.4 * torch.randn(50, 6, generator=made)
+    memory.update_(rows.to(device, dtype), torch.arange(50, device=device), 0.0)
+    index = torch.cat([torch.arange(15), torch.tensor([2, -1, 4])])
+    features = 3 * rows[index] + torch.randn(len(index), 6, generator=made)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return memory, features.to(device, wide), index.to(device)
+
+
+def loss_of_images(
+    memory: MemoryBank, features: Tensor, index: Tensor, loss: Loss, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, log p, and the gradient of features of any length, as on a GPU: nothing looks at values."""
+    features = features.clone().requires_grad_()
+    value, log_p = archive_loss(
+        features,
+        memory.storage,
+        torch.where(index >= 0, -1, 1),
+        index,
+        memory.index.tensors(),
+        memory.archive,
+        loss,
+        sigma=0.2,
+        backend=backend,
+    )
+    value.sum().backward()
+    return value.detach(), log_p, features.grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("loss", [(0.7, None, "current"), (0.7, 0.4, "auto"), (None, None, "current")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_features_without_a_direction_are_left_out(backend, loss, reduction, dtype, device):
+    memory, features, index = archive_of(device, dtype)
+    loss = Loss(*loss[:2], reduction, loss[2])
+    memory.record_(torch.linspace(-3, -0.1, 50, device=device), torch.arange(50, device=device))
+    before = memory.last_log_p.clone()
+    spoilt = torch.tensor([1, 5, 8, 10, 12, 16], device=device)
+    features[spoilt] = 0
+    features[spoilt, 2] = torch.tensor(list(WITHOUT_DIRECTION.values()), device=device, dtype=features.dtype)
+    counted = torch.ones(len(index), dtype=torch.bool, device=device)
+    counted[spoilt] = False
+
+    value, log_p, gradient = loss_of_images(memory, features, index, loss, backend)
+    expected, expected_log_p, expected_gradient = loss_of_images(
+        memory, features[counted], index[counted], loss, backend
+    )
+    assert log_p[~counted].isnan().all()
+    assert torch.equal(gradient[~counted], torch.zeros_like(gradient[~counted]))
+    assert gradient[counted].any()
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(log_p[counted], expected_log_p)
+    torch.testing.assert_close(gradient[counted], expected_gradient)
+    if reduction == "none":
+        assert torch.equal(value[~counted], torch.zeros_like(value[~counted]))
+        value = value[counted]
+    torch.testing.assert_close(value, expected)
+
+    memory.record_(log_p, index)
+    unchanged = torch.ones(50, dtype=torch.bool, device=device)
+    unchanged[index[counted & (index >= 0)]] = False
+    unchanged[0] = True  # unlabelled
+    changed = ~torch.isclose(memory.last_log_p, before, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(changed, ~unchanged)
+
+
+@pytest.mark.parametrize("kind", WITHOUT_DIRECTION)
+@pytest.mark.parametrize("loss", [(0.7, 0.3), (None, None)])
+def test_the_mean_over_features_that_all_lack_a_direction_is_zero(backend, kind, loss, device):
+    memory, features, index = archive_of(device, torch.float32)
+    features[:, 1] = WITHOUT_DIRECTION[kind]
+    features[:, [0, 2, 3, 4, 5]] = 0
+    value, log_p, gradient = loss_of_images(memory, features, index, Loss(*loss, "mean"), backend)
+    assert value == 0
+    assert log_p.isnan().all()
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_features_without_a_direction_are_counted(fused, device):
+    """On a CPU only kernels in the interpreter count: there such features raise before."""
+    if device.type == "cpu" and fused != "triton":
+        pytest.skip("nothing is counted on a CPU")
+    memory, features, index = archive_of(device, torch.float32)
+    before = int(skipped_counter(device))
+    loss_of_images(memory, features, index, Loss(0.7, None, "mean"), fused)
+    assert int(skipped_counter(device)) == before
+    features[3], features[17, 4] = 0, torch.nan
+    loss_of_images(memory, features, index, Loss(0.7, None, "mean"), fused)
+    assert int(skipped_counter(device)) == before + 2
+    assert device.type == "cpu" or memory.skipped_rows() >= 2

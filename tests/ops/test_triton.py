@@ -4,6 +4,8 @@ Its numbers are tested with those of the other backends in test_leave_one_out.py
 segments. Without a GPU all of it runs in Triton's interpreter.
 """
 
+import dataclasses
+import inspect
 import itertools
 import math
 from pathlib import Path
@@ -15,12 +17,13 @@ import triton as triton_language
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from benchmarks import providers
 from ntdne_kernels import LabelIndex, functional
 from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, ntdne_loss, snca_loss
-from ntdne_kernels.ops import losses, reference, triton
+from ntdne_kernels.ops import leave_one_out, losses, reference, triton
+from ntdne_kernels.ops.bank_update import skipped_counter
 from ntdne_kernels.ops.triton import configs, kernels
 from ntdne_kernels.ops.triton.configs import Config, Device, choose, class_tile, columns, split_count
 from tests.conftest import Archive, served
@@ -46,6 +49,18 @@ def small_pieces(patch: pytest.MonkeyPatch, splits: int, block_n: int = 16, fold
     patch.setattr(triton, "choose", lambda *_: Config(16, block_n, 4, 2, 1 << 14))
     patch.setattr(triton, "split_count", lambda *_: splits)
     patch.setattr(triton, "FOLD_ROWS", fold_rows)
+    patch.setattr(triton, "_plan", inspect.unwrap(triton._plan))  # plans are kept beyond a test
+
+
+def small_chunks(patch: pytest.MonkeyPatch) -> None:
+    """Several rounds of each loop over the batch or the columns also in a small problem."""
+    original = triton._Launch.__init__
+
+    def made(self, kernel, grid, **constants):
+        original(self, kernel, grid, **constants | ({"BLOCK": 16} if "BLOCK" in constants else {}))
+
+    patch.setattr(triton._Launch, "__init__", made)
+    patch.setattr(triton, "_plan", inspect.unwrap(triton._plan))
 
 
 def loss_and_gradients(archive: Archive, by: str, backend: str, **options: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,8 +224,16 @@ def test_class_masses_are_one_launch_and_nothing_of_the_size_of_batch_times_bank
     assert seen.largest < 64 * 400 / 4
 
 
+INSIDE = {
+    triton.log_scores: triton._log_scores,
+    triton.class_sums: triton._class_sums,
+    triton.bank_gradient: triton._bank_gradient,
+    triton.loss_op: triton._loss,
+}
+
+
 class _Allocations(TorchDispatchMode):
-    """Operators that ran, and the largest tensor that one of them made."""
+    """Operators that ran, those inside the package's own too, and the largest tensor that one of them made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,6 +241,9 @@ class _Allocations(TorchDispatchMode):
         self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in INSIDE:
+            with self:
+                return INSIDE[func](*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         self.operators.append(str(func))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
@@ -227,7 +253,7 @@ class _Allocations(TorchDispatchMode):
 
 
 class _Recorded:
-    """A kernel that notes each launch and its arguments."""
+    """A kernel that notes each launch and what is compiled into it."""
 
     def __init__(self, name: str, notes: list[tuple[str, dict]]) -> None:
         self.name, self.kernel, self.notes = name, getattr(kernels, name), notes
@@ -235,7 +261,8 @@ class _Recorded:
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
             self.notes.append((self.name, kwargs))
-            return self.kernel[grid](*args, **kwargs)
+            with _disable_current_modes():  # the interpreter copies tensors
+                return self.kernel[grid](*args, **kwargs)
 
         return launch
 
@@ -244,41 +271,43 @@ class _Recorded:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict]]:
     """The kernels that are launched, in order, with what is compiled into them."""
     notes: list[tuple[str, dict]] = []
-    for name in (
-        "prepare",
-        "stream",
-        "merge_to_log_scores",
-        "merge_to_class_sums",
-        "loss_and_slope",
-        "gradient_to_features",
-        "gradient_to_bank",
-        "class_masses",
-    ):
+    original = triton._Launch.__call__
+
+    def noted(self, stream, *arguments):
+        notes.append((self.kernel.fn.__name__, self.constants))
+        with _disable_current_modes():
+            original(self, stream, *arguments)
+
+    monkeypatch.setattr(triton._Launch, "__call__", noted)
+    for name in ("gradient_to_bank", "class_masses"):
         monkeypatch.setattr(kernels, name, _Recorded(name, notes))
     return notes
 
 
 # On a GPU these only describe or allocate memory.
-NO_LAUNCH = ("empty", "detach", "view", "unbind", "as_strided", "alias", "triton_")
+NO_LAUNCH = ("empty", "detach", "view", "unbind", "as_strided", "alias")
+SORTING = ["aten.sort.stable", "aten.arange.default", "aten.scatter_.src"]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("by", ["labels", "index", "sorted index"])
-def test_six_launches_from_features_to_their_gradient(by, reduction, launches, kernel_device, monkeypatch):
+def test_three_launches_and_a_product_from_features_to_their_gradient(
+    by, reduction, launches, kernel_device, monkeypatch
+):
     monkeypatch.setattr(functional, "_can_look_inside", lambda _: False)  # as on a GPU
+    skipped_counter(kernel_device)  # made once for the whole program
     features, *rest = arguments(Archive(9, 60, 8, dtype=torch.bfloat16, device=kernel_device), by)
     features.requires_grad_()
     with _Allocations() as seen:
         ntdne_loss(features, *rest, k=0.3, reduction=reduction, backend="triton").backward()
     others = [name for name in seen.operators if not any(word in name for word in NO_LAUNCH)]
-    assert others == ["aten.ones_like.default"]  # where autograd begins
-    assert [name for name, _ in launches] == [
-        "prepare", "stream", "merge_to_log_scores", "loss_and_slope", "gradient_to_features",
-    ]  # fmt: skip
+    # ones_like is where autograd begins
+    assert others == [*(SORTING if by == "labels" else []), "aten.ones_like.default", "aten.mul.Tensor"]
+    assert [name for name, _ in launches] == ["prepare", "stream", "merge_to_log_scores"]
 
 
 def test_without_gradients_half_the_work_is_left_out(launches, kernel_device):
-    features, *rest = Archive(device=kernel_device).arguments()
+    features, *rest = arguments(Archive(device=kernel_device), "index")
     for requires_grad in (True, False):
         with torch.no_grad():
             leave_one_out_log_scores(features.requires_grad_(requires_grad), *rest, backend="triton")
@@ -356,15 +385,15 @@ def test_a_changing_batch_is_no_new_kernel():
         kernels.stream,
         kernels.merge_to_log_scores,
         kernels.merge_to_class_sums,
-        kernels.loss_and_slope,
-        kernels.gradient_to_features,
+        kernels.record,
+        kernels.gradient_to_bank,
         kernels.class_masses,
     ):
         names = {kernel.arg_names.index(name) for name in ("B", "N", "C", "splits") if name in kernel.arg_names}
         skipped = kernel.do_not_specialize if triton.INTERPRETED is False else kernel.kwargs["do_not_specialize"]
         assert {kernel.arg_names.index(n) if isinstance(n, str) else n for n in skipped} >= names
-    assert len({choose(H200, "range", "16-bit", 128, B) for B in range(65, 5000)}) == 1
-    assert len({choose(H200, "range", "16-bit", 128, B) for B in range(17, 65)}) == 1
+    assert len({choose(H200, "stream", "16-bit", 128, B) for B in range(65, 5000)}) == 1
+    assert len({choose(H200, "stream", "16-bit", 128, B) for B in range(17, 65)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -409,7 +438,7 @@ def test_splits_fill_the_device_and_no_more():
 )
 def test_splits_cover_the_bank_within_bounds(B, N, D, multiprocessors):
     device = Device(90, multiprocessors, 232_448)
-    config = choose(device, "range", "16-bit", D, B)
+    config = choose(device, "stream", "16-bit", D, B)
     splits = split_count(device, config, B, N, D)
     partial_sums = splits * triton_language.cdiv(B, config.block_b) * config.block_b * 2 * (D + 2) * 4
     assert splits == 1 or partial_sums <= 32 << 20 or N > 1 << 30
@@ -426,7 +455,7 @@ def test_every_device_has_tiles_that_fit_it_up_to_its_largest_width(capability, 
     largest = configs.largest_D(capability, dtype)
     assert largest >= {2: 1024, 4: 512, 8: 128}[dtype.itemsize]
     for kernel, arithmetic, D, rows in itertools.product(
-        ("range", "labels", "gradient"), arithmetics, (1, 100, 128, largest * 3 // 4, largest), (1, 64, 1000)
+        ("stream", "gradient"), arithmetics, (1, 100, 128, largest * 3 // 4, largest), (1, 64, 1000)
     ):
         assert 0 < choose(device, kernel, arithmetic, D, rows).shared <= device.shared
 
@@ -498,24 +527,99 @@ def test_float32_products_follow_pytorchs_own_setting():
 LOSSES = [(None, None), (0.7, None), (0.7, 0.3), (1e-6, None), (1.0, 0.05)]
 
 
+def images(B: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple:
+    """Arguments of `Backend.loss` up to the archive: images with scores of every size, some of them known before.
+
+    The 43 images stand on a circle, class by class, one class of a single image; queries stand anywhere, have any
+    length and any class, in the archive or not.
+    """
+    made = torch.Generator().manual_seed(1)
+    labels = torch.cat([torch.arange(42) % 3, torch.tensor([3])])[torch.randperm(43, generator=made)]
+    classes, offsets, order, position = LabelIndex.from_labels(labels).tensors()
+    angle = 2 * labels[order] + 0.2 * torch.randn(43, generator=made)
+    bank = torch.stack([angle.cos(), angle.sin()], dim=1).to(dtype)
+    index = torch.randint(0, 43, (B,), generator=made)
+    index[3::10], index[4::5] = labels.argmax(), -1
+    given = torch.randint(-1, 6, (B,), generator=made)
+    near = 2 * torch.where(index >= 0, labels[index.clamp(min=0)], given)
+    angle = torch.where(torch.arange(B) % 2 == 0, near, 7 * torch.rand(B, generator=made))
+    length = torch.exp(3 * torch.randn(B, 1, generator=made))
+    features = (torch.stack([angle.cos(), angle.sin()], dim=1) * length).to(dtype)
+    scores = -torch.rand(44, generator=made).mul(3).to(dtype)
+    scores[::5], scores[1::5] = torch.nan, -torch.inf
+    tensors = features, bank, given, index, classes, offsets, labels, position, scores
+    features, bank, given, index, classes, offsets, *archive = (x.to(device) for x in tensors)
+    return features, bank, given, index, [classes, offsets], archive
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("q", "k"), LOSSES)
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("B", [0, 1, 1500])
-def test_loss_kernel_is_the_loss_and_its_derivative(reduction, q, k, given, B, kernel_device):
-    """Values to a rounding, derivatives to those of autograd through the definition."""
-    log_p = -torch.rand(B, generator=torch.Generator().manual_seed(1)).mul(8).to(kernel_device)
-    log_p[::7] = -torch.inf
-    log_p[1::7] = -1e-7
-    indicator = log_p.flip(0).clone() if given else None
-    if given:
-        indicator[2::5] = torch.nan
-    value, slope = triton.loss_and_slope(log_p, indicator, q, k, reduction)
+@pytest.mark.parametrize("indicator", ["current", "stored", "auto"])
+@pytest.mark.parametrize("B", [0, 1, 40, pytest.param(1500, marks=pytest.mark.gpu)])
+def test_the_fused_op_is_the_loss_and_its_derivative(reduction, q, k, indicator, B, kernel_device, monkeypatch):
+    """Values to a rounding, derivatives to those of autograd through the definition, of the scores that it returns."""
+    if k is None and indicator != "current":
+        pytest.skip("nothing is pruned")
+    if B == 40:
+        small_chunks(monkeypatch)
+    features, bank, *rest = images(B, kernel_device)
+    value, log_p, slope, _, _ = triton.loss_op(features, bank, *rest, 0.07, q, k, reduction, indicator, False)
+    queries = leave_one_out.look_up(features, *rest, torch.float32, indicator)
     exact = log_p.double().requires_grad_()
-    expected = losses.value(exact, indicator, losses.Loss(q, k, reduction))
+    expected = losses.value(exact, queries.indicator, losses.Loss(q, k, reduction), queries.counted)
     (expected_slope,) = torch.autograd.grad(expected.sum(), exact)
     torch.testing.assert_close(value.double(), expected.detach(), rtol=2e-7, atol=0)
     torch.testing.assert_close(slope.double(), expected_slope, rtol=3e-7, atol=0)
+    if B >= 40:
+        assert (log_p == -torch.inf).any()
+        assert log_p[log_p > -torch.inf].min() < -8
+        assert log_p.max() > -1e-6
+        assert k is None or 0 < int((slope == 0).sum()) < B
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("q", "k", "indicator"), [(None, None, "current"), (0.7, 0.3, "stored"), (0.7, 0.3, "auto")])
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_the_fused_op_is_one_step_after_the_other(q, k, indicator, reduction, with_labels, kernel_device, monkeypatch):
+    """All that it returns, the gradient of features of any length too, is what the definition makes in float64."""
+    small_chunks(monkeypatch)
+    small_pieces(monkeypatch, splits=2)
+    features, bank, labels, *rest = images(40, kernel_device, torch.float64)
+    features[5], features[6, 0], features[7, 1] = 0, torch.nan, torch.inf
+    loss = losses.Loss(q, k, reduction, indicator)
+    given = (features, bank, labels if with_labels else None, *rest, 0.1, loss, True)
+    plain = dataclasses.replace(BACKENDS["streaming"], fused_loss=None)
+    names = ("loss", "log p", "slope", "gradient", "log of all")
+    for name, found, expected in zip(names, triton.TRITON.loss(*given), plain.loss(*given), strict=True):
+        torch.testing.assert_close(
+            found, expected, rtol=1e-10, atol=1e-12, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize(("q", "reduction"), [(0.7, "mean"), (None, "sum")])
+def test_losses_of_more_queries_than_are_added_at_a_time(q, reduction, kernel_device):
+    """300 need two rounds of the last program."""
+    given = images(300, kernel_device)
+    value, log_p, *_ = triton.loss_op(*given, 0.1, q, None, reduction, "current", False)
+    expected = losses.value(log_p.double(), None, losses.Loss(q, None, reduction))
+    torch.testing.assert_close(value.double(), expected, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("by", ["labels", "index", "sorted index"])
+@pytest.mark.parametrize("C", [1, 2, 30])
+def test_labels_need_not_be_running_numbers(C, by, kernel_device):
+    """Queries have labels below, between and above those of the bank, which are searched for."""
+    made = torch.Generator().manual_seed(C)
+    names = torch.cat([torch.randint(1, 1 << 40, (C - 1,), generator=made), torch.tensor([(1 << 62) + 1])])
+    archive = Archive(24, 80, 8, C, device=kernel_device, unlabelled=False)
+    named = names.to(kernel_device)[archive.bank_labels]
+    labels = torch.where(archive.index >= 0, named[archive.index], -1)
+    labels[::6] = torch.tensor([0, 5, (1 << 62), (1 << 62) + 2], device=kernel_device)
+    archive.bank_labels, archive.labels = torch.where(named == named[0], -1, named), labels
+    found = leave_one_out_log_scores(*arguments(archive, by), backend="triton")
+    expected = leave_one_out_log_scores(*arguments(archive, by), backend="reference")
+    assert C == 1 or (expected > -torch.inf).any()
+    torch.testing.assert_close(found, expected)
 
 
 def test_an_upstream_gradient_that_is_not_finite_spares_queries_without_positives(kernel_device):

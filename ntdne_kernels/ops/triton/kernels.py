@@ -547,10 +547,16 @@ def merge_to_log_scores(
         tl.debug_barrier()  # another thread may have written that
         if tl.atomic_add(counts, 1, sem="acq_rel") == B - 1:
             total = tl.full((BLOCK,), 0, tl.float64)
+            directed = tl.full((BLOCK,), 0, tl.int32)
             for begin in range(0, B, BLOCK):
                 j = begin + tl.arange(0, BLOCK)
                 total += tl.load(losses + j, mask=j < B, other=0.0, cache_modifier=".cg")
-            tl.store(value, (tl.sum(total, 0) / divisor).to(value.dtype.element_ty))
+                if LOOK_UP:
+                    directed += (tl.load(norms + j, mask=j < B, other=0.0) != 0).to(tl.int32)
+            reduced = tl.sum(total, 0) / divisor
+            if LOOK_UP:  # of no feature that has a direction: an encoder that diverged must not train on in silence
+                reduced = tl.where(tl.sum(directed, 0) == 0, float("nan"), reduced)
+            tl.store(value, reduced.to(value.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["B", "splits"])
