@@ -7,8 +7,10 @@ import math
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
@@ -251,13 +253,16 @@ def _fail(error: BaseException | str) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from ntdne_kernels.experiments.run import run
+    from ntdne_kernels.experiments.encoders import make_encoder
+    from ntdne_kernels.experiments.run import finished_results, run
     from ntdne_kernels.experiments.training import make_criterion
 
     settings, variant = _settings(arguments, {})
     folder = arguments.output or _archive_folder(arguments.data) / _cell(settings, variant)
     check_folder(folder, _images(arguments.data))
     make_criterion(settings, torch.tensor([0, 1]))  # before the images are decoded
+    if finished_results(settings, folder) is None:
+        make_encoder(settings.encoder, settings.dim, settings.weights)
     results = run(settings, variant, folder, _machine(arguments))
     if results is not None:
         _print_metrics(results)
@@ -273,6 +278,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
+    from ntdne_kernels.experiments.encoders import make_encoder
     from ntdne_kernels.experiments.run import finished_results, run
     from ntdne_kernels.experiments.training import make_criterion
 
@@ -282,10 +288,18 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     for settings, _, _ in cells:  # before hours are spent on the cells before it
         make_criterion(settings, torch.tensor([0, 1]))
     missing = [cell for cell in cells if finished_results(cell[0], cell[2]) is None]
-    print(f"{output}: {len(cells)} runs, {len(cells) - len(missing)} of them finished before", flush=True)
-    failed = []
+    print(
+        f"{output}: {_counted(len(cells), 'run')}, {len(cells) - len(missing)} of them finished before; "
+        f"{_counted(len(missing), 'training')} to do",
+        flush=True,
+    )
+    if missing:
+        settings = missing[0][0]  # the encoder is the same in all
+        make_encoder(settings.encoder, settings.dim, settings.weights)
+    failed, took = [], []
     for number, (settings, variant, folder) in enumerate(missing, start=1):
         print(f"run {number} of {len(missing)}", flush=True)
+        start = time.perf_counter()
         try:
             results = run(settings, variant, folder, _machine(arguments))
         except USERS_ERRORS as error:
@@ -294,6 +308,12 @@ def _reproduce(arguments: argparse.Namespace) -> None:
             continue
         if results is not None:
             _print_metrics(results)
+            took.append(
+                max(time.perf_counter() - start, results["seconds"])
+            )  # the latter also of what was trained before
+            if number < len(missing):
+                left = mean(took) * (len(missing) - number)
+                print(f"{_counted(len(missing) - number, 'training')} left, about {_duration(left)}", flush=True)
     if failed:
         raise ValueError(f"{len(failed)} of {len(missing)} runs failed, see above; the others are finished")
     print(f"next: ntdne report {shlex.quote(str(output))}")
@@ -490,6 +510,18 @@ def _archive_folder(data: str) -> Path:
 def _cell(settings: Settings, variant: str) -> Path:
     noise = settings.noise if settings.noise in RATELESS else f"{settings.noise}-{settings.rate}"
     return Path(noise) / " ".join([settings.loss, *([variant] if variant else [])]) / f"seed-{settings.seed}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")
+
+
+def _duration(seconds: float) -> str:
+    """As "3 h 20 min", "12 min" or "40 s"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _print_metrics(results: dict[str, Any]) -> None:

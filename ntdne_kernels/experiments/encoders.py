@@ -4,6 +4,7 @@ Shapes: B images, D features.
 """
 
 from pathlib import Path
+from urllib.request import urlopen
 
 import torch
 from torch import nn
@@ -21,19 +22,38 @@ def make_encoder(name: str, dim: int, weights: str = "") -> nn.Module:
             with a state dict: of this network, or of one whose last layer has another width.
 
     Raises:
-        ValueError: the weights cannot be read or belong to another network.
+        ValueError: the weights cannot be read or downloaded, or belong to another network.
     """
     if name == "small":
         if weights == "imagenet":
             raise ValueError("weights: imagenet weights exist for resnet18 and resnet50, not for small")
         encoder: nn.Module = _small(dim)
     else:
-        resnet: models.ResNet = getattr(models, name)(weights="DEFAULT" if weights == "imagenet" else None)
+        resnet: models.ResNet = getattr(models, name)()
+        if weights == "imagenet":
+            resnet.load_state_dict(_imagenet(name))
         resnet.fc = nn.Linear(resnet.fc.in_features, dim)
         encoder = resnet
     if weights not in ("", "imagenet"):
         _load(encoder, Path(weights))
     return encoder.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
+
+
+def _imagenet(name: str) -> dict[str, torch.Tensor]:
+    """torchvision's state dict, from its cache or the network."""
+    weights = models.get_model_weights(name).DEFAULT
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    try:
+        if not file.exists():  # before torch announces a download
+            urlopen(weights.url, timeout=60).close()
+        state: dict[str, torch.Tensor] = weights.get_state_dict(progress=True, check_hash=True)
+        return state
+    except (OSError, RuntimeError) as error:  # the latter: a broken download
+        reason = getattr(error, "reason", error)
+        raise ValueError(
+            f"weights: imagenet weights are neither at {file} nor can they be downloaded ({reason}); put "
+            f"{file.name} there, or give a file with a state dict, or none, which starts at random"
+        ) from None
 
 
 def _small(dim: int) -> nn.Module:
