@@ -60,8 +60,11 @@ from features of your own encoder (in Python: numpy.save("features.npy", feature
   ntdne audit archive.parquet          columns features (lists of floats), label and, if you like, path
 
 Written: audit.html, a page with the worst images of each class beside their neighbours; audit.csv, a row for each
-image; with --fix corrected.csv. What was read stays as it is. Features in a .npy file may be larger than memory: they
-are read part by part, and --scratch has the copy that the audit works with on a disk.
+image; with --fix corrected.csv. Where the features cannot tell how many labels are wrong, that is said first, labels
+are ranked, and none is called a suspect or corrected unless --force says so.
+
+What was read stays as it is. Features in a .npy file may be larger than memory: they are read part by part, and
+--scratch has the copy that the audit works with on a disk.
 """
 
 
@@ -164,6 +167,9 @@ def _add_audit(command: argparse.ArgumentParser) -> None:
     written.add_argument("--output", type=Path, metavar="FOLDER", help="default: audit/NAME")
     written.add_argument("--format", choices=("csv", "parquet"), default="csv", help="of the table (csv)")
     written.add_argument("--fix", action="store_true", help="write corrected.csv too: suspects get the suggested label")
+    written.add_argument(
+        "--force", action="store_true", help="name and fix suspects also where the features cannot carry a noise rate"
+    )
     written.add_argument("--worst", type=_count, default=8, metavar="N", help="images of a class on the page (8)")
     written.add_argument("--neighbours", type=_count, default=5, metavar="K", help="shown beside an image (5)")
     machine = command.add_argument_group("machine")
@@ -384,24 +390,32 @@ def _audit(arguments: argparse.Namespace) -> None:
         worst=arguments.worst,
         format=arguments.format,
         fix=arguments.fix,
+        force=arguments.force,
         device=device,
         dtype=getattr(torch, arguments.dtype),
         scratch=arguments.scratch,
     )
-    judged, suspects = int(audit.judged.sum()), int(audit.suspects(arguments.threshold).sum())
+    judged = int(audit.judged.sum())
+    about = f"{len(audit)} images, {len(audit.classes)} classes: "
     if judged == 0:
-        print("no label could be judged: no two images carry the same one")
-    elif audit.noise_rate > 0.5:
-        print("so many wrong labels are rare: more likely the features cannot tell these classes apart")
-    print(
-        f"{len(audit)} images, {len(audit.classes)} classes: {suspects} of {judged} judged labels are suspect; about "
-        f"{100 * audit.noise_rate:.1f} % are estimated to be wrong"
-        + (f"; {len(source.unreadable)} unreadable files left out" if source.unreadable else "")
-    )
+        about += "no label could be judged: no two images carry the same one"
+    elif audit.doubt and not arguments.force:
+        about += f"{judged} judged labels are ranked, the most suspect first"
+    else:
+        about += f"{int(audit.suspects(arguments.threshold).sum())} of {judged} judged labels are suspect; about "
+        about += f"{100 * audit.noise_rate:.1f} % are estimated to be wrong"
+    if judged and audit.doubt:
+        print(f"how many labels are wrong cannot be said from these features: {audit.doubt}")
+    print(about + (f"; {len(source.unreadable)} unreadable files left out" if source.unreadable else ""))
     for path in written:
         print(path)
     for path in auditing.left_over(output, written):
         print(f"ntdne: {path} is of an earlier audit", file=sys.stderr)
+    if arguments.fix and audit.doubt and not arguments.force:
+        raise ValueError(
+            f"--fix: no corrected list was written, as most suspects would be right labels: {audit.doubt}; --force "
+            "writes it all the same"
+        )
 
 
 def _positive(text: str) -> float:
