@@ -42,7 +42,9 @@ METHODS = ("rate", "otsu", "auto")
 WITNESSES = 4096  # images whose nearest neighbours are asked whether the features can carry a rate
 NEAREST = 10  # of each; fewer where classes are small
 LEAST_NEAREST = 4  # that four of them can agree
-LEAST_SIGNIFICANCE, LEAST_AGREEMENT, MOST_APART = 3.0, 0.5, 0.12  # calibrated: `python -m benchmarks.audit calibrate`
+# When features carry a noise rate, by `Evidence`; chosen with `python -m benchmarks.audit calibrate`
+LEAST_SIGNIFICANCE, LEAST_AGREEMENT = 3.0, 0.6
+MOST_ABOVE, MOST_BELOW, MOST_UNEVEN = 0.03, 0.12, 0.07
 
 
 def audit_labels(
@@ -448,23 +450,22 @@ class Evidence(NamedTuple):
     """What the labels of nearest neighbours say of the features, for which no right label is needed.
 
     Good features bring images of one class together. Then wrong labels alone keep nearest neighbours from having the
-    same label, and how often they have it follows from the confusions that the audit estimates.
+    same label, and as they fall on the images at random, they do so to the same extent everywhere in a class.
     """
 
     agreement: float
-    """How much oftener than by chance two nearest neighbours of an image carry one label, against what follows.
-
-    1: as often as follows; 0: by chance; far above 1: the confusions are not those of the labels.
+    """How much oftener than by chance two nearest neighbours of an image carry one label, against what follows from the
+    confusions that the audit estimates. 1: as often as follows; 0: by chance; above 1: too many confusions.
     """
     significance: float
     """The same in standard errors of chance."""
-    noise_rate: float
-    """Where three nearest neighbours carry the label suggested for their image: how rarely a fourth one does.
+    rate: float
+    """How often a nearest neighbour does not carry the label suggested for the image."""
+    rate_at_best: float
+    """How often, where three others carry it.
 
-    With good features this is the noise rate, whatever the three are: wrong labels fall on the images at random.
-    Features that confuse classes do so in some places more than in others, and three that agree are found where they
-    do least. A noise rate far above this one is therefore the features' doing; far below, neighbours are mixed even
-    there.
+    With good features both are the noise rate, whatever the three are. Features that confuse classes do so in some
+    places more than in others, and three that agree are found where they do least.
     """
 
 
@@ -615,7 +616,7 @@ class LabelAudit:
         NaN where that cannot be told: a single class, or classes that are too small.
         """
         if self.votes.numel() == 0 or len(self.classes) < 2:
-            return Evidence(math.nan, math.nan, math.nan)
+            return Evidence(*4 * [math.nan])
         labelled, C = self.votes != UNLABELLED, len(self.classes)
         voters = labelled.sum(dim=1)
         votes = torch.where(labelled, self.votes, UNLABELLED - 1 - torch.arange(self.votes.size(1))).sort(dim=1).values
@@ -629,13 +630,20 @@ class LabelAudit:
 
         own = self.suggested[self.witnesses]
         count = (self.votes == own.unsqueeze(1)).sum(dim=1).double()
-        three = count * (count - 1) * (count - 2)
-        asked, agree = (_summed(three * others, own, C) for others in ((voters - 3).clamp(min=0), count - 3))
-        weight = _summed(torch.ones_like(count), own, C)[asked > 0]
-        fourth = (weight * (agree / asked)[asked > 0]).sum() / weight.sum()
-        return Evidence(
-            float((together - chance) / (foretold - chance)), float((together - chance) / error), float(1 - fourth)
-        )
+        images = _summed(torch.ones_like(count), own, C)
+
+        def rate(others: int) -> Tensor:
+            """How rarely a neighbour carries the label where the others do, the mean over the classes' images."""
+            drawn = torch.stack([count - i for i in range(others)]).prod(dim=0) if others else torch.ones_like(count)
+            asked, agreeing = (
+                _summed(drawn * more, own, C) for more in ((voters - others).clamp(min=0), count - others)
+            )
+            weight = images[asked > 0]
+            return 1 - (weight * (agreeing / asked)[asked > 0]).sum() / weight.sum()
+
+        beyond = together - chance
+        found = beyond / (foretold - chance), beyond / error, rate(others=0), rate(others=3)
+        return Evidence(*map(float, found))
 
     @cached_property
     def doubt(self) -> str:
@@ -644,7 +652,7 @@ class LabelAudit:
         Where they cannot, the noise rate is nearly always too high, most of as many suspects are right labels, and the
         ranking alone may be of use. Features that have learned wrong labels by heart pass: their rate is too low.
         """
-        agreement, significance, rate = self.evidence
+        agreement, significance, rate, at_best = self.evidence
         if len(self.classes) < 2:
             return ""  # no label can be wrong
         if math.isnan(significance):
@@ -653,10 +661,10 @@ class LabelAudit:
             )
         if significance < LEAST_SIGNIFICANCE:
             return "the nearest neighbours of an image agree on a label no more than any images would"
-        apart = MOST_APART + 2 * math.sqrt(rate * (1 - rate) / len(self.witnesses))
-        if agreement < LEAST_AGREEMENT or self.noise_rate < rate - apart:
+        error = math.sqrt(at_best * (1 - at_best) / len(self.witnesses))
+        if agreement < LEAST_AGREEMENT or at_best - self.noise_rate > MOST_BELOW + error:
             return "the nearest neighbours of an image are of more classes than wrong labels would make them seem"
-        if not self.noise_rate <= rate + apart:
+        if self.noise_rate - at_best > MOST_ABOVE + error or rate - at_best > MOST_UNEVEN + error:
             return "neighbours contradict labels in some places only, as features that confuse classes make them"
         return ""
 

@@ -530,7 +530,7 @@ def test_good_features_carry_the_rate_and_chance_does_not(rate):
     found = audit_labels(pixels, labels)
     assert found.doubt == ""
     assert found.noise_rate == pytest.approx(float((labels != true).double().mean()), abs=0.04)
-    assert found.evidence.noise_rate == pytest.approx(found.noise_rate, abs=0.04)
+    assert found.evidence.rate_at_best == pytest.approx(found.noise_rate, abs=0.04)
     made = torch.Generator().manual_seed(2)
     assert audit_labels(torch.randn(pixels.shape, generator=made), labels).doubt
     # All features nearly alike, as an untrained encoder makes them: neighbours are good, the rate is not.
@@ -577,7 +577,12 @@ def test_evidence_is_counted_as_it_reads():
     assert evidence.significance == pytest.approx((agree / pairs - chance) / error)
     rates = {own: 1 - sum(hits) / len(hits) for own, hits in fours.items()}
     expected = sum(images[own] * rate for own, rate in rates.items()) / sum(images.values())
-    assert evidence.noise_rate == pytest.approx(expected)
+    assert evidence.rate_at_best == pytest.approx(expected)
+    unlike = {own: [] for own in images}
+    for image, votes in zip(found.witnesses.tolist(), found.votes.tolist(), strict=True):
+        unlike[int(found.suggested[image])] += [vote != int(found.suggested[image]) for vote in votes if vote >= 0]
+    expected = sum(images[own] * sum(wrong) / len(wrong) for own, wrong in unlike.items()) / sum(images.values())
+    assert evidence.rate == pytest.approx(expected)
 
 
 def test_classes_too_small_to_ask_are_named():
@@ -595,5 +600,5 @@ def test_a_sample_of_a_large_archive_is_asked(monkeypatch):
     monkeypatch.setattr(audit, "WITNESSES", 300)
     part = audit_labels(features, labels)
     assert (whole.votes.shape, part.votes.shape) == ((600, 10), (300, 10))
-    assert part.evidence.noise_rate == pytest.approx(whole.evidence.noise_rate, abs=0.05)
+    assert part.evidence.rate_at_best == pytest.approx(whole.evidence.rate_at_best, abs=0.05)
     assert part.evidence.agreement == pytest.approx(whole.evidence.agreement, abs=0.1)
