@@ -598,6 +598,7 @@ def ddp_worker(rank: int, store: str, results: str) -> None:
     for _ in range(2):
         model(features.float(), index).backward()
     torch.save((model.module.encoder.weight.grad, criterion.memory.storage), f"{results}{rank}")
+    torch.distributed.barrier()  # see examples/train_distributed.py
     torch.distributed.destroy_process_group()
 
 

@@ -26,8 +26,6 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@cache
-@torch.inference_mode(False)
 def skipped_counter(device: torch.device) -> Tensor:
     """(1,) int64: features without a direction that were left out on the device since the program started.
 
@@ -36,6 +34,14 @@ def skipped_counter(device: torch.device) -> Tensor:
     Raises:
         RuntimeError: it would be made within a CUDA graph, each replay of which would set it to 0.
     """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _counter(device)
+
+
+@cache
+@torch.inference_mode(False)
+def _counter(device: torch.device) -> Tensor:
     check_not_capturing(device, "the first step on a device makes a counter; run a step before the capture")
     return torch.zeros(1, dtype=torch.int64, device=device)
 
