@@ -451,7 +451,7 @@ def test_a_training_step_takes_at_most_ten_launches():
     assert "update_bank_kernel" in module[0][-1]
     assert len(module[0]) == 7 <= 10, module
     for _, operators in (functional, module):  # most of them allocate
-        assert len(operators) <= 25, operators
+        assert len(operators) <= 30, operators
 
 
 def test_no_grad_gives_the_same_loss():
