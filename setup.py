@@ -12,9 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0"]  # the last one also as PTX, for devices to come
+OLDEST_SETUPTOOLS = 77  # that knows `license = "..."` in pyproject.toml, as build-system.requires says
 
 
 def cuda_toolkit() -> Path | None:
@@ -92,4 +94,9 @@ def extension() -> dict:
 
 
 if __name__ == "__main__":
+    if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+        sys.exit(
+            f"ntdne_kernels: setuptools {OLDEST_SETUPTOOLS} or newer is needed, {setuptools.__version__} is installed: "
+            f"pip install 'setuptools>={OLDEST_SETUPTOOLS}', or leave out --no-build-isolation"
+        )
     setup(options={"bdist_wheel": {"py_limited_api": "cp311"}}, **extension())

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from ntdne_kernels.ops.triton import FOLD_ROWS, PRECISION, hopper, kernels
+from ntdne_kernels.ops.triton import BLOCK_Q, FOLD_ROWS, PRECISION, hopper, kernels
 from ntdne_kernels.ops.triton.configs import (
     HOPPER,
     MERGE_WARPS,
@@ -38,15 +38,22 @@ SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448
 BANKS = {"16-bit": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",), "fp64": ("fp64",)}
 """Triton's names of the bank's dtypes, by the arithmetic they are multiplied in."""
 _POINTERS = {
-    "queries": "bank", "bank": "bank", "order": "i64", "bank_labels": "i64", "places": "i64",
-    "totals": "sum", "maxima": "sum", "vectors": "sum", "log_p": "sum", "log_sum_all": "sum",
-    "grad_log_p": "sum", "gradient": "bank", "direction": "sum",
+    "queries": "bank", "bank": "bank", "order": "i64", "places": "i64", "index": "i64",
+    "totals": "sum", "maxima": "sum", "vectors": "sum", "log_p": "sum", "log_sum_all": "sum", "grad_log_p": "sum",
+    "features": "sum", "norms": "sum", "scores": "sum", "value": "sum", "slope": "sum", "losses": "fp64",
     "log_same": "fp64", "log_other": "fp64", "mean_same": "sum", "mean_other": "sum",
 }  # fmt: skip
-_NUMBERS = {"scale": "fp64", "sigma": "fp64", "rows_per_split": "i64"}
+_NUMBERS = {
+    "scale": "fp64", "sigma": "fp64", "q": "fp64", "log_k": "fp64", "pruned_loss": "fp64", "rows_per_split": "i64",
+}  # fmt: skip
 _ALIGNED = (
-    "queries", "bank", "totals", "vectors", "gradient", "bank_stride", "direction", "mean_same", "mean_other",
+    "queries", "bank", "totals", "vectors", "gradient", "bank_stride", "features", "mean_same", "mean_other",
 )  # fmt: skip
+_LOSS = {
+    "LOSS": "ntdne", "PRUNING": True, "INDICATOR": "auto", "REDUCTION": "mean", "LOOK_UP": True, "BLOCK_Q": BLOCK_Q,
+    "BLOCK": 256,
+}  # fmt: skip
+"""The loss of a module, which takes most registers."""
 
 
 class Resources(NamedTuple):
@@ -68,19 +75,18 @@ class Variant(NamedTuple):
     """What is compiled into a kernel besides its tiles."""
 
     bank: str
-    by_range: bool = True
     gather: bool = False
     tracked: bool = False
     weighted: bool = True
 
 
-KERNELS = {"range": kernels.stream, "labels": kernels.stream, "gradient": kernels.gradient_to_bank}
+KERNELS = {"stream": kernels.stream, "gradient": kernels.gradient_to_bank}
 """By their names in the table of tile shapes."""
 MERGES = {"log scores": kernels.merge_to_log_scores, "class sums": kernels.merge_to_class_sums}
 _MERGE = Config(block_b=128, block_n=0, num_warps=MERGE_WARPS, num_stages=3, shared=48 << 10)
 """Queries stand in blocks, no bank row is visited, stages are Triton's default; any program can have 48 KB."""
-
-
+_SPLITS = 132
+"""Of a large bank: a program that merges them holds as much as it ever does."""
 HOPPER_STREAM = "hopper stream"
 HOPPER_DIMENSIONS = (64, 112, 128, 256)
 
@@ -90,10 +96,7 @@ def checks(kernel: str, arithmetic: str, width: int) -> list[tuple[int, Variant]
     first, last = BANKS[arithmetic][0], BANKS[arithmetic][-1]
     two_parts = width * 3 // 4
     if kernel == "gradient":
-        found = [Variant(first), Variant(first, by_range=False), Variant(first, gather=True)]
-    elif kernel == "labels":
-        found = [Variant(first, by_range=False), Variant(last, by_range=False, tracked=True)]
-        found.append(Variant(first, by_range=False, weighted=False))
+        found = [Variant(first), Variant(first, gather=True)]
     else:  # float16 is always tracked
         found = [Variant(first), Variant(first, weighted=False), Variant(last, tracked=True)]
         found += [Variant(first, gather=True), Variant(last, gather=True, tracked=True)]
@@ -108,15 +111,17 @@ def compile_for(kernel: str, capability: int, arithmetic: str, D: int, config: C
     names = function.arg_names
     element = {"bank": variant.bank, "sum": "fp64" if variant.bank == "fp64" else "fp32"}
     D1, D2 = columns(D)
-    constants: dict[str, Any] = merge_blocks(D, 8 if variant.bank == "fp64" else 4) | {
+    constants: dict[str, Any] = merge_blocks(D, 8 if variant.bank == "fp64" else 4, _SPLITS) | _LOSS | {
         "D": D, "D1": D1, "D2": D2, "BLOCK_B": config.block_b, "BLOCK_N": config.block_n,
-        "BY_RANGE": variant.by_range, "GATHER": variant.gather, "TRACKED": variant.tracked,
+        "GATHER": variant.gather, "TRACKED": variant.tracked,
         "SHIFT": 14 if variant.tracked else 0, "WEIGHTED": variant.weighted, "PRECISION": PRECISION[arithmetic],
         "FOLD_ROWS": FOLD_ROWS,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: _NUMBERS.get(name, "i32") for name in names}
-    signature |= {name: f"*{element.get(kind, kind)}" for name, kind in _POINTERS.items() if name in names}
+    # Of the merge it is the features' gradient, as wide as its sums.
+    pointers = _POINTERS | {"gradient": "bank" if kernel == "gradient" else "sum"}
+    signature |= {name: f"*{element.get(kind, kind)}" for name, kind in pointers.items() if name in names}
     signature |= dict.fromkeys(constants, "constexpr")
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in _ALIGNED}
     source = ASTSource(function, signature, constexprs=constants, attrs=attrs)
@@ -198,7 +203,7 @@ def entries(capability: int) -> list[tuple[str, int, str, int, Config, Variant]]
                     D, variant = choices[len(found) % len(choices)]
                     found.append((kernel, capability, arithmetic, D, config, variant))
     for kernel, arithmetic in itertools.product(MERGES, ("16-bit", "fp64")):
-        for width in map(int, tables["range"][arithmetic]):  # tracked needs more registers
+        for width in map(int, tables["stream"][arithmetic]):  # tracked needs more registers
             found.append((kernel, capability, arithmetic, width, _MERGE, Variant(BANKS[arithmetic][-1], tracked=True)))
     if capability == HOPPER:
         for D, B, weighted in itertools.product(HOPPER_DIMENSIONS, (64, 128), (True, False)):

@@ -3,7 +3,8 @@
 //
 // Its memory is the host's, copies are made, and whatever is launched is counted and done at once. PyTorch's dispatcher,
 // its allocator and its autograd thread for the device run as they do on a GPU, and so does Triton's own launcher: what a
-// step takes is the host's part of it, but for the driver's.
+// step takes is the host's part of it, but for the driver's. What is launched while a CUDA graph is captured is done when
+// the graph is launched, and what a capture forbids fails.
 
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -28,10 +29,37 @@ int null_gpu_nothing(void) { return 0; }
 // Without a prototype, which the header would contradict.
 #define NOTHING(name) __asm__(".globl " #name "\n.type " #name ", @function\n.set " #name ", null_gpu_nothing");
 
-static int launched(const char *name) {
+// One capture at a time; a graph is the names of what was launched.
+typedef struct {
+    const char **names;
+    size_t count;
+} Graph;
+static Graph *capture;
+static void *capturing;  // the stream
+static unsigned long long captures;
+static int broken;
+static enum cudaStreamCaptureMode capture_mode;
+static __thread enum cudaStreamCaptureMode thread_mode;  // 0: global
+static __thread unsigned long long own_capture;
+
+static int launched(const char *name, void *stream) {
+    if (capture && stream == capturing) {
+        if ((capture->count & (capture->count - 1)) == 0)
+            capture->names = realloc(capture->names, (capture->count ? 2 * capture->count : 1) * sizeof(char *));
+        capture->names[capture->count++] = name;
+        return 0;
+    }
     launches++;
     if (listener) listener(name);
     return 0;
+}
+
+// What waits, allocates or loads fails in the thread of a capture, for a global one in all, and ends it.
+static int forbidden(void) {
+    int held = capture_mode == cudaStreamCaptureModeGlobal || own_capture == captures;
+    if (!capture || thread_mode == cudaStreamCaptureModeRelaxed || !held) return 0;
+    broken = 1;
+    return cudaErrorStreamCaptureUnsupported;
 }
 
 static int give(void **out) {
@@ -51,7 +79,7 @@ static size_t kernel_count;
 static const char *name_of(const void *host) {
     static __thread const void *last;
     static __thread const char *last_name;
-    if (!listener) return "";
+    if (!listener && !capture) return "";
     if (last == host) return last_name;
     for (size_t i = 0; i < kernel_count; i++)
         if (kernels[i].host == host) {
@@ -97,15 +125,15 @@ cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *host) {
 }
 
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 g, dim3 b, void **args, size_t shared, cudaStream_t s) {
-    return launched(name_of(kernel));
+    return launched(name_of(kernel), s);
 }
 
 cudaError_t cudaLaunchKernel(const void *host, dim3 g, dim3 b, void **args, size_t shared, cudaStream_t s) {
-    return launched(name_of(host));
+    return launched(name_of(host), s);
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *host, void **args) {
-    return launched(name_of(host));
+    return launched(name_of(host), config->stream);
 }
 
 // The device
@@ -173,6 +201,7 @@ static void *allocate(size_t size) {
 }
 
 cudaError_t cudaMalloc(void **memory, size_t size) {
+    if (forbidden()) return cudaErrorStreamCaptureUnsupported;
     return (*memory = allocate(size)) ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaHostAlloc(void **memory, size_t size, unsigned flags) { return cudaMalloc(memory, size); }
@@ -180,19 +209,19 @@ cudaError_t cudaFree(void *memory) { return free(memory), 0; }
 cudaError_t cudaFreeHost(void *memory) { return free(memory), 0; }
 
 // Between host and device alone: elsewhere are zeros.
-static int copy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
-    if (kind != cudaMemcpyDeviceToDevice) memmove(to, from, size);
-    return launched("copy");
+static int copy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, void *stream) {
+    if (kind != cudaMemcpyDeviceToDevice && !(capture && stream == capturing)) memmove(to, from, size);
+    return launched("copy", stream);
 }
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
-    return copy(to, from, size, kind);
+    return forbidden() ? cudaErrorStreamCaptureUnsupported : copy(to, from, size, kind, NULL);
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t s) {
-    return copy(to, from, size, kind);
+    return copy(to, from, size, kind, s);
 }
-cudaError_t cudaMemset(void *to, int value, size_t size) { return launched("fill"); }
-cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t s) { return launched("fill"); }
+cudaError_t cudaMemset(void *to, int value, size_t size) { return launched("fill", NULL); }
+cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t s) { return launched("fill", s); }
 
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *memory) {
     memset(a, 0, sizeof *a);
@@ -201,17 +230,48 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void
 }
 
 // Streams and events
-cudaError_t cudaStreamCreate(cudaStream_t *s) { return give((void **)s); }
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) { return give((void **)s); }
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int priority) { return give((void **)s); }
+cudaError_t cudaStreamCreate(cudaStream_t *s) { return *s = malloc(1), 0; }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) { return *s = malloc(1), 0; }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int p) { return *s = malloc(1), 0; }
 cudaError_t cudaStreamGetPriority(cudaStream_t s, int *priority) { return *priority = 0, 0; }
 cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *status) {
-    return *status = cudaStreamCaptureStatusNone, 0;
+    *status = !capture || s != capturing ? cudaStreamCaptureStatusNone
+              : broken                   ? cudaStreamCaptureStatusInvalidated
+                                         : cudaStreamCaptureStatusActive;
+    return 0;
 }
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id,
                                      cudaGraph_t *graph, const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges,
                                      size_t *count) {
-    return *status = cudaStreamCaptureStatusNone, 0;
+    if (id) *id = captures;
+    if (graph) *graph = (cudaGraph_t)capture;
+    return cudaStreamIsCapturing(s, status);
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode mode) {
+    if (capture || !s) return cudaErrorStreamCaptureUnsupported;
+    capture = calloc(1, sizeof *capture), capturing = s, capture_mode = mode, broken = 0;
+    own_capture = ++captures;
+    return 0;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph) {
+    *graph = broken ? NULL : (cudaGraph_t)capture;
+    capture = NULL;
+    return broken ? cudaErrorStreamCaptureInvalidated : 0;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) {
+    enum cudaStreamCaptureMode before = thread_mode;
+    return thread_mode = *mode, *mode = before, 0;
+}
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
+    return *count = ((Graph *)graph)->count, 0;
+}
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long flags) {
+    return *made = (cudaGraphExec_t)graph, 0;  // which stays for as long as the process lives
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t made, cudaStream_t s) {
+    const Graph *graph = (Graph *)made;
+    for (size_t i = 0; i < graph->count; i++) launched(graph->names[i], s);
+    return 0;
 }
 cudaError_t cudaEventCreate(cudaEvent_t *e) { return give((void **)e); }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags) { return give((void **)e); }
@@ -230,27 +290,33 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, 
     return 0;
 }
 
+int null_gpu_waits(void) { return forbidden(); }
+#define WAITS(name) __asm__(".globl " #name "\n.type " #name ", @function\n.set " #name ", null_gpu_waits");
+WAITS(cudaDeviceSynchronize)
+WAITS(cudaEventQuery)
+WAITS(cudaEventSynchronize)
+WAITS(cudaStreamQuery)
+WAITS(cudaStreamSynchronize)
 NOTHING(__cudaRegisterFatBinaryEnd)
 NOTHING(__cudaUnregisterFatBinary)
 NOTHING(__cudaRegisterVar)
 NOTHING(cudaDeviceEnablePeerAccess)
-NOTHING(cudaDeviceSynchronize)
 NOTHING(cudaEventDestroy)
-NOTHING(cudaEventQuery)
 NOTHING(cudaEventRecord)
 NOTHING(cudaEventRecordWithFlags)
-NOTHING(cudaEventSynchronize)
 NOTHING(cudaFuncSetAttribute)
 NOTHING(cudaGetLastError)
+NOTHING(cudaGraphDestroy)
+NOTHING(cudaGraphExecDestroy)
+NOTHING(cudaGraphRetainUserObject)
 NOTHING(cudaPeekAtLastError)
 NOTHING(cudaProfilerStart)
 NOTHING(cudaProfilerStop)
 NOTHING(cudaSetDevice)
 NOTHING(cudaStreamDestroy)
-NOTHING(cudaStreamQuery)
-NOTHING(cudaStreamSynchronize)
 NOTHING(cudaStreamWaitEvent)
-NOTHING(cudaThreadExchangeStreamCaptureMode)
+NOTHING(cudaUserObjectCreate)
+NOTHING(cudaUserObjectRelease)
 
 // The driver, as Triton's launcher calls it
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = 0, 0; }
@@ -265,8 +331,10 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { return 
 CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
     return *flags = 0, *active = 1, 0;
 }
-CUresult cuModuleLoad(CUmodule *module, const char *file) { return give((void **)module); }
-CUresult cuModuleLoadData(CUmodule *module, const void *image) { return give((void **)module); }
+CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+    return forbidden() ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : give((void **)module);
+}
+CUresult cuModuleLoad(CUmodule *module, const char *file) { return cuModuleLoadData(module, file); }
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
     return *function = (CUfunction)strdup(name), 0;  // for as long as the process lives
 }
@@ -277,11 +345,11 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute which, CUdevicep
     return *(CUdeviceptr *)value = pointer, 0;
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
-    return launched((const char *)function);
+    return launched((const char *)function, config->hStream);
 }
 CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
                         unsigned bz, unsigned shared, CUstream stream, void **parameters, void **extra) {
-    return launched((const char *)function);
+    return launched((const char *)function, stream);
 }
 CUresult cuGetErrorString(CUresult error, const char **text) { return *text = "an error of no GPU", 0; }
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { return *value = 0, 0; }
@@ -296,21 +364,26 @@ NOTHING(cuTensorMapEncodeTiled)
 NOTHING(cuTensorMapEncodeIm2col)
 
 // cuBLAS, for what others launch
+static __thread void *of_products;  // the stream
 #define PRODUCT(name) \
-    int name(void) { return launched(#name); }
+    int name(void) { return launched(#name, of_products); }
+int cublasSetStream_v2(void *handle, void *stream) { return of_products = stream, 0; }
 int cublasCreate_v2(void **handle) { return give(handle); }
 int cublasGetMathMode(void *handle, int *mode) { return *mode = 0, 0; }
 int cublasGetPointerMode_v2(void *handle, int *mode) { return *mode = 0, 0; }
 NOTHING(cublasDestroy_v2)
 NOTHING(cublasSetMathMode)
 NOTHING(cublasSetPointerMode_v2)
-NOTHING(cublasSetStream_v2)
 NOTHING(cublasSetWorkspace_v2)
 PRODUCT(cublasGemmEx)
 PRODUCT(cublasSgemm_v2)
 PRODUCT(cublasDotEx)
 PRODUCT(cublasSdot_v2)
-PRODUCT(cublasLtMatmul)
+int cublasLtMatmul(void *handle, void *product, void *alpha, void *a, void *a_layout, void *b, void *b_layout, void *beta,
+                   void *c, void *c_layout, void *d, void *d_layout, void *algorithm, void *workspace, size_t size,
+                   void *stream) {
+    return launched("cublasLtMatmul", stream);
+}
 int cublasLtMatmulAlgoGetHeuristic(void *handle, void *product, void *a, void *b, void *c, void *d, void *preference,
                                    int asked, void *algorithms, int *found) {
     return *found = 1, 0;

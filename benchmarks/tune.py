@@ -81,9 +81,9 @@ def best(kernel: str, capability: int, arithmetic: str, width: int, block: int) 
 
 
 def entries(kernel: str, capability: int, arithmetic: str, width: int) -> list[Config]:
-    """For each block of queries; for labels and the bank's gradient, which few use, the larger feasible block."""
+    """For each block of queries; for the bank's gradient, which few use, the larger feasible block."""
     blocks = BLOCKS[arithmetic]
-    if kernel != "range":
+    if kernel == "gradient":
         found = (best(kernel, capability, arithmetic, width, block) for block in (64, 16) if block in blocks)
         return list(itertools.islice(filter(None, found), 1))
     return [config for block in blocks if (config := best(kernel, capability, arithmetic, width, block)) is not None]
@@ -119,7 +119,7 @@ def time_shapes(B: str, N: str, D: str, dtype: str) -> None:
     with providers.arithmetic(dtype), ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         problem = problems.make(int(B), int(float(N)), int(D), 45, providers.DTYPES[dtype], device)
         here = backend.describe(problem.bank.device)
-        chosen = configs.choose(here, "range", ARITHMETIC[dtype], int(D), int(B))
+        chosen = configs.choose(here, "stream", ARITHMETIC[dtype], int(D), int(B))
         in_table = partial(sum_with, chosen, problem)
         in_table()
         print(f"the table's: {chosen}", flush=True)
@@ -155,7 +155,7 @@ def shapes(device: configs.Device, arithmetic: str, D: int, chosen: Config) -> l
     """Candidates with the table's block of queries, then with others; those that may need too much are among them."""
     width = min(width for width in WIDTHS[arithmetic] if width >= D)
     blocks = sorted(BLOCKS[arithmetic], key=lambda block: block != chosen.block_b)
-    found = [c for block in blocks for c in candidates("range", device.capability, arithmetic, width, block)]
+    found = [c for block in blocks for c in candidates("stream", device.capability, arithmetic, width, block)]
     return [config._replace(shared=chosen.shared) for config in found]
 
 

@@ -91,4 +91,7 @@ if distributed.get_rank() == 0:
         features = nn.functional.normalize(encoder.module(test_images.to(device)), dim=1).cpu()
     classifier = KNeighborsClassifier(10).fit(bank, train_labels)
     print(f"test accuracy {classifier.score(features, test_labels):.1%}")
+# Gloo's threads let go of their tensors some time after a call has returned, and need the interpreter for it. One that
+# did so while Python ends would abort the process; so wait here, where nothing is left to do for them.
+distributed.barrier()
 distributed.destroy_process_group()

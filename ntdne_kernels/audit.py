@@ -39,6 +39,12 @@ VALUES = 1 << 23  # of features looked at together: 65,536 rows of 128
 NEIGHBOUR_QUERIES = 256  # compared with as many rows
 MOST_DENSE_CLASSES = 10_000  # for (C, C) matrices: 800 MB
 METHODS = ("rate", "otsu", "auto")
+WITNESSES = 4096  # images whose nearest neighbours are asked whether the features can carry a rate
+NEAREST = 10  # of each; fewer where classes are small
+LEAST_NEAREST = 4  # that four of them can agree
+# When features carry a noise rate, by `Evidence`; chosen with `python -m benchmarks.audit calibrate`
+LEAST_SIGNIFICANCE, LEAST_AGREEMENT = 3.0, 0.6
+MOST_ABOVE, MOST_BELOW, MOST_UNEVEN = 0.03, 0.12, 0.07
 
 
 def audit_labels(
@@ -229,6 +235,7 @@ def audit_bank(
     labels = bank.labels.cpu()
     codes = torch.searchsorted(bank.classes.cpu(), labels) if classes else labels
     codes = torch.where(labels == UNLABELLED, UNLABELLED, codes)
+    witnesses, votes = _votes(bank, codes)
     return LabelAudit(
         classes=classes,
         labels=codes,
@@ -238,6 +245,8 @@ def audit_bank(
         top_shares=top_shares,
         log_density=log_density - math.log(max(N - 1, 1)),
         duplicate_of=_duplicates(bank),
+        witnesses=witnesses,
+        votes=votes,
     )
 
 
@@ -366,6 +375,46 @@ def _nearest(bank: MemoryBank, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return bank.order[found].cpu(), similarity.cpu()
 
 
+def _votes(bank: MemoryBank, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Labelled images (n,), drawn evenly where there are many, and the codes (n, K) of their nearest neighbours.
+
+    K = 0 where classes are too small: most neighbours would be of other classes whatever the features.
+    """
+    labelled = (codes != UNLABELLED).nonzero().squeeze(1)
+    drawn = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0), device="cpu")[:WITNESSES]
+    witnesses = labelled[drawn.sort().values]
+    if len(witnesses) == 0:
+        return witnesses, witnesses.new_empty((0, 0))
+    size = int(torch.bincount(codes[labelled])[codes[witnesses]].median())
+    if size <= LEAST_NEAREST:
+        return witnesses, witnesses.new_empty((len(witnesses), 0))
+    nearest, _ = nearest_neighbours(bank, witnesses, min(max(size // 4, LEAST_NEAREST), NEAREST))
+    return witnesses, codes[nearest]
+
+
+class Evidence(NamedTuple):
+    """What the labels of nearest neighbours say of the features, for which no right label is needed.
+
+    Good features bring images of one class together. Then wrong labels alone keep nearest neighbours from having the
+    same label, and as they fall on the images at random, they do so to the same extent everywhere in a class.
+    """
+
+    agreement: float
+    """How much oftener than by chance two nearest neighbours of an image carry one label, against what follows from the
+    confusions that the audit estimates. 1: as often as follows; 0: by chance; above 1: too many confusions.
+    """
+    significance: float
+    """The same in standard errors of chance."""
+    rate: float
+    """How often a nearest neighbour does not carry the label suggested for the image."""
+    rate_at_best: float
+    """How often, where three others carry it.
+
+    With good features both are the noise rate, whatever the three are. Features that confuse classes do so in some
+    places more than in others, and three that agree are found where they do least.
+    """
+
+
 class Confusions(NamedTuple):
     """How many images are thought to carry the label `given` and to be of the class `true`, by confident learning."""
 
@@ -392,6 +441,8 @@ class LabelAudit:
             the archive: images of a class that is not there, or broken ones. What is said of their labels means little.
         duplicate_of: (N,) the first image whose features, normalised in the audit's dtype, are the same to the bit; −1
             for none, and for that first one.
+        witnesses: (n,) labelled images, all or a sample.
+        votes: (n, K) codes of the labels of their K nearest neighbours; K is 0 where classes are too small to ask.
     """
 
     classes: tuple[Any, ...]
@@ -402,6 +453,8 @@ class LabelAudit:
     top_shares: Tensor
     log_density: Tensor
     duplicate_of: Tensor
+    witnesses: Tensor
+    votes: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -502,11 +555,70 @@ class LabelAudit:
         total = torch.zeros(C, dtype=torch.float64, device="cpu").index_add_(0, given, count)
         return Confusions(given, true, count * (self._sizes / total)[given])
 
+    @cached_property
+    def evidence(self) -> Evidence:
+        """Whether nearest neighbours agree as they would if wrong labels alone kept them from it.
+
+        NaN where that cannot be told: a single class, or classes that are too small.
+        """
+        if self.votes.numel() == 0 or len(self.classes) < 2:
+            return Evidence(*4 * [math.nan])
+        labelled, C = self.votes != UNLABELLED, len(self.classes)
+        voters = labelled.sum(dim=1)
+        votes = torch.where(labelled, self.votes, UNLABELLED - 1 - torch.arange(self.votes.size(1))).sort(dim=1).values
+        same = torch.stack([(votes[:, lag:] == votes[:, :-lag]).sum() for lag in range(1, votes.size(1))]).sum()
+        together = same.double() / (voters * (voters - 1) / 2).sum()
+        sizes = torch.bincount(self.labels[self.labels != UNLABELLED], minlength=C).double()
+        chance = (sizes / sizes.sum()).square().sum()
+        _, true, images = self.confusions
+        foretold = (images.square() / _summed(images, true, C)[true]).sum() / images.sum()
+        error = (chance * (1 - chance) / len(votes)).sqrt()
+
+        own = self.suggested[self.witnesses]
+        count = (self.votes == own.unsqueeze(1)).sum(dim=1).double()
+        images = _summed(torch.ones_like(count), own, C)
+
+        def rate(others: int) -> Tensor:
+            """How rarely a neighbour carries the label where the others do, the mean over the classes' images."""
+            drawn = torch.stack([count - i for i in range(others)]).prod(dim=0) if others else torch.ones_like(count)
+            asked, agreeing = (
+                _summed(drawn * more, own, C) for more in ((voters - others).clamp(min=0), count - others)
+            )
+            weight = images[asked > 0]
+            return 1 - (weight * (agreeing / asked)[asked > 0]).sum() / weight.sum()
+
+        beyond = together - chance
+        found = beyond / (foretold - chance), beyond / error, rate(others=0), rate(others=3)
+        return Evidence(*map(float, found))
+
+    @cached_property
+    def doubt(self) -> str:
+        """Why the features cannot say how many labels are wrong, by `evidence`; "" where they can.
+
+        Where they cannot, the noise rate is nearly always too high, most of as many suspects are right labels, and the
+        ranking alone may be of use. Features that have learned wrong labels by heart pass: their rate is too low.
+        """
+        agreement, significance, rate, at_best = self.evidence
+        if len(self.classes) < 2:
+            return ""  # no label can be wrong
+        if math.isnan(significance):
+            return (
+                f"most images have fewer than {LEAST_NEAREST} others of their label, too few to judge the features by"
+            )
+        if significance < LEAST_SIGNIFICANCE:
+            return "the nearest neighbours of an image agree on a label no more than any images would"
+        error = math.sqrt(at_best * (1 - at_best) / len(self.witnesses))
+        if agreement < LEAST_AGREEMENT or at_best - self.noise_rate > MOST_BELOW + error:
+            return "the nearest neighbours of an image are of more classes than wrong labels would make them seem"
+        if self.noise_rate - at_best > MOST_ABOVE + error or rate - at_best > MOST_UNEVEN + error:
+            return "neighbours contradict labels in some places only, as features that confuse classes make them"
+        return ""
+
     @property
     def noise_rate(self) -> float:
-        """Estimated share of wrong labels among the judged ones.
+        """Estimated share of wrong labels among the judged ones; not to be believed where there is `doubt`.
 
-        Far too high where the features hardly tell the classes apart, of which one that is above one half is a sign.
+        Far too high where the features hardly tell the classes apart.
         """
         given, true, images = self.confusions
         return float(images[given != true].sum() / images.sum()) if len(images) else 0.0
@@ -573,6 +685,11 @@ class LabelAudit:
     def _sizes(self) -> Tensor:
         """(C,) judged images with each label, float64."""
         return torch.bincount(self.labels[self.judged], minlength=len(self.classes)).double()
+
+
+def _summed(values: Tensor, groups: Tensor, count: int) -> Tensor:
+    """(count,) float64: the sum of the values (n,) of each group."""
+    return torch.zeros(count, dtype=torch.float64, device="cpu").index_add_(0, groups, values)
 
 
 def otsu_threshold(values: Tensor) -> float:

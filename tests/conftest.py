@@ -53,6 +53,13 @@ def fused(request: pytest.FixtureRequest, device: torch.device) -> str:
     return served(request.param, device)
 
 
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while a CUDA graph is captured."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
 class Archive:
     """B queries, most of them noisy copies of rows of a bank of N rows with labels from −1 to C − 1."""
 

@@ -45,6 +45,13 @@ def test_drop_in_learns_the_digits():
     assert float(result.stdout.split("test accuracy ")[1].rstrip("%\n")) > 95
 
 
+def test_cuda_graph_trains_without_a_gpu_too():
+    result = run("-c", "import examples.cuda_graph as recipe; recipe.main(2)")
+    assert result.returncode == 0, result.stderr
+    assert [line.split("loss")[0] for line in result.stdout.splitlines()[:-1]] == ["epoch  1  ", "epoch  2  "]
+    assert float(result.stdout.split("mean score ")[1]) > 0.5
+
+
 def test_train_distributed_survives_a_killed_process_and_gives_what_it_would_have_given(tmp_path):
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
     expected = torchrun(2, whole, "--epochs", "4").communicate(timeout=300)[0].splitlines()

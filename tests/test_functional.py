@@ -115,7 +115,11 @@ BAD_UPDATES = [
     (dict(momentum=1.5), ValueError, r"momentum: expected a number in \[0, 1\], got 1.5"),
     (dict(momentum=-0.1), ValueError, r"momentum: expected a number in \[0, 1\], got -0.1"),
     (dict(momentum=math.nan), ValueError, r"momentum: expected a number in \[0, 1\], got nan"),
-    (dict(features=torch.zeros(9, 5)), ValueError, "features: expected rows of positive, finite norm, got norm 0.0"),
+    (
+        dict(features=torch.zeros(9, 5)),
+        ValueError,
+        "features: expected rows of finite norm, at least 1e-12, got norm 0.0",
+    ),
     (
         dict(features=torch.full((9, 5), math.inf)),
         ValueError,

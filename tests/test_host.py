@@ -107,6 +107,43 @@ os._exit(0)  # autograd's thread may still hold Python objects, and ends the pro
 
 
 @without_a_gpu
+def test_a_graph_launches_what_was_captured_and_a_capture_forbids_waiting():
+    code = """
+import os
+import torch
+from benchmarks import null_gpu
+x = torch.ones(5).cuda()
+side = torch.cuda.Stream()
+graph, other = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+def capture():
+    with torch.cuda.graph(graph, stream=side):
+        assert torch.cuda.is_current_stream_capturing()
+        x.add(1).sum()
+seen = null_gpu.kernels_of(capture)
+assert not any("reduce" in name for name in seen), seen
+names = null_gpu.kernels_of(graph.replay)
+assert len(names) == 2 and "add" in names[0].lower() and "reduce" in names[1], names
+assert null_gpu.kernels_of(lambda: x.add(1).sum()) == names
+for wait in (x.cpu, torch.cuda.synchronize, side.query, lambda: torch.empty(9, pin_memory=True)):
+    try:
+        with torch.cuda.graph(other, stream=side):
+            wait()
+    except RuntimeError as error:
+        pass
+    else:
+        raise AssertionError(wait)
+    assert not torch.cuda.is_current_stream_capturing()
+with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side):
+    torch.empty(1 << 26, device="cuda").zero_()  # PyTorch's pool may take memory
+os._exit(0)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | null_gpu.environment(), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@without_a_gpu
 def test_a_process_that_ends_or_is_silent_is_begun_anew(monkeypatch):
     with host.Package(ROOT) as package:
         assert package.ask(calls=1).keys() == {"queued", "done"}

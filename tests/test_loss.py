@@ -1,14 +1,21 @@
 """NTDNELoss and SNCALoss in training: values, pruning, state, and the ways people use a loss in PyTorch."""
 
 import copy
+import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import null_gpu
 from ntdne_kernels import NTDNELoss, SNCALoss
 from tests import formulas
 
@@ -382,6 +389,71 @@ def test_compiled_with_inductor_gives_the_eager_loss():
     torch.testing.assert_close(torch.compile(criterion, fullgraph=True)(features, index), expected)
 
 
+STEPS = """
+import json, os, sys
+from pathlib import Path
+import torch
+from torch.profiler import ProfilerActivity, profile
+from benchmarks import null_gpu
+from ntdne_kernels import LabelIndex, NTDNELoss
+from ntdne_kernels.functional import ntdne_loss
+
+torch.ops.load_library(null_gpu.update_kernel(Path()))
+labels, index = torch.arange(1000) % 7, torch.arange(32).cuda()
+criterion = NTDNELoss(labels, 16, dtype=torch.bfloat16).cuda()
+criterion.memory._seal()  # a look at the labels would see what this GPU has not computed
+criterion.set_epoch(20)
+features = torch.nn.functional.normalize(torch.randn(32, 16), dim=1).cuda().requires_grad_()
+bank, classes = criterion.memory.storage, LabelIndex.from_labels(labels.sort().values).to("cuda")
+labels = labels[:32].cuda()
+
+def operators(call):
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    events = [event for event in profiler.events() if event.name.startswith("aten::")]
+    return [event.name for event in events if not (event.cpu_parent and event.cpu_parent.name.startswith("aten::"))]
+
+def functional():
+    torch.autograd.grad(ntdne_loss(features, bank, labels, classes, index, k=0.3), features)
+
+def module():
+    features.grad = None
+    criterion(features, index).backward()
+    criterion.update_bank(features, index)
+
+for call in (functional, module):
+    for _ in range(60):  # a criterion looks at some of the first 50 batches
+        call()
+    print(json.dumps([null_gpu.kernels_of(call), operators(call)]))
+sys.stdout.flush()
+os._exit(0)  # autograd's thread may still hold Python objects
+"""
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or torch.version.cuda is None or None in (shutil.which("cc"), shutil.which("nvcc")),
+    reason="of machines with PyTorch for CUDA, compilers, and no GPU",
+)
+def test_a_training_step_takes_at_most_ten_launches():
+    """On a GPU that computes nothing, with all that happens above the driver."""
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | null_gpu.environment() | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    functional, module = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("[["))
+    assert functional[0][:3] == module[0][:3] == ["prepare", "stream", "merge_to_log_scores"]
+    assert len(functional[0]) == 5, functional  # and 1, where autograd begins, and its product with the gradient
+    assert module[0][3] == "record"
+    assert "update_bank_kernel" in module[0][-1]
+    assert len(module[0]) == 7 <= 10, module
+    for _, operators in (functional, module):  # most of them allocate
+        assert len(operators) <= 25, operators
+
+
 def test_no_grad_gives_the_same_loss():
     criterion = filled()
     features, index = batch()
@@ -468,17 +540,30 @@ def test_a_refused_checkpoint_leaves_the_epoch_too():
 
 @pytest.mark.parametrize("loss", [NTDNELoss, SNCALoss])
 @pytest.mark.parametrize("fused", [True, False])
-def test_features_that_are_not_finite_show_in_the_loss(loss, fused):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("bad", [0, 1e-13, 1e-41, torch.nan, torch.inf, -torch.inf])
+def test_features_without_a_direction_are_named_and_nothing_is_recorded(loss, fused, dtype, bad):
     """A diverged encoder must not train on in silence."""
+    criterion = filled(loss, fused=fused)
     features, index = batch()
-    for bad in (torch.nan, torch.inf):
-        given = features.clone()
-        given[3, 0] = bad
-        given.requires_grad_()
-        value = filled(loss, fused=fused)(given, index)
-        value.backward()
-        assert value.isnan()
-        assert given.grad[3].isnan().all()
+    given = features.to(dtype)
+    given[3], given[3, 2] = 0, bad
+    given.requires_grad_()
+    with pytest.raises(
+        ValueError, match=r"features: expected rows of finite norm, at least 1e-12, got norm \S+ in row 3"
+    ):
+        criterion(given, index)
+    assert criterion.memory.last_log_p.isnan().all()
+
+
+def test_a_short_feature_that_has_a_direction_trains():
+    criterion = filled(dtype=torch.float32)
+    features, index = batch()
+    given = features.float().requires_grad_()
+    criterion(given, index).backward()
+    short = (features * 1e-11).float().requires_grad_()
+    criterion(short, index).backward()
+    torch.testing.assert_close(short.grad * 1e-11, given.grad)
 
 
 @pytest.mark.parametrize("values", [{"q": 0}, {"q": 2.0}, {"k": 0.0}, {"k": 1.5}, {"sigma": 0}, {"momentum": 2}])
@@ -513,6 +598,7 @@ def ddp_worker(rank: int, store: str, results: str) -> None:
     for _ in range(2):
         model(features.float(), index).backward()
     torch.save((model.module.encoder.weight.grad, criterion.memory.storage), f"{results}{rank}")
+    torch.distributed.barrier()  # see examples/train_distributed.py
     torch.distributed.destroy_process_group()
 
 

@@ -35,6 +35,18 @@ def test_builds_without_a_compiler_and_says_so(tmp_path):
     assert not any(name.endswith(".so") for name in built)
 
 
+def test_a_setuptools_that_is_too_old_is_named_with_what_to_do(tmp_path):
+    """As --no-build-isolation meets it; setuptools itself says "invalid pyproject.toml config"."""
+    stub = "__version__ = '76.1.0'\ndef setup(**options): raise SystemExit('invalid pyproject.toml config')\n"
+    (tmp_path / "setuptools.py").write_text(stub)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "CXX": "no-such-compiler"}
+    command = [sys.executable, "setup.py", "egg_info"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "setuptools 77 or newer is needed, 76.1.0 is installed: pip install 'setuptools>=77'" in result.stderr
+
+
 def test_works_without_the_compiled_library(tmp_path):
     """The package alone, in a fresh interpreter: the update runs through PyTorch after one warning."""
     ignore = shutil.ignore_patterns("*.so", "__pycache__")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch._subclasses import FakeTensorMode
 
 from ntdne_kernels import NTDNELoss, SNCALoss, watch
 from tests import ranks
@@ -227,6 +228,22 @@ def test_a_compiled_criterion_is_not_watched():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled(torch.randn(16, D), torch.arange(16) % 10, labels=torch.arange(16) % 7)
+
+
+def test_batches_of_a_cuda_graph_are_not_looked_at(monkeypatch):
+    """A look copies to pinned memory and records an event: a replay would do it again."""
+    watched, looked, step = watch.Watch(), [], 0
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: step in (2, 3))
+    monkeypatch.setattr(watched, "_hear", lambda: looked.append(("heard", step)))
+    monkeypatch.setattr(watched, "_look_for_labels", lambda index, memory: looked.append(("index", step)))
+    monkeypatch.setattr(watched, "_ask", lambda say, numbers: looked.append(("labels", step)))
+    with FakeTensorMode():
+        index = torch.zeros(4, dtype=torch.int64, device="cuda")
+        for step in range(1, 5):  # noqa: B007
+            watched.compare(index, index, lambda: index)
+            watched.trained(4, index, None)
+    in_a_step = ["heard", "labels", "heard", "index"]
+    assert looked == [(what, step) for step in (1, 4) for what in in_a_step]
 
 
 def test_numbers_are_said_when_they_have_come(monkeypatch):

@@ -7,8 +7,10 @@ import math
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
@@ -59,8 +61,11 @@ from features of your own encoder (in Python: numpy.save("features.npy", feature
   ntdne audit archive.parquet          columns features (lists of floats), label and, if you like, path
 
 Written: audit.html, a page with the worst images of each class beside their neighbours; audit.csv, a row for each
-image; with --fix corrected.csv. What was read stays as it is. Features in a .npy file may be larger than memory: they
-are read part by part, and --scratch has the copy that the audit works with on a disk.
+image; with --fix corrected.csv. Where the features cannot tell how many labels are wrong, that is said first, labels
+are ranked, and none is called a suspect or corrected unless --force says so.
+
+What was read stays as it is. Features in a .npy file may be larger than memory: they are read part by part, and
+--scratch has the copy that the audit works with on a disk.
 """
 
 
@@ -166,6 +171,9 @@ def _add_audit(command: argparse.ArgumentParser) -> None:
     written.add_argument("--output", type=Path, metavar="FOLDER", help="default: audit/NAME")
     written.add_argument("--format", choices=("csv", "parquet"), default="csv", help="of the table (csv)")
     written.add_argument("--fix", action="store_true", help="write corrected.csv too: suspects get the suggested label")
+    written.add_argument(
+        "--force", action="store_true", help="name and fix suspects also where the features cannot carry a noise rate"
+    )
     written.add_argument("--worst", type=_count, default=8, metavar="N", help="images of a class on the page (8)")
     written.add_argument("--neighbours", type=_count, default=5, metavar="K", help="shown beside an image (5)")
     machine = command.add_argument_group("machine")
@@ -257,13 +265,16 @@ def _fail(error: BaseException | str) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from ntdne_kernels.experiments.run import run
+    from ntdne_kernels.experiments.encoders import make_encoder
+    from ntdne_kernels.experiments.run import finished_results, run
     from ntdne_kernels.experiments.training import make_criterion
 
     settings, variant = _settings(arguments, {})
     folder = arguments.output or _archive_folder(arguments.data) / _cell(settings, variant)
     check_folder(folder, _images(arguments.data))
     make_criterion(settings, torch.tensor([0, 1]))  # before the images are decoded
+    if finished_results(settings, folder) is None:
+        make_encoder(settings.encoder, settings.dim, settings.weights)
     results = run(settings, variant, folder, _machine(arguments))
     if results is not None:
         _print_metrics(results)
@@ -279,6 +290,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
+    from ntdne_kernels.experiments.encoders import make_encoder
     from ntdne_kernels.experiments.run import finished_results, run
     from ntdne_kernels.experiments.training import make_criterion
 
@@ -288,10 +300,18 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     for settings, _, _ in cells:  # before hours are spent on the cells before it
         make_criterion(settings, torch.tensor([0, 1]))
     missing = [cell for cell in cells if finished_results(cell[0], cell[2]) is None]
-    print(f"{output}: {len(cells)} runs, {len(cells) - len(missing)} of them finished before", flush=True)
-    failed = []
+    print(
+        f"{output}: {_counted(len(cells), 'run')}, {len(cells) - len(missing)} of them finished before; "
+        f"{_counted(len(missing), 'training')} to do",
+        flush=True,
+    )
+    if missing:
+        settings = missing[0][0]  # the encoder is the same in all
+        make_encoder(settings.encoder, settings.dim, settings.weights)
+    failed, took = [], []
     for number, (settings, variant, folder) in enumerate(missing, start=1):
         print(f"run {number} of {len(missing)}", flush=True)
+        start = time.perf_counter()
         try:
             results = run(settings, variant, folder, _machine(arguments))
         except USERS_ERRORS as error:
@@ -300,6 +320,12 @@ def _reproduce(arguments: argparse.Namespace) -> None:
             continue
         if results is not None:
             _print_metrics(results)
+            took.append(
+                max(time.perf_counter() - start, results["seconds"])
+            )  # the latter also of what was trained before
+            if number < len(missing):
+                left = mean(took) * (len(missing) - number)
+                print(f"{_counted(len(missing) - number, 'training')} left, about {_duration(left)}", flush=True)
     if failed:
         raise ValueError(f"{len(failed)} of {len(missing)} runs failed, see above; the others are finished")
     print(f"next: ntdne report {shlex.quote(str(output))}")
@@ -375,24 +401,32 @@ def _audit(arguments: argparse.Namespace) -> None:
         worst=arguments.worst,
         format=arguments.format,
         fix=arguments.fix,
+        force=arguments.force,
         device=device,
         dtype=getattr(torch, arguments.dtype),
         scratch=arguments.scratch,
     )
-    judged, suspects = int(audit.judged.sum()), int(audit.suspects(arguments.threshold).sum())
+    judged = int(audit.judged.sum())
+    about = f"{len(audit)} images, {len(audit.classes)} classes: "
     if judged == 0:
-        print("no label could be judged: no two images carry the same one")
-    elif audit.noise_rate > 0.5:
-        print("so many wrong labels are rare: more likely the features cannot tell these classes apart")
-    print(
-        f"{len(audit)} images, {len(audit.classes)} classes: {suspects} of {judged} judged labels are suspect; about "
-        f"{100 * audit.noise_rate:.1f} % are estimated to be wrong"
-        + (f"; {len(source.unreadable)} unreadable files left out" if source.unreadable else "")
-    )
+        about += "no label could be judged: no two images carry the same one"
+    elif audit.doubt and not arguments.force:
+        about += f"{judged} judged labels are ranked, the most suspect first"
+    else:
+        about += f"{int(audit.suspects(arguments.threshold).sum())} of {judged} judged labels are suspect; about "
+        about += f"{100 * audit.noise_rate:.1f} % are estimated to be wrong"
+    if judged and audit.doubt:
+        print(f"how many labels are wrong cannot be said from these features: {audit.doubt}")
+    print(about + (f"; {len(source.unreadable)} unreadable files left out" if source.unreadable else ""))
     for path in written:
         print(path)
     for path in auditing.left_over(output, written):
         print(f"ntdne: {path} is of an earlier audit", file=sys.stderr)
+    if arguments.fix and audit.doubt and not arguments.force:
+        raise ValueError(
+            f"--fix: no corrected list was written, as most suspects would be right labels: {audit.doubt}; --force "
+            "writes it all the same"
+        )
 
 
 def _positive(text: str) -> float:
@@ -509,6 +543,18 @@ def _archive_folder(data: str) -> Path:
 def _cell(settings: Settings, variant: str) -> Path:
     noise = settings.noise if settings.noise in RATELESS else f"{settings.noise}-{settings.rate}"
     return Path(noise) / " ".join([settings.loss, *([variant] if variant else [])]) / f"seed-{settings.seed}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")
+
+
+def _duration(seconds: float) -> str:
+    """As "3 h 20 min", "12 min" or "40 s"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _print_metrics(results: dict[str, Any]) -> None:

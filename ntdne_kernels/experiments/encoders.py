@@ -5,6 +5,7 @@ Shapes: b images of B bands, D features.
 
 import math
 from pathlib import Path
+from urllib.request import urlopen
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,16 @@ def make_encoder(name: str, dim: int, weights: str = "", bands: int = 3) -> nn.M
         bands: B.
 
     Raises:
-        ValueError: the weights cannot be read or belong to another network.
+        ValueError: the weights cannot be read or downloaded, or belong to another network.
     """
     if name == "small":
         if weights == "imagenet":
             raise ValueError("weights: imagenet weights exist for resnet18 and resnet50, not for small")
         encoder: nn.Module = _small(dim, bands)
     else:
-        resnet: models.ResNet = getattr(models, name)(weights="DEFAULT" if weights == "imagenet" else None)
+        resnet: models.ResNet = getattr(models, name)()
+        if weights == "imagenet":
+            resnet.load_state_dict(_imagenet(name))
         resnet.fc = nn.Linear(resnet.fc.in_features, dim)
         if bands != 3:
             colours = resnet.conv1.weight.detach()
@@ -52,6 +55,23 @@ def _for_bands(colours: Tensor, bands: int) -> Tensor:
     As timm's adapt_input_conv does.
     """
     return colours.repeat(1, math.ceil(bands / 3), 1, 1)[:, :bands] * (3 / bands)
+
+
+def _imagenet(name: str) -> dict[str, Tensor]:
+    """torchvision's state dict, from its cache or the network."""
+    weights = models.get_model_weights(name).DEFAULT
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    try:
+        if not file.exists():  # before torch announces a download
+            urlopen(weights.url, timeout=60).close()
+        state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True)
+        return state
+    except (OSError, RuntimeError) as error:  # the latter: a broken download
+        reason = getattr(error, "reason", error)
+        raise ValueError(
+            f"weights: imagenet weights are neither at {file} nor can they be downloaded ({reason}); put "
+            f"{file.name} there, or give a file with a state dict, or none, which starts at random"
+        ) from None
 
 
 def _small(dim: int, bands: int) -> nn.Module:

@@ -328,6 +328,7 @@ def train(
             raise ValueError(f"data: the run in {folder} had other images or given labels; give another --output")
         training.first_epoch = len(there["history"])
     trainer.fit(training, ckpt_path=checkpoint if continued else None, weights_only=True)
+    trainer.strategy.barrier()  # Gloo's threads must be done with their tensors before a process ends
     return training if trainer.is_global_zero else None
 
 

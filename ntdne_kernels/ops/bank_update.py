@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ntdne_kernels.ops.capture import check_not_capturing
 from ntdne_kernels.ops.user_warning import warn_user
 
 VANISHING = 1e-12
@@ -25,13 +26,23 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@cache
-@torch.inference_mode(False)
 def skipped_counter(device: torch.device) -> Tensor:
     """(1,) int64: features without a direction that were left out on the device since the program started.
 
     Those that the CUDA library left out of updates it counts itself.
+
+    Raises:
+        RuntimeError: it would be made within a CUDA graph, each replay of which would set it to 0.
     """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _counter(device)
+
+
+@cache
+@torch.inference_mode(False)
+def _counter(device: torch.device) -> Tensor:
+    check_not_capturing(device, "the first step on a device makes a counter; run a step before the capture")
     return torch.zeros(1, dtype=torch.int64, device=device)
 
 
@@ -46,6 +57,7 @@ def update_bank_in_pytorch(
     feature is left out and counted. With `position` the index counts its entries, which are the rows; one outside them
     is treated as one outside the bank. Whatever shares memory with the bank is read as it was before the call.
     """
+    check_not_capturing(bank.device, "bank updates through PyTorch wait for the GPU; they need their compiled kernel")
     _warn_of_missing_kernel(bank.device.type)
     with torch.autocast(bank.device.type, enabled=False):
         # Contiguous, because sums over other strides are added up in another order.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ntdne_kernels.ops.backends import BACKENDS, class_sums_of
 from ntdne_kernels.ops.bank_update import accumulator_dtype
+from ntdne_kernels.ops.capture import check_not_capturing
 from ntdne_kernels.ops.class_sums import ClassSums, add_part, log_scores_of
 from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, Backend, ClassSumsFunction, log_scores_fake
 from ntdne_kernels.ops.streaming import STREAMING
@@ -93,6 +94,7 @@ def chunks_of(bank: Tensor, device: torch.device, length: int) -> Iterator[tuple
         for start in starts:
             yield start, bank[start : start + length].to(device)
         return
+    check_not_capturing(device, "a bank in host memory is read by copies that the host waits for")
     main, side = torch.cuda.current_stream(device), _side_stream(device)
     shape = (min(length, len(bank)), bank.size(1))
     with torch.cuda.stream(side):  # memory of this stream: who gets it next writes after what is waited for below
@@ -158,6 +160,7 @@ CHUNKED: dict[str, Backend] = {
         backend or STREAMING,
         log_scores=partial(log_scores, backend=name),
         class_sums=partial(class_sums, backend=name),
+        fused_loss=None,  # a kernel that reads the bank where it is
     )
     for name, backend in BACKENDS.items()
 }

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ntdne_kernels.ops import losses
-from ntdne_kernels.ops.bank_update import accumulator_dtype
+from ntdne_kernels.ops.bank_update import accumulator_dtype, skipped_counter
 
 NOT_IN_BANK = -1
 UNLABELLED = -1
@@ -113,6 +113,8 @@ def look_up(
     image = index.clamp(0, N - 1)
     labels = torch.where(known, image_labels[image], UNLABELLED if labels is None else labels)
     units, norms = normalise(features, dtype)
+    if features.device.type == "cuda" and not torch.compiler.is_compiling():  # on a CPU they raised before
+        skipped_counter(features.device).add_((norms == 0).sum())
     stored = indicator_of(indicator, scores[image], labels, index, classes, N)
     return Queries(units, labels, torch.where(known, position[image], NOT_IN_BANK), norms, stored)
 

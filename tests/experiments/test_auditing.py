@@ -200,13 +200,46 @@ def test_csv_whose_rows_are_longer_than_its_header_is_read_by_column(ntdne, file
     assert set(pd.read_csv("out/audit.csv").given_label) == {0, 1}
 
 
-def test_what_cannot_be_judged_or_believed_is_said(ntdne, files, capsys):
+def test_what_cannot_be_judged_is_said(ntdne, files, capsys):
     np.save("labels.npy", np.arange(24))
     assert ntdne("audit", "features.npy", "--labels", "labels.npy", "--output", "out") == 0
     assert "no label could be judged" in capsys.readouterr().out
+
+
+def test_features_that_carry_no_rate_are_said_first_and_fix_refuses_unless_told(ntdne, files, capsys):
     np.save("labels.npy", np.random.default_rng(0).permutation(24) % 4)
-    assert ntdne("audit", "features.npy", "--labels", "labels.npy", "--output", "out") == 0
-    assert "so many wrong labels are rare" in capsys.readouterr().out
+    command = ["audit", "features.npy", "--labels", "labels.npy", "--output", "out"]
+    assert ntdne(*command) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("how many labels are wrong cannot be said from these features: ")
+    assert said[1] == "24 images, 4 classes: 24 judged labels are ranked, the most suspect first"
+    table = pd.read_csv("out/audit.csv")
+    assert table.is_label_issue.isna().all()
+    assert sorted(table["rank"]) == list(range(1, 25))
+    text = re.sub(r"<style>.*</style>", "", Path("out/audit.html").read_text(), flags=re.DOTALL)
+    assert text.index("How many labels are wrong cannot be said") < text.index("The labels of 24 images")
+    assert not re.search("[0-9] labels are suspect|estimated to be wrong|noise rate|confusions|suspects", text)
+
+    assert ntdne(*command, "--fix") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "--force writes it all the same" in said
+    assert not Path("out/corrected.csv").exists()
+
+    assert ntdne(*command, "--fix", "--force") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("how many labels are wrong cannot be said")
+    assert "judged labels are suspect; about" in said[1]
+    assert len(pd.read_csv("out/corrected.csv")) == 24
+    assert pd.read_csv("out/audit.csv").is_label_issue.any()
+    text = Path("out/audit.html").read_text()
+    assert text.index("cannot be said from these features") < text.index("are estimated to be wrong")
+
+
+def test_parquet_has_no_suspects_either_where_the_features_carry_no_rate(ntdne, files):
+    np.save("labels.npy", np.random.default_rng(0).permutation(24) % 4)
+    assert ntdne("audit", "features.npy", "--labels", "labels.npy", "--format", "parquet", "--output", "out") == 0
+    assert pd.read_parquet("out/audit.parquet").is_label_issue.isna().all()
 
 
 def test_full_disk_is_told_by_the_file_and_leaves_no_part_of_it(tmp_path):
@@ -430,7 +463,7 @@ def test_neighbours_tell_by_sign_and_frame_whether_they_agree(tmp_path):
 
 def test_many_classes_show_those_with_most_suspects(tmp_path):
     features, labels = clusters(each=3, classes=60)
-    text = page_of(tmp_path, Source("many", features, labels, None, None), worst=1)
+    text = page_of(tmp_path, Source("many", features, labels, None, None), worst=1, force=True)
     assert "The 50 of 60 classes that have the most suspects" in text
     assert text.count("<h3 id=") == 50
 
@@ -438,7 +471,7 @@ def test_many_classes_show_those_with_most_suspects(tmp_path):
 @pytest.mark.parametrize("labels", [[0], [-1, -1, -1], [0, 1, 2], [0, 0, 0]])
 def test_the_smallest_archives_have_a_page(tmp_path, labels):
     features = np.random.default_rng(0).standard_normal((len(labels), 4))
-    text = page_of(tmp_path, Source("small", features, np.array(labels), None, None), fix=True)
+    text = page_of(tmp_path, Source("small", features, np.array(labels), None, None), fix=True, force=True)
     assert "nan" not in re.sub(r'src="[^"]*"', "", text)
     assert len(pd.read_csv(tmp_path / "corrected.csv")) == len(labels)
 

@@ -5,12 +5,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ntdne_kernels.experiments import encoders
 from ntdne_kernels.experiments import run as runs
 from tests.experiments.conftest import QUICK
 
@@ -59,12 +61,44 @@ def test_reproduce_runs_what_is_missing(ntdne, photos, capsys, monkeypatch):
     grid = ["reproduce", photos, *QUICK, "--losses", "snca", "NTDNE", "--rates", "0.1", "0.5", "--output", "grid"]
     assert ntdne(*grid) == 0
     assert ran == [("SNCA", 0.1), ("NTDNE", 0.1), ("SNCA", 0.5), ("NTDNE", 0.5)]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "grid: 4 runs, 0 of them finished before; 4 trainings to do"
+    left = [line for line in said if " left, about " in line]
+    assert [line.split(" left")[0] for line in left] == ["3 trainings", "2 trainings", "1 training"]
     assert ntdne(*grid) == 0
     assert len(ran) == 4
-    assert "4 runs, 4 of them finished before" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[0] == "grid: 4 runs, 4 of them finished before; 0 trainings to do"
     (Path("grid") / "uniform-0.5" / "SNCA" / "seed-0" / "results.json").unlink()
     assert ntdne(*grid, "--seeds", 0, 1) == 0
     assert sorted(ran[4:]) == [("NTDNE", 0.1), ("NTDNE", 0.5), ("SNCA", 0.1), ("SNCA", 0.5), ("SNCA", 0.5)]
+
+
+def test_the_time_left_is_that_of_the_trainings_so_far(ntdne, photos, capsys, monkeypatch):
+    results = {"counts": {"train": 1, "flipped": 0, "test": 1, "skipped": 0}, "metrics": {}}
+    took = iter([4000, 2000, 60])  # seconds, of which some before the command was killed
+    monkeypatch.setattr(runs, "run", lambda *rest: results | {"seconds": next(took)})
+    assert ntdne("reproduce", photos, *QUICK, "--losses", "NSL", "SNCA", "MAE", "--rates", 0.5) == 0
+    left = [line for line in capsys.readouterr().out.splitlines() if " left, about " in line]
+    assert left == ["2 trainings left, about 2 h 13 min", "1 training left, about 50 min"]
+
+
+def test_weights_that_cannot_be_downloaded_are_told_in_one_line_before_anything_else(
+    ntdne, photos, capsys, monkeypatch, tmp_path
+):
+    def offline(*rest: object, **options: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    monkeypatch.setattr(encoders, "urlopen", offline, raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(runs, "make_problem", lambda *rest: pytest.fail("images were decoded"))
+    for command in ("train", "reproduce"):
+        assert ntdne(command, photos, *QUICK, "--encoder", "resnet18", "--weights", "imagenet") == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "weights: imagenet weights are neither at" in said
+        assert "no network" in said
+        assert str(tmp_path / "checkpoints" / "resnet18-f37072fd.pth") in said
 
 
 def test_noise_without_a_rate_is_run_once(ntdne, photos):

@@ -1,7 +1,7 @@
 """Each kernel compiled for sm_90 from the arguments it is really launched with, on a machine without a GPU.
 
-Run as a module, in a process without the interpreter: `kernel[grid](...)` compiles and stops there. The sums over
-classes, which have no tile shapes of their own, are compiled for every GPU; what they need is one JSON line each.
+Run as a module, in a process without the interpreter: `kernel[grid](...)` compiles and stops there. What each needs is
+one JSON line. The sums over classes, which have no tile shapes of their own, are compiled for every GPU.
 """
 
 import json
@@ -21,18 +21,28 @@ from tests.ops.test_leave_one_out import arguments
 
 
 def launch_all(B: int, D: int, dtype: torch.dtype, by: str) -> None:
-    """Every launch of a step: with and without gradient, of a whole bank and a part, three losses, both gradients."""
+    """Every launch of a step: with and without gradient, of a whole bank and a part, of a module, both gradients."""
     features, bank, labels, bank_labels, index = arguments(Archive(B, 4000, D, 7, dtype=dtype), by)
     classes = bank_labels.tensors() if isinstance(bank_labels, LabelIndex) else [bank_labels]
     batch = (features, bank, labels, index, classes, 0.1)
     triton.log_scores(*batch, False)
     triton.class_sums(*batch, False)
     triton.class_sums(*batch, True)
-    log_p, direction, log_sum_all = triton.log_scores(*batch, True)
+    log_p, _, log_sum_all = triton.log_scores(*batch, True)
     for q, k, reduction in ((0.7, 0.3, "mean"), (None, None, "sum"), (0.7, None, "none")):
-        value, slope = triton.loss_and_slope(log_p, None, q, k, reduction)
-        triton.features_gradient(direction, log_p, slope, torch.ones_like(value), features.dtype)
-    triton.features_gradient(direction, log_p, None, torch.ones_like(log_p), torch.bfloat16)
+        triton.loss_op(*batch[:5], [], 0.1, q, k, reduction, "current", True)
+    if isinstance(bank_labels, LabelIndex):
+        ordered = [bank_labels.classes, bank_labels.offsets]
+        image_labels, position = labels.new_zeros(4000), torch.arange(4000)
+        scores = torch.empty(4001, dtype=log_p.dtype)
+        for q, k, indicator, given in (
+            (0.7, 0.3, "auto", None),
+            (0.7, 0.3, "stored", labels),
+            (None,) * 2 + ("current", None),
+        ):
+            archive = [image_labels, position, scores]
+            triton.loss_op(features, bank, given, index, ordered, archive, 0.1, q, k, "mean", indicator, True)
+        triton.record_scores_(scores, log_p, index, image_labels)
     triton.bank_gradient(*batch, log_p, log_sum_all, torch.ones_like(log_p))
     triton.class_masses(features.to(dtype), bank, index, torch.arange(0, 4001, 500), 0.1)
 
@@ -62,24 +72,30 @@ def main() -> None:
 
         return launch
 
+    def say() -> None:
+        for (name, _), made in compiled.items():
+            ptx, usage = made.asm["ptx"], _resource_usage(made.asm["cubin"])
+            row = {"kernel": name, "capability": made.metadata.target.arch, "bank": made.src.signature.get("bank")}
+            row |= {"shared": made.metadata.shared, "spilled": usage["STACK"] + usage["LOCAL"]}
+            row |= {"wgmma": "wgmma.mma_async" in ptx, "mma": "mma.sync" in ptx or "tcgen05.mma" in ptx}
+            print(json.dumps(row))
+        compiled.clear()
+
     JITFunction.__getitem__ = compile_only
+    triton._stream = lambda *_: None  # of CPU tensors; and launches go through __getitem__
+    triton.hopper_serves = lambda _: False
     pretend(90)
     # At D = 1 the bank's stride of 1 is a constant to the compiler.
-    for D, dtype, by in ((128, torch.bfloat16, "index"), (1, torch.float32, "labels")):
+    for D, dtype, by in ((128, torch.bfloat16, "index"), (1, torch.float32, "labels"), (96, torch.float32, "index")):
         launch_all(100, D, dtype, by)
         before = len(compiled)
         launch_all(93, D, dtype, by)
         print("compiled anew for a smaller batch:", len(compiled) - before)
-    print("kernels:", *sorted({name for name, _ in compiled}))
+    say()
     for capability in SHARED_LIMIT:
-        compiled.clear()
         pretend(capability)
         launch_class_masses()
-        for made in compiled.values():
-            ptx, usage = made.asm["ptx"], _resource_usage(made.asm["cubin"])
-            row = {"capability": capability, "bank": made.src.signature["bank"], "shared": made.metadata.shared}
-            row |= {"spilled": usage["STACK"] + usage["LOCAL"], "wgmma": "wgmma.mma_async" in ptx}
-            print(json.dumps(row | {"mma": "mma.sync" in ptx or "tcgen05.mma" in ptx}))
+        say()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -301,6 +302,14 @@ def test_a_gpu_update_runs_on_the_current_stream():
         compiled(bank, features, index, 0.5)
     stream.synchronize()
     assert torch.equal(bank, expected)
+
+
+@pytest.mark.usefixtures("capturing")
+def test_what_a_cuda_graph_cannot_hold_says_so():
+    with pytest.raises(RuntimeError, match="CUDA graph: the first step on a device makes a counter; run a step before"):
+        bank_update.skipped_counter(torch.device("cuda:7"))
+    with pytest.raises(RuntimeError, match="CUDA graph: bank updates through PyTorch .* their compiled kernel"):
+        bank_update.update_bank_in_pytorch(SimpleNamespace(device=torch.device("cuda")), None, None, 0.5)
 
 
 @pytest.mark.gpu

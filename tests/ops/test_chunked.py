@@ -96,7 +96,7 @@ def loss_of(backend: str, given: tuple, loss: Loss | None) -> tuple[Tensor, Tens
     """The loss (or log p) of chunked `Backend`s, and its gradient to the features."""
     features, *others = given
     features = features.clone().requires_grad_()
-    result = LeaveOneOutLoss.apply(features, *others, SIGMA, loss, None, chunked.CHUNKED[backend], True)
+    result = LeaveOneOutLoss.apply(features, *others, [], SIGMA, loss, chunked.CHUNKED[backend], True)
     value = result if loss is None else result[0]
     value[value > -torch.inf].sum().backward()
     return value.detach(), features.grad
@@ -118,7 +118,7 @@ def test_loss_compiles_into_one_graph_and_gives_the_same(by, device):
     @torch.compile(fullgraph=True)
     def log_scores(features: Tensor, bank: Tensor, labels: Tensor, index: Tensor, classes: list[Tensor]) -> Tensor:
         return LeaveOneOutLoss.apply(
-            features, bank, labels, index, classes, SIGMA, None, None, chunked.CHUNKED["streaming"], True
+            features, bank, labels, index, classes, [], SIGMA, None, chunked.CHUNKED["streaming"], True
         )
 
     features = given[0].clone().requires_grad_()
@@ -142,6 +142,25 @@ def test_results_are_where_the_features_are():
         results = chunked.log_scores(features, bank, labels, index, [bank_labels], SIGMA, True, "streaming")
     assert [(x.device.type, x.dtype) for x in results] == [("cuda", torch.float32)] * 3
     assert [x.shape for x in results] == [(4,), (4, 8), (4,)]
+
+
+@pytest.mark.parametrize("backend", list(chunked.CHUNKED))
+def test_losses_are_where_the_features_are(backend):
+    """A kernel of the GPU that makes the loss in one go would read the bank where it is."""
+    with FakeTensorMode():
+        bank = torch.empty(100, 8, dtype=torch.bfloat16)
+        features = torch.empty(4, 8, device="cuda")
+        labels, index, bank_labels = (torch.empty(n, dtype=torch.int64, device="cuda") for n in (4, 4, 100))
+        results = chunked.CHUNKED[backend].loss(
+            features, bank, labels, index, [bank_labels], [], SIGMA, Loss(0.7, None, "mean"), True
+        )
+    assert [x.device.type for x in results] == ["cuda"] * 5
+
+
+@pytest.mark.usefixtures("capturing")
+def test_a_bank_elsewhere_is_not_read_in_a_cuda_graph():
+    with pytest.raises(RuntimeError, match="CUDA graph: a bank in host memory is read by copies that the host waits"):
+        next(chunked.chunks_of(torch.zeros(3, 2), torch.device("cuda"), 1))
 
 
 class Streams:

@@ -30,7 +30,13 @@ def recorded(record_, log_p: list[float], index: list[int], labels: list[int], d
 
 
 def test_each_image_takes_its_score(record_, device):
-    assert recorded(record_, [-1.0, -torch.inf, -0.5], [2, 0, 3], [0, 1, 0, 2, 1], device) == [-torch.inf, -9, -1, -0.5, -9]
+    assert recorded(record_, [-1.0, -torch.inf, -0.5], [2, 0, 3], [0, 1, 0, 2, 1], device) == [
+        -torch.inf,
+        -9,
+        -1,
+        -0.5,
+        -9,
+    ]
 
 
 def test_of_an_image_given_twice_the_higher_score_is_kept_whatever_it_was_before(record_, device):

@@ -715,6 +715,14 @@ def test_a_captured_graph_replays_with_other_features(by):
         assert torch.equal(static.grad, expected.grad)
 
 
+@pytest.mark.usefixtures("capturing")
+def test_a_kernel_is_not_compiled_in_a_cuda_graph():
+    launch = triton._Launch(kernels.record, (1,), BLOCK=64)
+    with pytest.raises(RuntimeError, match="CUDA graph: the kernel record has not run for such arguments yet; run the"):
+        launch(0)
+    assert launch.compiled is None
+
+
 @pytest.mark.gpu
 def test_two_streams_do_not_disturb_each_other():
     problems = [Archive(100, 20_000, 64, 9, seed=seed, dtype=torch.bfloat16, device="cuda") for seed in (0, 1)]

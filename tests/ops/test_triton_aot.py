@@ -29,7 +29,7 @@ def output_of(*module: str) -> list[str]:
 def test_everything_compiles_without_spills_within_the_shared_memory_and_products_to_tensor_core_code(capability):
     rows = [json.loads(line) for line in output_of("benchmarks.aot", str(capability))]
     entries = [row for row in rows if row["kernel"] in KERNELS]
-    assert len(entries) > 40
+    assert len(entries) > 30
     assert {row["kernel"] for row in rows} - {HOPPER_STREAM} == KERNELS.keys() | MERGES.keys()
     for row in rows:
         used, config = row["used"], row["config"]
@@ -55,17 +55,19 @@ def test_everything_compiles_without_spills_within_the_shared_memory_and_product
 
 
 def test_launches_compile_as_they_are_and_a_smaller_batch_compiles_nothing_anew():
-    again, again_narrow, kernels, *class_masses = output_of("tests.ops.compile_launches")
-    assert again == again_narrow == "compiled anew for a smaller batch: 0"
-    assert kernels.split() == [
-        "kernels:", "class_masses", "gradient_to_bank", "gradient_to_features", "loss_and_slope", "merge_to_class_sums",
-        "merge_to_log_scores", "prepare", "stream",
-    ]  # fmt: skip
-    rows = [json.loads(line) for line in class_masses]
-    assert len(rows) == 3 * len(SHARED_LIMIT)
+    lines = output_of("tests.ops.compile_launches")
+    again = [line for line in lines if not line.startswith("{")]
+    assert again == ["compiled anew for a smaller batch: 0"] * 3
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    assert {row["kernel"] for row in rows} == {
+        "class_masses", "gradient_to_bank", "merge_to_class_sums", "merge_to_log_scores", "prepare", "record", "stream",
+    }  # fmt: skip
     for row in rows:
         assert row["spilled"] == 0, row
         assert row["shared"] <= SHARED_LIMIT[row["capability"]], row
+    class_masses = [row for row in rows if row["kernel"] == "class_masses"][-3 * len(SHARED_LIMIT) :]
+    assert {row["capability"] for row in class_masses} == SHARED_LIMIT.keys()
+    for row in class_masses:
         if row["bank"] != "*fp32":
             assert row["wgmma" if row["capability"] == 90 else "mma"], row
             if row["capability"] == 90:  # two programs to a multiprocessor: one multiplies as the other exponentiates

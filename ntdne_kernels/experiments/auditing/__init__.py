@@ -33,11 +33,14 @@ def write_audit(
     worst: int = 8,
     format: str = "csv",
     fix: bool = False,
+    force: bool = False,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     scratch: Path | None = None,
 ) -> tuple[LabelAudit, list[Path]]:
     """Audit labels, and write the table, the page and, for `fix`, the corrected list into a folder.
+
+    Where the features cannot carry a noise rate (`LabelAudit.doubt`), no label is called a suspect or corrected.
 
     Args:
         source: what is audited.
@@ -47,6 +50,7 @@ def write_audit(
         top, device, dtype, scratch: as in `audit_labels`.
         neighbours, worst: as in `as_html`.
         format: of the table: csv or parquet.
+        force: treat the features as if they could carry a rate.
 
     Returns:
         The audit, and the files, the page first.
@@ -59,10 +63,12 @@ def write_audit(
     bank = feature_bank(source.features, codes, device=device, dtype=dtype, scratch=scratch, progress=progress)
     sigma = source.sigma if sigma is None else sigma
     audit = audit_bank(bank, sigma=sigma, top=top, progress=progress, classes=classes)
-    text = as_html(audit, bank, source, method=method, worst=worst, neighbours=neighbours)
+    judging = force or not audit.doubt
+    text = as_html(audit, bank, source, method=method if judging else None, worst=worst, neighbours=neighbours)
     folder.mkdir(parents=True, exist_ok=True)
     table, fixed, html = (folder / name for name in (f"audit.{format}", CORRECTED, PAGE))
-    write_table(audit, source, method, table)
+    write_table(audit, source, method if judging else None, table)
+    fix = fix and judging
     if fix:
         write_corrected(audit, source, method, fixed)
     write_whole(html, lambda file: file.write(text.encode(errors="replace")))

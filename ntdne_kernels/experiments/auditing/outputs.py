@@ -51,9 +51,14 @@ def left_over(folder: Path, written: list[Path]) -> list[Path]:
     return [path for path in paths if path.exists() and path not in written]
 
 
-def write_table(audit: LabelAudit, source: Source, method: str | float, path: Path) -> None:
-    """The table of `to_frame`, with a first column `image`, into a .csv or .parquet."""
-    frame = to_frame(audit, paths=source.paths, method=method)
+def write_table(audit: LabelAudit, source: Source, method: str | float | None, path: Path) -> None:
+    """The table of `to_frame`, with a first column `image`, into a .csv or .parquet.
+
+    For None no suspects are chosen, and `is_label_issue` is missing.
+    """
+    frame = to_frame(audit, paths=source.paths, **({} if method is None else {"method": method}))
+    if method is None:
+        frame["is_label_issue"] = frame["is_label_issue"].astype("boolean").mask(frame["rank"] > 0)
     frame.insert(0, "image", range(len(frame)))
     if path.suffix == ".csv":
         _write_csv(frame, path)

@@ -31,16 +31,16 @@ METHODS = {
 
 
 def as_html(
-    audit: LabelAudit, bank: MemoryBank, source: Source, *, method: str | float, worst: int, neighbours: int
+    audit: LabelAudit, bank: MemoryBank, source: Source, *, method: str | float | None, worst: int, neighbours: int
 ) -> str:
     """The page's text.
 
     Args:
-        method: of choosing the suspects, see `LabelAudit.suspects`.
+        method: of choosing the suspects, see `LabelAudit.suspects`; None: the page names no suspects and no rate.
         worst: images shown of each class.
         neighbours: K, shown beside each.
     """
-    suspects = audit.suspects(method)
+    suspects = torch.zeros_like(audit.judged) if method is None else audit.suspects(method)
     classes = _classes(audit, suspects)
     shown_classes = classes[:MOST_CLASSES]
     members = {each["code"]: _worst_of(audit, each["code"], worst) for each in shown_classes}
@@ -53,8 +53,8 @@ def as_html(
     with_neighbours = torch.cat(listed).unique()
     items = _Items(audit, bank, source, suspects, with_neighbours, neighbours, [group[0] for group in copies])
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):  # a name may hold a $
-        histogram = quality_histogram(audit, suspects, method) if bool(audit.judged.any()) else ""
-        heat_map = transition_map(audit)
+        histogram = quality_histogram(audit, suspects, method or "rate") if bool(audit.judged.any()) else ""
+        heat_map = "" if method is None else transition_map(audit)
     for each in shown_classes:
         each["items"] = items.of(members[each["code"]])
     content = {
@@ -62,16 +62,17 @@ def as_html(
         "audit": audit,
         "N": len(audit),
         "judged": int(audit.judged.sum()),
+        "judging": method is not None,
         "suspects": int(suspects.sum()),
         "method": method,
         "meaning": METHODS.get(str(method), f"those whose score p is {method} or less"),
         "by_class": method in BY_CLASS,
-        "by_score": not isinstance(method, str),
+        "by_score": isinstance(method, float),
         "copies_in_all": int((audit.duplicate_of >= 0).sum()),
         "conflicting": int(audit.conflicting.sum()),
         "histogram": histogram,
         "heat_map": heat_map,
-        "confusions": _confusions(audit),
+        "confusions": [] if method is None else _confusions(audit),
         "classes": classes,
         "shown_classes": shown_classes,
         "copies": [[items.named(image) for image in group] for group in copies],
@@ -303,18 +304,23 @@ img.large, img.small, .missing { object-fit: contain; background: #f2f2f2; image
 .near.different { border-left: 0.25rem dashed #D55E00; }
 .near.unknown { border-left: 0.25rem dotted #777; }
 .suspect { border: 1px solid #D55E00; color: #A04500; border-radius: 0.2rem; padding: 0 0.3rem; font-size: 0.75rem; }
+.doubt { border-left: 0.4rem solid #D55E00; background: #fff3ec; padding: 0.6rem 1rem; }
 .path { overflow-wrap: anywhere; color: #555; }
 </style>
 </head>
 <body>
 <h1>Labels of {{ source.name }}: an audit</h1>
-<p>The labels of {{ N | count }} images were compared with those of the images most like them. <strong>{{ suspects |
-count }} labels are suspect</strong>{% if judged %}, {{ (suspects / judged) | percent }} of the {{ judged | count }}
-that could be judged{% endif %}; about {{ audit.noise_rate | percent }} are estimated to be wrong. A suspect is a
-question, not a verdict: look at the image and at its neighbours, and decide.</p>
-{% if audit.noise_rate > 0.5 %}
-<p><strong>So many wrong labels are rare.</strong> More likely the features cannot tell these classes apart.</p>
+{% if judged and audit.doubt %}
+<p class="doubt"><strong>How many labels are wrong cannot be said from these features:</strong> {{ audit.doubt }}.
+{% if judging %}Suspects are named and counted below as if they were good, because --force says so; most of them may be
+right labels.{% else %}Below, labels are ranked all the same, the most suspect first; many of the first may be right.
+{%- endif %} Better features help: those of an encoder that was trained for longer, or on more images like these.</p>
 {% endif %}
+<p>The labels of {{ N | count }} images were compared with those of the images most like them.
+{% if judging %}<strong>{{ suspects | count }} labels are suspect</strong>{% if judged %},
+{{ (suspects / judged) | percent }} of the {{ judged | count }} that could be judged{% endif %}; about
+{{ audit.noise_rate | percent }} are estimated to be wrong. A suspect{% else %}A low rank{% endif %} is a question, not
+a verdict: look at the image and at its neighbours, and decide.</p>
 {% if source.picture and not pictures %}
 <p>None of the pictures could be opened, so that images are shown by name alone; <code>--images</code> says which folder
 the names are relative to.</p>
@@ -323,7 +329,8 @@ the names are relative to.</p>
 <ul>
 <li><a href="#reading">How to read this</a></li>
 <li><a href="#quality">Quality</a></li>
-<li><a href="#confusions">Confusions</a></li>
+{% if judging %}<li><a href="#confusions">Confusions</a></li>{% endif %}
+
 <li><a href="#classes">Classes</a></li>
 {% if copies %}<li><a href="#copies">Copies</a></li>{% endif %}
 {% if lonely %}<li><a href="#lonely">Classes with one image</a></li>{% endif %}
@@ -337,8 +344,10 @@ the names are relative to.</p>
 <tr><th scope="row">images</th><td>{{ N | count }}</td></tr>
 <tr><th scope="row">classes</th><td>{{ classes | length | count }}</td></tr>
 <tr><th scope="row">labels judged</th><td>{{ judged | count }}</td></tr>
+{% if judging %}
 <tr><th scope="row">suspects</th><td>{{ suspects | count }}</td></tr>
 <tr><th scope="row">estimated noise rate</th><td>{{ audit.noise_rate | percent }}</td></tr>
+{% endif %}
 <tr><th scope="row">images without a label</th><td>{{ unlabelled_in_all | count }}</td></tr>
 <tr><th scope="row">images that are the only one of their class</th><td>{{ lonely_in_all | count }}</td></tr>
 <tr><th scope="row">exact copies of an earlier image</th><td>{{ copies_in_all | count }}</td></tr>
@@ -359,8 +368,10 @@ same).</li>
 <li><em>Quality</em>, from 0 to 1: the score, with allowance for how mixed the neighbours are. 0: no neighbour carries
 the label; 0.5: the label is as unusual among them as theirs are on average; 1: all carry it. <em>Rank</em> 1 has the
 lowest quality of all.</li>
+{% if judging %}
 <li><em>Suspect labels</em> ({% if by_score %}threshold k = {{ method }}{% else %}method “{{ method }}”{% endif %}) are
 {{ meaning }}.</li>
+{% endif %}
 <li>{% if pictures %}Frames of neighbours{% else %}Bars beside neighbours{% endif %}: <span class="near same">=
 green</span> the same label as the image's (where it has none, as the suggested one); <span class="near different">≠
 orange, dashed</span> another label; <span class="near unknown">? grey, dotted</span> no label. The number is the
@@ -372,7 +383,7 @@ audit.</li>
 <h2 id="quality">Quality of the labels</h2>
 {% if histogram %}
 <p><img class="drawn" src="{{ histogram }}" alt="Histogram of the {{ "scores" if by_score else "qualities" }} of all
-judged labels, suspects apart"></p>
+judged labels{% if judging %}, suspects apart{% endif %}"></p>
 {% if by_class and suspects %}
 <p>The threshold is not one number: it differs from class to class.</p>
 {% endif %}
@@ -380,6 +391,7 @@ judged labels, suspects apart"></p>
 <p>No label could be judged: no two images carry the same one.</p>
 {% endif %}
 
+{% if judging %}
 <h2 id="confusions">Confusions</h2>
 <p>Which labels are thought to stand for which classes, over the whole archive. The counts are estimates of their own
 and need not agree with those of suspects, which are single images.</p>
@@ -406,26 +418,30 @@ labels, on the diagonal, are not coloured.</p>
 <p><img class="drawn" src="{{ heat_map }}" alt="Heat map of the labels given to each class; the table above has its
 largest entries"></p>
 {% endif %}
+{% endif %}
 
 <h2 id="classes">Classes</h2>
 {% if shown_classes | length < classes | length %}
-<p>The {{ shown_classes | length }} of {{ classes | length | count }} classes that have the most suspects.</p>
+<p>The {% if not judging %}first {% endif %}{{ shown_classes | length }} of {{ classes | length | count }} classes
+{%- if judging %} that have the most suspects{% endif %}.</p>
 {% endif %}
 <div class="wide">
 <table>
-<thead><tr><th class="word">class</th><th>images</th><th>suspects</th><th>share</th></tr></thead>
+<thead><tr><th class="word">class</th><th>images</th>
+{%- if judging %}<th>suspects</th><th>share</th>{% endif %}</tr></thead>
 <tbody>
 {% for each in shown_classes %}
 <tr><td class="word">{% if each["items"] %}<a href="#class-{{ each.code }}">{{ each.name }}</a>{% else %}{{ each.name }}
-{%- endif %}</td><td>{{ each.size | count }}</td><td>{{ each.suspects | count }}</td>
-<td>{{ (each.suspects / each.size) | percent }}</td></tr>
+{%- endif %}</td><td>{{ each.size | count }}</td>{% if judging %}<td>{{ each.suspects | count }}</td>
+<td>{{ (each.suspects / each.size) | percent }}</td>{% endif %}</tr>
 {% endfor %}
 </tbody>
 </table>
 </div>
 {% for each in shown_classes if each["items"] %}
 <h3 id="class-{{ each.code }}">{{ each.name }}</h3>
-<p>{{ each.suspects | count }} of {{ each.size | count }} images are suspects. Of the lowest quality:</p>
+<p>{% if judging %}{{ each.suspects | count }} of {{ each.size | count }} images are suspects. {% endif %}Of the lowest
+quality:</p>
 {{ shown(each["items"]) }}
 {% endfor %}
 

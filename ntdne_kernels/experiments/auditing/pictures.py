@@ -82,7 +82,8 @@ def quality_histogram(audit: LabelAudit, suspects: Tensor, method: str | float) 
     axis.set_yscale("symlog", linthresh=10)  # a few bad labels beside very many good ones
     axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="best", fontsize="small", frameon=False)
+    if by_score or wrong.any():
+        axis.legend(loc="best", fontsize="small", frameon=False)
     return _drawn(figure)
 
 

@@ -17,6 +17,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from ntdne_kernels.ops import scores as _scores  # noqa: F401  defines the op record_scores_
 from ntdne_kernels.ops.bank_update import accumulator_dtype, skipped_counter
+from ntdne_kernels.ops.capture import check_not_capturing
 from ntdne_kernels.ops.leave_one_out import SHORTEST, Backend, bank_gradient_fake, class_sums_fake, log_scores_fake
 from ntdne_kernels.ops.losses import Loss
 from ntdne_kernels.ops.streaming import SMALLEST_PLAIN_SIGMA
@@ -252,6 +253,11 @@ class _Launch:
             run, function, metadata, constants = self.compiled
             run(*self.grid, stream, function, metadata, None, None, None, *arguments, *constants)
             return
+        if stream is not None:  # to load what is compiled is nothing that a capture allows
+            why = (
+                f"the kernel {self.kernel.__name__} has not run for such arguments yet; run the step before the capture"
+            )
+            check_not_capturing(torch.device("cuda"), why)
         made = self.kernel[self.grid](*arguments, **self.constants)
         if stream is not None:
             constants = tuple(self.constants[name] for name in self.kernel.arg_names if name in self.constants)

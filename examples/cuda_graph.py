@@ -1,0 +1,161 @@
+"""Training with NTDNELoss whose steps are CUDA graphs: one launch for each batch.
+
+    python examples/cuda_graph.py
+
+`GraphedStep` and `train` are to be copied; what else belongs to a step (autocast, clip_grad_norm_) goes into
+`GraphedStep.run`. Without a GPU the same steps run one by one.
+
+A graph repeats what was launched while it was captured: the same kernels, with the same numbers as arguments, at the
+same addresses. Between replays
+
+- may change, in place: the learning rate, a tensor that schedules write into; weights; rows, scores and labels of the
+  bank, by `fill_bank`, `refresh_indicator` and `load_state_dict` say.
+- may change, and is captured anew: sigma, q, k, momentum, indicator, reduction, pruning (`set_epoch`), the shape of the
+  batch, `relabel`. Each new setting costs two slower steps: change them once an epoch or less.
+- must not change, or it goes unseen: every other number (betas, weight decay), what Python decides by (layers that are
+  frozen, train() and eval(), autocast, the precision of float32), and which tensors there are
+  (`optimizer.load_state_dict`, `.to()`, `load_state_dict(assign=True)`). Make another GraphedStep after such a change.
+
+A step cannot be captured with
+
+- what waits for the GPU: `validate=True`, `loss.item()`, GradScaler (which bfloat16 does without). Warnings about wrong
+  batches come from the steps that are not replayed.
+- reduction="none", unless `run` reduces the loss: `backward` begins at one number.
+- a bank in host memory or on disk, or shared by ranks: each step waits for its copies, or for the others.
+- an update without its CUDA kernel (README, Install), or an optimizer that keeps its numbers in Python: take
+  `capturable=True`.
+- DataParallel and DistributedDataParallel, whose copies and hooks run on streams of their own. What the latter needs is
+  in PyTorch's notes on CUDA graphs.
+
+Shapes: B images of a batch, N training images, D features.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ntdne_kernels import IndexedDataset, NTDNELoss
+
+D = 64
+
+
+class Captured(NamedTuple):
+    """A step as a graph, for batches with these settings; where it reads the batch and leaves the loss."""
+
+    settings: tuple[Any, ...]
+    graph: torch.cuda.CUDAGraph
+    images: Tensor
+    index: Tensor
+    loss: Tensor
+
+
+class GraphedStep:
+    """Calls are steps of training. They return the loss, which the next call may overwrite.
+
+    The first batch with other settings runs as it is written, which compiles kernels and makes what is made once; the
+    second in a row is captured. A smaller batch at the end of an epoch is never the second, and the graph stays.
+    """
+
+    def __init__(self, encoder: nn.Module, criterion: NTDNELoss, optimizer: torch.optim.Optimizer) -> None:
+        self.encoder, self.criterion, self.optimizer = encoder, criterion, optimizer
+        device = criterion.memory.device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.captured: Captured | None = None
+        self.last_settings: tuple[Any, ...] = ()
+
+    def run(self, images: Tensor, index: Tensor) -> Tensor:
+        """The step as any loop has it, on images (B, ...) of the archive with their index (B,)."""
+        features = self.encoder(images)  # (B, D)
+        loss = self.criterion(features, index)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.criterion.update_bank(features, index)
+        return loss.detach()
+
+    def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+        if self.stream is None:
+            return self.run(images, index)
+        settings = self.settings(images)
+        if self.captured is None or settings != self.captured.settings:
+            if settings != self.last_settings:
+                self.last_settings = settings
+                return self.run_aside(images, index)
+            self.captured = None  # its memory, before more is taken
+            self.captured = self.capture(settings, images, index)
+        self.last_settings = settings
+        self.captured.images.copy_(images)
+        self.captured.index.copy_(index)
+        self.captured.graph.replay()
+        return self.captured.loss
+
+    def settings(self, images: Tensor) -> tuple[Any, ...]:
+        """What a graph has fixed: numbers, and where the bank lies."""
+        c, memory = self.criterion, self.criterion.memory
+        numbers = (c.sigma, c.q, c.k, c.momentum, c.indicator, c.reduction, c.pruning)
+        tensors = (memory.storage, *memory.archive, *memory.index.tensors())  # some are new after relabel
+        return (images.shape, images.dtype, *numbers, *((x.data_ptr(), x.shape) for x in tensors))
+
+    def run_aside(self, images: Tensor, index: Tensor) -> Tensor:
+        """On the stream that captures: autograd returns to the stream on which it first saw a weight."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            loss = self.run(images, index)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return loss
+
+    def capture(self, settings: tuple[Any, ...], images: Tensor, index: Tensor) -> Captured:
+        """Nothing is computed yet, but only recorded."""
+        images, index, graph = images.clone(), index.clone(), torch.cuda.CUDAGraph()
+        # Only this thread is held to what a capture allows: the loader's may pin memory meanwhile.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            loss = self.run(images, index)
+        return Captured(settings, graph, images, index, loss)
+
+
+def train(encoder: nn.Module, criterion: NTDNELoss, loader: DataLoader[tuple[Tensor, ...]], epochs: int) -> list[float]:
+    """The mean loss of each epoch."""
+    device = criterion.memory.device
+    optimizer = torch.optim.Adam(
+        encoder.parameters(),
+        lr=torch.tensor(1e-3, device=device),  # a number would be fixed by the first capture
+        capturable=device.type == "cuda",
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    step = GraphedStep(encoder.train(), criterion, optimizer)
+    losses = []
+    for epoch in range(epochs):
+        criterion.set_epoch(epoch)
+        criterion.sigma = 0.2 if epoch < epochs / 2 else 0.1
+        total, count = torch.zeros((), device=device), 0
+        for images, _, index in loader:
+            total += len(images) * step(images.to(device), index.to(device))
+            count += len(images)
+        schedule.step()
+        losses.append(float(total) / count)
+    return losses
+
+
+def main(epochs: int = 10) -> None:
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    digits = load_digits()
+    images = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)  # (N, 1, 8, 8)
+    dataset = IndexedDataset(TensorDataset(images, torch.tensor(digits.target)))
+    encoder = nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten()),
+        nn.Linear(1024, D),
+    ).to(device)
+    criterion = NTDNELoss(dataset.labels, D, warmup_epochs=3).to(device)
+    losses = train(encoder, criterion, DataLoader(dataset, batch_size=128, shuffle=True), epochs)
+    print(*(f"epoch {epoch:2}  loss {loss:.3f}" for epoch, loss in enumerate(losses, 1)), sep="\n")
+    print(f"mean score {criterion.memory.last_log_p.exp().mean():.3f}")
+
+
+if __name__ == "__main__":
+    main()
