@@ -1,7 +1,7 @@
 """Compile the kernels for a GPU that need not be here, and read what the compiler says of them.
 
 `python -m benchmarks.aot CAPABILITY` does so with those that visit the bank for every entry of the table of tile
-shapes, and with those that merge its splits: one JSON object per line.
+shapes, with those that merge its splits, and with the one for Hopper GPUs: one JSON object per line.
 """
 
 import itertools
@@ -17,9 +17,21 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from ntdne_kernels.ops.triton import BLOCK_Q, FOLD_ROWS, PRECISION, kernels
-from ntdne_kernels.ops.triton.configs import MERGE_WARPS, TABLE, Config, columns, merge_blocks
+from ntdne_kernels.ops.triton import BLOCK_Q, FOLD_ROWS, PRECISION, hopper, kernels
+from ntdne_kernels.ops.triton.configs import (
+    HOPPER,
+    MERGE_WARPS,
+    TABLE,
+    Config,
+    Device,
+    columns,
+    hopper_tiles,
+    hopper_width,
+    merge_blocks,
+)
 
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that a program can have, by compute capability (CUDA C++ Programming Guide)."""
@@ -53,6 +65,10 @@ class Resources(NamedTuple):
     wgmma: bool
     mma: bool
     """Tensor cores: Hopper's instruction for whole warp groups; those of other generations."""
+    tma: bool
+    """Whole tiles are fetched."""
+    serialized: list[str]
+    """Where the assembler makes products of hopper.py wait for each other: its remarks C7510 to C7519."""
 
 
 class Variant(NamedTuple):
@@ -71,6 +87,8 @@ _MERGE = Config(block_b=128, block_n=0, num_warps=MERGE_WARPS, num_stages=3, sha
 """Queries stand in blocks, no bank row is visited, stages are Triton's default; any program can have 48 KB."""
 _SPLITS = 132
 """Of a large bank: a program that merges them holds as much as it ever does."""
+HOPPER_STREAM = "hopper stream"
+HOPPER_DIMENSIONS = (64, 112, 128, 256)
 
 
 def checks(kernel: str, arithmetic: str, width: int) -> list[tuple[int, Variant]]:
@@ -87,6 +105,8 @@ def checks(kernel: str, arithmetic: str, width: int) -> list[tuple[int, Variant]
 
 def compile_for(kernel: str, capability: int, arithmetic: str, D: int, config: Config, variant: Variant) -> Resources:
     """One variant of a kernel for sm_`capability`."""
+    if kernel == HOPPER_STREAM:
+        return compile_hopper(D, config, variant.weighted)
     function = (KERNELS | MERGES)[kernel]
     names = function.arg_names
     element = {"bank": variant.bank, "sum": "fp64" if variant.bank == "fp64" else "fp32"}
@@ -115,21 +135,64 @@ def compile_for(kernel: str, capability: int, arithmetic: str, D: int, config: C
         shared=compiled.metadata.shared,
         wgmma="wgmma.mma_async" in ptx,
         mma="mma.sync" in ptx or "tcgen05.mma" in ptx,
+        tma="cp.async.bulk.tensor" in ptx,
+        serialized=[],
+    )
+
+
+def compile_hopper(D: int, config: Config, weighted: bool) -> Resources:
+    """The kernel of hopper.py for bfloat16, as it is launched."""
+    function, W = hopper.stream, hopper_width(D)
+
+    def descriptor(rows: int) -> str:
+        return f"tensordesc<bf16[{rows}, {W}],{gl.NVMMASharedLayout.get_default_for([rows, W], gl.bfloat16)!r}>"
+
+    constants: dict[str, Any] = {
+        "D": D, "W": W, "BLOCK_B": config.block_b, "BLOCK_N": config.block_n, "STAGES": config.num_stages,
+        "WEIGHTED": weighted, "FOLD_ROWS": FOLD_ROWS, "REGISTERS": 240, "num_warps": 4,
+    }  # fmt: skip
+    signature = dict.fromkeys(function.arg_names, "i32") | {
+        "queries": descriptor(hopper.HALF), "bank": descriptor(config.block_n), "places": "*i64", "totals": "*fp32",
+        "vectors": "*fp32", "scale": "fp32",
+    } | dict.fromkeys(constants, "constexpr")  # fmt: skip
+    at = function.arg_names.index
+    source = GluonASTSource(
+        function,
+        signature,
+        constexprs={(at(name),): value for name, value in constants.items()},
+        attrs={(at(name),): [["tt.divisibility", 16]] for name in ("places", "totals", "vectors")},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options={"num_warps": 4})
+    usage, sass = _resource_usage(compiled.asm["cubin"]), _said_by("nvdisasm", compiled.asm["cubin"])
+    assembler = _said_by("ptxas", compiled.asm["ptx"].encode(), "-v", "--gpu-name=sm_90a", "--output-file=/dev/null")
+    return Resources(
+        registers=usage["REG"],
+        spilled=usage["STACK"] + usage["LOCAL"],
+        shared=compiled.metadata.shared,
+        wgmma="HGMMA" in sass,
+        mma="HMMA" in sass,
+        tma="UTMALDG" in sass,
+        serialized=re.findall(r"C751\d.*", assembler),
     )
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [cuobjdump, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = _said_by("cuobjdump", cubin, "--dump-resource-usage")
     return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
+def _said_by(tool: str, content: bytes, *options: str) -> str:
+    """What one of the CUDA toolkit's programs that come with Triton prints about a file."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool, *options, file.name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    return done.stdout
+
+
 def entries(capability: int) -> list[tuple[str, int, str, int, Config, Variant]]:
-    """What to compile: each entry of the table in one of the ways it has to serve, which take turns, and each merge."""
+    """What to compile: each entry of the table in one of the ways it has to serve, which take turns, and all else."""
     found = []
     tables = TABLE["86" if capability == 89 else str(capability)]
     for kernel, by_arithmetic in tables.items():
@@ -142,6 +205,10 @@ def entries(capability: int) -> list[tuple[str, int, str, int, Config, Variant]]
     for kernel, arithmetic in itertools.product(MERGES, ("16-bit", "fp64")):
         for width in map(int, tables["stream"][arithmetic]):  # tracked needs more registers
             found.append((kernel, capability, arithmetic, width, _MERGE, Variant(BANKS[arithmetic][-1], tracked=True)))
+    if capability == HOPPER:
+        for D, B, weighted in itertools.product(HOPPER_DIMENSIONS, (64, 128), (True, False)):
+            tiles = hopper_tiles(Device(HOPPER, 132, SHARED_LIMIT[HOPPER]), D, B)
+            found.append((HOPPER_STREAM, HOPPER, "16-bit", D, tiles, Variant("bf16", weighted=weighted)))
     return found
 
 
