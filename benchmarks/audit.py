@@ -2,7 +2,8 @@
 
 python -m benchmarks.audit evidence RUNS --output benchmarks/results/audit.csv      of all trained runs under a folder
 python -m benchmarks.audit speed --output benchmarks/results/audit-speed.json
-python -m benchmarks.audit table                                                    Markdown of both
+python -m benchmarks.audit calibrate --scenes AID/    whether it knows when features cannot carry a rate; see there
+python -m benchmarks.audit table                                                    Markdown of all
 
 The features of a run are those of its own encoder, which was trained on the given labels; which of these are wrong
 serves to judge the ranking alone. Every method gets the same unit features and the same labels.
@@ -18,6 +19,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -33,7 +35,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks import memory
+from benchmarks import calibration, memory
 from benchmarks.scale import machine
 from ntdne_kernels import audit
 from ntdne_kernels.experiments.noise import dataset_of
@@ -43,6 +45,7 @@ from ntdne_kernels.experiments.run import SETTINGS, trained
 
 RESULTS = Path(__file__).parent / "results"
 EVIDENCE, SPEED = RESULTS / "audit.csv", RESULTS / "audit-speed.json"
+CALIBRATION = RESULTS / "audit-calibration.csv"
 K = 0.3  # the paper's threshold
 Row = dict[str, Any]
 
@@ -262,8 +265,9 @@ class Sweep:
 # Tables
 
 
-def table(evidence_path: Path, speed_path: Path) -> None:
-    for path, print_tables in ((evidence_path, print_evidence), (speed_path, print_speed)):
+def table(evidence_path: Path, speed_path: Path, calibration_path: Path) -> None:
+    drawn = (evidence_path, print_evidence), (speed_path, print_speed), (calibration_path, print_calibration)
+    for path, print_tables in drawn:
         if path.exists():
             print_tables(path)
         else:
@@ -338,6 +342,32 @@ def f1(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
+def print_calibration(path: Path) -> None:
+    """Estimated rates, those that the audit does not name in brackets, and how far off both kinds are."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    noises = list(dict.fromkeys((row["noise"], row["rate"]) for row in rows))
+    print("**Estimated noise rates in %, in brackets where the audit says that the features cannot carry one**\n")
+    print_head(["images", "features", *(f"{noise} {rate}" for noise, rate in noises)])
+    by_place = {(row["archive"], row["features"], row["noise"], row["rate"]): row for row in rows}
+    for archive, features in dict.fromkeys((row["archive"], row["features"]) for row in rows):
+        cells = []
+        for noise in noises:
+            row = by_place[archive, features, *noise]
+            percent = f"{100 * float(row['estimated_rate']):.0f}"
+            cells.append(f"({percent})" if row["doubt"] else percent)
+        print_row([archive, features, *cells])
+    print()
+    print_head(["error of the estimated rate, in points", "cases", "rate named", "not named"])
+    errors = [abs(float(row["estimated_rate"]) - float(row["true_rate"])) for row in rows]
+    for least, most in pairwise([0.0, 0.05, 0.1, 0.2, 1.0]):
+        within = [row for row, error in zip(rows, errors, strict=True) if least <= error < most]
+        named = sum(not row["doubt"] for row in within)
+        title = f"{100 * least:.0f} to {100 * most:.0f}" if most < 1 else f"{100 * least:.0f} and more"
+        print_row([title, str(len(within)), str(named), str(len(within) - named)])
+    print()
+
+
 def print_speed(path: Path) -> None:
     run = json.loads(path.read_text())
     m = run["machine"]
@@ -377,9 +407,13 @@ def main() -> None:
     command = commands.add_parser("speed")
     command.add_argument("--sizes", type=int, nargs="+", default=[10**4, 10**5, 10**6])
     command.add_argument("--output", type=Path, default=SPEED)
+    command = commands.add_parser("calibrate")
+    command.add_argument("--scenes", type=Path, help="folder of class folders of aerial scenes")
+    command.add_argument("--output", type=Path, default=CALIBRATION)
     command = commands.add_parser("table")
     command.add_argument("--evidence", type=Path, default=EVIDENCE)
     command.add_argument("--speed", type=Path, default=SPEED)
+    command.add_argument("--calibration", type=Path, default=CALIBRATION)
     command = commands.add_parser("case")  # that `speed` runs in processes of their own
     command.add_argument("case", nargs=5)
     given = parser.parse_args()
@@ -388,8 +422,10 @@ def main() -> None:
     elif given.command == "speed":
         text = json.dumps(speed(given.sizes), indent=1) + "\n"
         given.output.write_text(text)
+    elif given.command == "calibrate":
+        write(calibration.calibrate(given.scenes), given.output)
     elif given.command == "table":
-        table(given.evidence, given.speed)
+        table(given.evidence, given.speed, given.calibration)
     else:
         N, D, C, dtype, batches = given.case
         print(json.dumps(run_case(Case(int(N), int(D), int(C), dtype, int(batches)))))

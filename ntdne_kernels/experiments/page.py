@@ -37,7 +37,7 @@ MARKDOWN = r"""
 {%- endfor %}
 
 {% endmacro -%}
-# Learning with wrong labels: report of {{ runs | length }} runs
+# Learning with wrong labels: report of {{ runs | length }} run{{ "s" if runs | length > 1 }}
 
 {{ guide }}
 
@@ -52,6 +52,7 @@ MARKDOWN = r"""
 {% for table in metrics %}
 {{ show(table) }}
 {%- endfor %}
+{% if runs | length > 1 %}
 ## Missing
 
 {% for each in missing %}
@@ -60,6 +61,7 @@ MARKDOWN = r"""
 Nothing: every loss was run with every noise and rate.
 {% endfor %}
 
+{% endif %}
 {{ show(data) }}
 {%- for noise, meaning in noises.items() %}
 - {{ noise }}: {{ meaning }}
@@ -81,20 +83,21 @@ body { margin: 0 auto; max-width: 76rem; padding: 1rem 1.5rem 4rem; color: #222;
 h1, h2, h3 { line-height: 1.25; }
 h2 { margin-top: 3rem; border-bottom: 1px solid #ccc; }
 p, li { max-width: 56rem; }
+h1, h2, h3, p, li, figcaption { overflow-wrap: anywhere; }
 .wide { overflow-x: auto; margin: 0 0 2rem; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-size: 1rem; padding-bottom: 0.5rem; max-width: 56rem; }
 th, td { padding: 0.2rem 0.6rem; text-align: right; vertical-align: top; }
 nav ul { padding: 0; }
 nav li { display: inline-block; margin-right: 1.2rem; }
+img.drawn { max-width: 100%; height: auto; }
 """
 
 PAGE = (
     """
 {%- macro show(table) %}
+<p>{{ table.caption }}</p>
 <div class="wide">
 <table>
-<caption>{{ table.caption }}</caption>
 <thead><tr>
 {% for cell in table.header %}
 <th scope="col"{% if loop.index <= table.words %} class="word"{% endif %}>{{ cell | replace(" ", "\n") }}</th>
@@ -125,12 +128,31 @@ PAGE = (
 {% endfor %}
 </ul>
 {% endmacro -%}
+{%- macro described() %}
+<h2 id="data">Data</h2>
+{{ show(data) }}
+<ul>
+{% for noise, meaning in noises.items() %}
+<li>{{ noise }}: {{ meaning }}</li>
+{% endfor %}
+</ul>
+{% endmacro -%}
+{%- macro drawn(section) %}
+<h2 id="{{ section.kind.slug }}">{{ section.kind.title }}</h2>
+<p>{{ section.kind.caption }}</p>
+{% for picture in section.pictures %}
+<figure>
+<img class="drawn" src="data:image/png;base64,{{ picture.data }}" alt="{{ section.kind.title }}: {{ picture.place }}">
+<figcaption>{{ picture.place }} ({{ picture.file }})</figcaption>
+</figure>
+{% endfor %}
+{% endmacro -%}
 <!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Learning with wrong labels: report of {{ runs | length }} runs</title>
+<title>Learning with wrong labels: report of {{ runs | length }} run{{ "s" if runs | length > 1 }}</title>
 <style>
 """
     + STYLE
@@ -140,34 +162,39 @@ tbody tr:not(.paper) td { border-top: 1px solid #ddd; }
 .paper { color: #666; font-style: italic; }
 figure { margin: 1rem 0 2.5rem; }
 figcaption { color: #555; font-size: 0.9rem; }
-img { max-width: 100%; height: auto; }
 </style>
 </head>
 <body>
-<h1>Learning with wrong labels: report of {{ runs | length }} runs</h1>
-<p>In each run an encoder was trained on images of which a part had been given wrong labels on purpose. It was then
-judged on test images by their true labels. The less the wrong labels harm a loss, the better.</p>
+<h1>Learning with wrong labels: report of {{ runs | length }} run{{ "s" if runs | length > 1 }}</h1>
+<p>In {{ "each" if runs | length > 1 else "this" }} run an encoder was trained on images of which a part had been given
+wrong labels on purpose. It was then judged on test images by their true labels. The less the wrong labels harm a loss,
+the better.</p>
+{% if runs | length == 1 %}
+{% for section in sections[:1] %}
+{{ drawn(section) }}
+{% endfor %}
+{% endif %}
 <nav>
 <ul>
+{% if runs | length > 1 %}
 <li><a href="#data">Data</a></li>
 <li><a href="#missing">Missing</a></li>
+{% endif %}
 {% for table in metrics %}
 <li><a href="#table-{{ loop.index }}">{{ table.title }}</a></li>
 {% endfor %}
 {% for section in sections %}
 <li><a href="#{{ section.kind.slug }}">{{ section.kind.title }}</a></li>
 {% endfor %}
+{% if runs | length == 1 %}
+<li><a href="#data">Data</a></li>
+{% endif %}
 <li><a href="#runs">Runs and settings</a></li>
 </ul>
 </nav>
 
-<h2 id="data">Data</h2>
-{{ show(data) }}
-<ul>
-{% for noise, meaning in noises.items() %}
-<li>{{ noise }}: {{ meaning }}</li>
-{% endfor %}
-</ul>
+{% if runs | length > 1 %}
+{{ described() }}
 
 <h2 id="missing">Missing</h2>
 {% if missing %}
@@ -175,6 +202,7 @@ judged on test images by their true labels. The less the wrong labels harm a los
 {{ listed(missing) }}
 {% else %}
 <p>Nothing: every loss was run with every noise and rate.</p>
+{% endif %}
 {% endif %}
 
 <h2>Tables</h2>
@@ -188,16 +216,13 @@ judged on test images by their true labels. The less the wrong labels harm a los
 {{ show(table) }}
 {% endfor %}
 
-{% for section in sections %}
-<h2 id="{{ section.kind.slug }}">{{ section.kind.title }}</h2>
-<p>{{ section.kind.caption }}</p>
-{% for picture in section.pictures %}
-<figure>
-<img src="data:image/png;base64,{{ picture.data }}" alt="{{ section.kind.title }}: {{ picture.place }}">
-<figcaption>{{ picture.place }} ({{ picture.file }})</figcaption>
-</figure>
+{% for section in sections[runs | length == 1:] %}
+{{ drawn(section) }}
 {% endfor %}
-{% endfor %}
+
+{% if runs | length == 1 %}
+{{ described() }}
+{% endif %}
 
 <h2 id="runs">Runs and settings</h2>
 {% if settings %}

@@ -286,7 +286,8 @@ score {{ it.score | share }}, quality {{ it.quality | share }}, rank {{ it.rank 
 thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
 tbody td, tbody th { border-top: 1px solid #ddd; }
 .facts th { text-align: left; font-weight: normal; }
-.drawn { max-width: 100%; height: auto; }
+[hidden] { display: none !important; }
+#filters { display: flex; flex-wrap: wrap; gap: 0.5rem 1.5rem; margin: 1.5rem 0; }
 .item { display: flex; flex-wrap: wrap; gap: 1rem; padding: 0.7rem 0; border-top: 1px solid #ddd; }
 .image { display: flex; gap: 0.7rem; width: 24rem; max-width: 100%; }
 .image p { margin: 0; line-height: 1.35; min-width: 0; }
@@ -382,8 +383,8 @@ audit.</li>
 
 <h2 id="quality">Quality of the labels</h2>
 {% if histogram %}
-<p><img class="drawn" src="{{ histogram }}" alt="Histogram of the {{ "scores" if by_score else "qualities" }} of all
-judged labels{% if judging %}, suspects apart{% endif %}"></p>
+<p><img class="drawn" src="{{ histogram }}" alt="Histogram of the {{ "scores" if by_score else
+"qualities" }} of all judged labels{% if judging %}, suspects apart{% endif %}"></p>
 {% if by_class and suspects %}
 <p>The threshold is not one number: it differs from class to class.</p>
 {% endif %}
@@ -396,9 +397,9 @@ judged labels{% if judging %}, suspects apart{% endif %}"></p>
 <p>Which labels are thought to stand for which classes, over the whole archive. The counts are estimates of their own
 and need not agree with those of suspects, which are single images.</p>
 {% if confusions %}
+<p>The most frequent:</p>
 <div class="wide">
 <table>
-<caption>The most frequent</caption>
 <thead><tr><th class="word">label given</th><th class="word">thought to be</th><th>images</th>
 <th>of the label's images</th></tr></thead>
 <tbody>
@@ -415,8 +416,8 @@ and need not agree with those of suspects, which are single images.</p>
 {% if heat_map %}
 <p>Of the images that are thought to be of a class (row), the percentage that was given each label (column). Right
 labels, on the diagonal, are not coloured.</p>
-<p><img class="drawn" src="{{ heat_map }}" alt="Heat map of the labels given to each class; the table above has its
-largest entries"></p>
+<p><img class="drawn" src="{{ heat_map }}" alt="Heat map of the labels given to each class; the table
+above has its largest entries"></p>
 {% endif %}
 {% endif %}
 
@@ -438,11 +439,19 @@ largest entries"></p>
 </tbody>
 </table>
 </div>
+<form id="filters" hidden>
+<label>Classes whose name has <input type="search" id="named"></label>
+{% if judging and pictures %}
+<label><input type="checkbox" id="suspects-only"> suspects only</label>
+{% endif %}
+</form>
 {% for each in shown_classes if each["items"] %}
+<section class="class" data-name="{{ each.name }}">
 <h3 id="class-{{ each.code }}">{{ each.name }}</h3>
 <p>{% if judging %}{{ each.suspects | count }} of {{ each.size | count }} images are suspects. {% endif %}Of the lowest
 quality:</p>
 {{ shown(each["items"]) }}
+</section>
 {% endfor %}
 
 {% if copies %}
@@ -494,6 +503,25 @@ does not have. There are always some; what is said of their labels means little.
 {% endif %}
 
 <p><small>Made by ntdne_kernels {{ version }}.</small></p>
+<script>
+const form = document.getElementById("filters");
+const named = document.getElementById("named"), suspectsOnly = document.getElementById("suspects-only");
+function filter() {
+  const name = named.value.trim().toLowerCase(), only = suspectsOnly !== null && suspectsOnly.checked;
+  for (const section of document.querySelectorAll(".class")) {
+    let shown = !only;
+    for (const item of section.querySelectorAll(".item")) {
+      item.hidden = only && item.querySelector(".suspect") === null;
+      shown ||= !item.hidden;
+    }
+    section.hidden = !shown || !section.dataset.name.toLowerCase().includes(name);
+  }
+}
+form.hidden = false;
+form.addEventListener("input", filter);
+form.addEventListener("submit", (event) => event.preventDefault());
+filter();
+</script>
 </body>
 </html>
 """

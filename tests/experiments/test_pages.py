@@ -1,0 +1,141 @@
+"""The audit's page and the report in a browser, where Chromium is installed (Debian: chromium, chromium-driver)."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ntdne_kernels.experiments.auditing import write_audit
+from ntdne_kernels.experiments.auditing.inputs import Source
+from ntdne_kernels.experiments.report import write_report
+from tests.experiments.test_report import write_run
+
+webdriver = pytest.importorskip("selenium.webdriver")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="needs Chromium and its driver")
+
+# What lies in .wide may be wider: it scrolls there. Text does not belong into it.
+OVERFLOWING = """
+const across = document.documentElement.clientWidth + 1;
+return [...document.querySelectorAll("body *")].filter((element) => {
+  const box = element.getBoundingClientRect();
+  const scrolls = element.closest(".wide") !== null && !element.matches(".wide, p, caption, h1, h2, h3, li");
+  const cut = element.matches("p, li, h1, h2, h3, figcaption, summary, label")
+    && element.scrollWidth > element.clientWidth + 1 && getComputedStyle(element).display !== "inline";
+  return box.width > 0 && ((!scrolls && box.right > across) || cut);
+}).map((element) => element.outerHTML.slice(0, 200));
+"""
+BROKEN_PICTURES = """
+return [...document.images].filter((image) => !image.complete || image.naturalWidth === 0).map((image) => image.alt);
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["webdriver.Chrome"]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def open_page(browser: "webdriver.Chrome", page: Path, width: int) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(page.as_uri())
+    assert browser.execute_script("return window.innerWidth") == width
+
+
+def audited(folder: Path, *, bad: bool = False) -> Path:
+    """The page of an audit of pictures with long names, in three classes, one label of the first wrong."""
+    source = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 20)
+    features = source.standard_normal((60, 8)) if bad else np.eye(3, 8)[labels] + 0.1 * source.standard_normal((60, 8))
+    labels[3] = 1
+    names = np.array(["airport", "bare land", "a_very_long_name_of_a_class_without_any_space_in_it"])
+    picture = Image.fromarray(source.integers(256, size=(32, 32, 3), dtype=np.uint8))
+    paths = [f"a_folder_of_a_long_name/{'and_a_file_of_a_very_long_name_' * 3}{i}.png" for i in range(60)]
+    found = Source("a_source_of_a_rather_long_name_for_a_heading", features, names[labels], paths, lambda _: picture)
+    return write_audit(found, folder)[1][0]
+
+
+def reported(folder: Path, runs: int) -> Path:
+    losses = ["NTDNE", "SNCA", "D-CNN", "NSL", "t-RNSL"]
+    for loss in losses[:runs]:
+        write_run(folder, loss, settings={"noise_file": "/a/folder/of_a_long_name/" * 5 + "noise.yaml"})
+    return write_report(folder, folder / "report")[0]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pages")
+    return {
+        "audit": audited(folder / "audit"),
+        "audit in doubt": audited(folder / "doubt", bad=True),
+        "report": reported(folder / "report", 5),
+        "report of one run": reported(folder / "one", 1),
+    }
+
+
+@pytest.mark.parametrize("width", [420, 1280])
+@pytest.mark.parametrize("name", ["audit", "audit in doubt", "report", "report of one run"])
+def test_nothing_overflows_and_every_picture_loads(browser, pages, name, width):
+    open_page(browser, pages[name], width)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script(OVERFLOWING) == []
+    assert browser.execute_script("return document.images.length") > 2
+    assert browser.execute_script(BROKEN_PICTURES) == []
+    said = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert said == []
+
+
+def seen(browser: "webdriver.Chrome", selector: str) -> list[str]:
+    return [element.text for element in browser.find_elements("css selector", selector) if element.is_displayed()]
+
+
+def test_the_filters_show_what_they_say(browser, pages):
+    open_page(browser, pages["audit"], 1280)
+    assert len(seen(browser, ".class h3")) == 3
+    items = len(seen(browser, ".class .item"))
+    name = browser.find_element("id", "named")
+    name.send_keys("AIR")
+    assert seen(browser, ".class h3") == ["airport"]
+    name.clear()
+    name.send_keys("no such class")
+    assert seen(browser, ".class h3") == []
+    name.clear()
+    name.send_keys(" ")
+    assert len(seen(browser, ".class h3")) == 3
+    only = browser.find_element("id", "suspects-only")
+    only.click()
+    assert seen(browser, ".class h3") == ["bare land"]  # the label given to the wrong one
+    assert len(seen(browser, ".class .item")) == 1
+    only.click()
+    assert len(seen(browser, ".class .item")) == items
+
+
+def test_the_report_of_one_run_leads_with_its_picture(browser, pages):
+    open_page(browser, pages["report of one run"], 1280)
+    assert "report of 1 run" in browser.title
+    assert seen(browser, "h1") == ["Learning with wrong labels: report of 1 run"]
+    assert seen(browser, "h2")[0] == "Scores of right and wrong labels"
+    picture, table = (browser.find_element("css selector", tag) for tag in ("img", "table"))
+    assert picture.location["y"] < 900 < table.location["y"]
+    assert "Missing" not in seen(browser, "h2")
+    open_page(browser, pages["report"], 1280)
+    assert seen(browser, "h1") == ["Learning with wrong labels: report of 5 runs"]
+    assert "Missing" in seen(browser, "h2")
+
+
+def test_the_page_in_doubt_says_so_above_everything(browser, pages):
+    open_page(browser, pages["audit in doubt"], 420)
+    assert seen(browser, "p")[0].startswith("How many labels are wrong cannot be said from these features:")
+    assert browser.find_elements("id", "suspects-only") == []
