@@ -346,10 +346,10 @@ def print_calibration(path: Path) -> None:
     """Estimated rates, those that the audit does not name in brackets, and how far off both kinds are."""
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    noises = list(dict.fromkeys((row["noise"], row["rate"]) for row in rows))
+    noises = list(dict.fromkeys((row["noise"], row["share"]) for row in rows))
     print("**Estimated noise rates in %, in brackets where the audit says that the features cannot carry one**\n")
-    print_head(["images", "features", *(f"{noise} {rate}" for noise, rate in noises)])
-    by_place = {(row["archive"], row["features"], row["noise"], row["rate"]): row for row in rows}
+    print_head(["images", "features", *(f"{noise} {share}" for noise, share in noises)])
+    by_place = {(row["archive"], row["features"], row["noise"], row["share"]): row for row in rows}
     for archive, features in dict.fromkeys((row["archive"], row["features"]) for row in rows):
         cells = []
         for noise in noises:

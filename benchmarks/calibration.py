@@ -102,10 +102,10 @@ def pretrained(pictures: list[Image.Image]) -> Tensor:
     return torch.cat(features)
 
 
-def mislabelled(true: Tensor, noise: str, rate: float) -> Tensor:
-    """Labels (N,) of which the share `rate` is wrong on average."""
+def mislabelled(true: Tensor, noise: str, share: float) -> Tensor:
+    """Labels (N,) of which this share is wrong on average."""
     source, C = torch.Generator().manual_seed(SEED), int(true.max()) + 1
-    wrong = torch.rand(len(true), generator=source) < rate
+    wrong = torch.rand(len(true), generator=source) < share
     shift = torch.randint(1, C, true.shape, generator=source) if noise == "uniform" else 1
     return torch.where(wrong, (true + shift) % C, true)
 
@@ -142,16 +142,16 @@ def learned(images: Tensor, labels: Tensor, loss: str, epochs: tuple[int, ...]) 
 def calibrate(scenes: Path | None) -> Iterator[Row]:
     """A row for each archive, features and noise: the rate that the audit estimates, and what it thinks of it."""
     for archive in archives(scenes):
-        for noise, rate in NOISES:
-            labels = mislabelled(archive.true, noise, rate)
+        for noise, share in NOISES:
+            labels = mislabelled(archive.true, noise, share)
             features = list(archive.fixed.items())
             for loss, epochs in archive.epochs.items():
                 assert archive.images is not None
                 found = learned(archive.images, labels, loss, epochs)
                 features += [(f"{loss}, {epoch} epochs" if epoch else "untrained", each) for epoch, each in found]
-            print(archive.name, noise, rate, flush=True)
+            print(archive.name, noise, share, flush=True)
             for name, each in features:
-                yield {"archive": archive.name, "features": name, "noise": noise, "rate": rate} | judged(
+                yield {"archive": archive.name, "features": name, "noise": noise, "share": share} | judged(
                     each, labels, archive.true
                 )
 

@@ -653,7 +653,8 @@ class LabelAudit:
         """(N,) bool: labels that are probably wrong; no clean label is needed for any of the methods.
 
         Args:
-            method: "rate": as many of the lowest quality as the estimated noise rate says.
+            method: "rate": as many of the lowest quality as the estimated noise rate says, which where there is
+                `doubt` is too many.
                 "otsu": the lower of the two groups of qualities that differ most (Otsu, 1979): a mixture of two
                 components of one width.
                 "auto": p is below chance, the label's share of the other images, as in `NTDNELoss(k="auto")`.

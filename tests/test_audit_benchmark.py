@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import audit
+from benchmarks import audit, calibration
 from ntdne_kernels.experiments.encoders import make_encoder
 from ntdne_kernels.experiments.settings import Settings
 
@@ -48,6 +48,34 @@ def test_evidence_of_a_run_is_written_and_drawn(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{100 * aurocs['ours']:.1f}" in printed
     assert "| digits | uniform 0.3 | 27 % |" in printed
+
+
+def test_the_calibration_is_written_and_drawn(tmp_path, capsys, monkeypatch):
+    made = torch.Generator().manual_seed(0)
+    true = torch.arange(300) % 3
+    good = torch.eye(8)[true] + 0.05 * torch.randn(300, 8, generator=made)
+    chance = torch.randn(300, 8, generator=made)
+    images = torch.rand(300, 3, 8, 8, generator=made)
+    archive = calibration.Archive(
+        "made", true, {"good": good, "chance": chance}, images, {"NTDNE": (0, 1), "cross-entropy": (1,)}
+    )
+    monkeypatch.setattr(calibration, "archives", lambda scenes: [archive])
+    monkeypatch.setattr(calibration, "NOISES", [("uniform", 0.0), ("next class", 0.3)])
+    file = tmp_path / "calibration.csv"
+    audit.write(calibration.calibrate(None), file)
+    capsys.readouterr()
+    audit.print_calibration(file)
+    lines = capsys.readouterr().out.splitlines()
+    assert "| images | features | uniform 0.0 | next class 0.3 |" in lines
+    rows = list(csv.DictReader(file.open()))
+    wrong = 100 * float(rows[-1]["true_rate"])
+    assert 20 < wrong < 40
+    (row,) = (line for line in lines if line.startswith("| made | good |"))
+    assert row == f"| made | good | 0 | {wrong:.0f} |"
+    assert [line for line in lines if line.startswith("| made | chance | (")]
+    assert {row["features"] for row in rows[4:]} >= {"untrained", "NTDNE, 1 epochs", "cross-entropy, 1 epochs"}
+    of_errors = [line.split(" | ") for line in lines[-6:] if " to " in line or "and more" in line]
+    assert sum(int(cells[1]) for cells in of_errors) == len(rows) == 10
 
 
 def test_time_of_queries_left_out_is_extrapolated():
