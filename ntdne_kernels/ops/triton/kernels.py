@@ -66,9 +66,12 @@ def _rounded(x, dtype: tl.constexpr):
 
 
 @_part
-def _operand(x, PRECISION: tl.constexpr):
-    """x as a factor of a product: for TF32 rounded to its 10 bits as cuBLAS does; tensor cores would cut them off."""
-    if PRECISION == "tf32" and x.dtype == tl.float32:
+def _operand(x, D: tl.constexpr, PRECISION: tl.constexpr):
+    """x as a factor of a product: for TF32 rounded to its 10 bits as cuBLAS does; tensor cores would cut the rest off.
+
+    Not of rows wider than 512, where that takes more registers than there are.
+    """
+    if PRECISION == "tf32" and x.dtype == tl.float32 and D <= 512:
         rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         return tl.where(x == x, rounded, x)
     return x
@@ -264,10 +267,10 @@ def stream(
     i = tl.arange(0, BLOCK_B)  # from here on queries are counted from `first`
     places += first * 4
     queries += first * D
-    q1 = _operand(_load_queries(queries, i, 0, D1, D), PRECISION)
+    q1 = _operand(_load_queries(queries, i, 0, D1, D), D, PRECISION)
     q2 = q1
     if D2 > 0:
-        q2 = _operand(_load_queries(queries, i, D1, D2, D), PRECISION)
+        q2 = _operand(_load_queries(queries, i, D1, D2, D), D, PRECISION)
     scale = tl.full((), scale, totals.dtype.element_ty)
 
     zeros = tl.full((BLOCK_B,), 0, totals.dtype.element_ty)
@@ -316,11 +319,11 @@ def stream(
                 row = tl.load(order + start + j, mask=inside, other=0) * bank_stride
             else:
                 tile += start * far_stride
-            t1 = _operand(_load_rows(tile, row, inside, 0, D1, D), PRECISION)
+            t1 = _operand(_load_rows(tile, row, inside, 0, D1, D), D, PRECISION)
             t2 = t1
             x = _dot(q1, tl.trans(t1), tl.full((BLOCK_B, BLOCK_N), 0, zeros.dtype), PRECISION)
             if D2 > 0:
-                t2 = _operand(_load_rows(tile, row, inside, D1, D2, D), PRECISION)
+                t2 = _operand(_load_rows(tile, row, inside, D1, D2, D), D, PRECISION)
                 x = _dot(q2, tl.trans(t2), x, PRECISION)
             # Most tiles hold no query's own row and end before the segment does: they need no mask.
             if start + BLOCK_N > tl.minimum(stop, next_own):
@@ -343,7 +346,7 @@ def stream(
                 weights = tl.exp2(x * scale - scale)
             total += tl.sum(weights, 1)
             if WEIGHTED:
-                rounded = _operand(_rounded(weights, t1.dtype), PRECISION)
+                rounded = _operand(_rounded(weights, t1.dtype), D, PRECISION)
                 v1 = _dot(rounded, t1, v1, PRECISION)
                 if D2 > 0:
                     v2 = _dot(rounded, t2, v2, PRECISION)
@@ -627,12 +630,12 @@ def gradient_to_bank(
     row = start + j
     if GATHER:
         row = tl.load(order + row, mask=inside, other=0)
-    t1 = _operand(_load_rows(bank, row * bank_stride, inside, 0, D1, D), PRECISION)
+    t1 = _load_rows(bank, row * bank_stride, inside, 0, D1, D)
     t2 = t1
     g1 = tl.full((BLOCK_N, D1), 0, accumulator)
     g2 = g1
     if D2 > 0:
-        t2 = _operand(_load_rows(bank, row * bank_stride, inside, D1, D2, D), PRECISION)
+        t2 = _load_rows(bank, row * bank_stride, inside, D1, D2, D)
         g2 = tl.full((BLOCK_N, D2), 0, accumulator)
     scale = tl.full((), scale, accumulator)
     sigma = tl.full((), sigma, accumulator)
@@ -643,11 +646,11 @@ def gradient_to_bank(
         live = score != float("-inf")  # without positives a query has no gradient, and its sums may be empty
         log_all = tl.load(log_sum_all + query, mask=live, other=0.0)
         upstream = tl.load(grad_log_p + query, mask=live, other=0.0) / sigma
-        q1 = _operand(_load_queries(queries, i, 0, D1, D), PRECISION)
+        q1 = _load_queries(queries, i, 0, D1, D)
         q2 = q1
         x = _dot(q1, tl.trans(t1), tl.full((BLOCK_B, BLOCK_N), 0, accumulator), PRECISION)
         if D2 > 0:
-            q2 = _operand(_load_queries(queries, i, D1, D2, D), PRECISION)
+            q2 = _load_queries(queries, i, D1, D2, D)
             x = _dot(q2, tl.trans(t2), x, PRECISION)
         x *= scale
         my_row = tl.load(places + i * 4 + OWN)
@@ -661,7 +664,7 @@ def gradient_to_bank(
         log_sum = tl.where(same, ((log_all + score) * LOG2_E)[:, None], (log_all * LOG2_E)[:, None])
         one_minus_p = tl.where(score > -1e-4, -score * (1.0 + score / 2.0 * (1.0 + score / 3.0)), 1.0 - tl.exp(score))
         share = tl.where(same, (upstream * one_minus_p)[:, None], -upstream[:, None])
-        weights = _operand(tl.where(counts, tl.exp2(x - log_sum) * share, 0.0), PRECISION)
+        weights = tl.where(counts, tl.exp2(x - log_sum) * share, 0.0)
         # The weights have both signs and any size, which 16 bits would round or lose: they meet the queries as TF32.
         g1 = _dot(tl.trans(weights), q1.to(accumulator), g1, PRECISION)
         if D2 > 0:
@@ -692,10 +695,10 @@ def class_masses(
     features += first * features_stride
     index += first
     log_masses += first
-    q1 = _operand(_load_rows(features, i * features_stride, live, 0, D1, D), PRECISION)
+    q1 = _operand(_load_rows(features, i * features_stride, live, 0, D1, D), D, PRECISION)
     q2 = q1
     if D2 > 0:
-        q2 = _operand(_load_rows(features, i * features_stride, live, D1, D2, D), PRECISION)
+        q2 = _operand(_load_rows(features, i * features_stride, live, D1, D2, D), D, PRECISION)
     accumulator: tl.constexpr = tl.float64 if q1.dtype == tl.float64 else tl.float32
     zeros = tl.full((BLOCK_B,), 0, accumulator)
     narrow_scale = tl.full((), scale, accumulator)
@@ -713,10 +716,10 @@ def class_masses(
             j = tl.arange(0, BLOCK_N)
             inside = j < tl.minimum(end - start, BLOCK_N).to(tl.int32)
             tile = bank + start * far_stride
-            t = _operand(_load_rows(tile, j * bank_stride, inside, 0, D1, D), PRECISION)
+            t = _operand(_load_rows(tile, j * bank_stride, inside, 0, D1, D), D, PRECISION)
             s = _dot(q1, tl.trans(t), tl.full((BLOCK_B, BLOCK_N), 0, accumulator), PRECISION)
             if D2 > 0:
-                t = _operand(_load_rows(tile, j * bank_stride, inside, D1, D2, D), PRECISION)
+                t = _operand(_load_rows(tile, j * bank_stride, inside, D1, D2, D), D, PRECISION)
                 s = _dot(q2, tl.trans(t), s, PRECISION)
             if start + BLOCK_N > tl.minimum(end, next_own):
                 my_row = tl.load(index + i, mask=live, other=-1)
