@@ -277,7 +277,10 @@ def prepare(what: str, B: int, N: int, provider: str) -> Call:
             p.features, p.bank, p.labels, p.classes, p.index, sigma=problems.SIGMA, q=problems.Q
         )
     else:
-        criterion = NTDNELoss(made.bank_labels, D, sigma=problems.SIGMA, q=problems.Q, dtype=problem.bank.dtype).cuda()
+        # Made there: a bank that was moved looks at its rows once, which a GPU that computes nothing leaves 0.
+        criterion = NTDNELoss(
+            made.bank_labels, D, sigma=problems.SIGMA, q=problems.Q, dtype=problem.bank.dtype, device="cuda"
+        )
         criterion.memory.storage.copy_(problem.bank)
         criterion.set_epoch(20)  # the warm-up is over: scores are looked up, and may prune
         forward = torch.compile(criterion, fullgraph=True, dynamic=False) if compiled else criterion
