@@ -45,21 +45,17 @@ def _from(rows, origin):
 
 
 @gluon.jit
-def _next(places, COLUMN: gl.constexpr, origin, first, COUNT: gl.constexpr, WARPS: gl.constexpr):
-    """The first row from `first` on that COUNT places hold in a column, or _OUT_OF_SIGHT."""
-    # Each warp reads all of them. The compiler then knows the result to be the same for all threads of a warp, and what
-    # depends on it, like the address of a tile, takes no registers of each thread.
-    i = gl.arange(0, COUNT, gl.BlockedLayout([COUNT // 32], [32], [WARPS], [0]))
-    rows = _from(gl.load(places + i * 4 + COLUMN), origin)
-    return gl.min(gl.where(rows >= first, rows, _OUT_OF_SIGHT), 0)
+def _ranges(places, origin, BLOCK_B: gl.constexpr, WARPS: gl.constexpr):
+    """Where the classes of the block's queries begin and end, as `_segment_end` takes them."""
+    i = gl.arange(0, BLOCK_B, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    return _from(gl.load(places + i * 4 + _LOW), origin), _from(gl.load(places + i * 4 + _HIGH), origin)
 
 
 @gluon.jit
-def _segment_end(places, origin, begin, end, BLOCK_B: gl.constexpr, FOLD_ROWS: gl.constexpr, WARPS: gl.constexpr):
+def _segment_end(low, high, begin, end, FOLD_ROWS: gl.constexpr):
     """Where the segment that begins at `begin` ends: up to there no query changes from other to same or back."""
-    next_low = _next(places, _LOW, origin, begin + 1, BLOCK_B, WARPS)
-    next_high = _next(places, _HIGH, origin, begin + 1, BLOCK_B, WARPS)
-    return gl.minimum(gl.minimum(end, begin + FOLD_ROWS), gl.minimum(next_low, next_high))
+    next_end = gl.minimum(gl.where(low > begin, low, _OUT_OF_SIGHT), gl.where(high > begin, high, _OUT_OF_SIGHT))
+    return gl.minimum(gl.minimum(end, begin + FOLD_ROWS), gl.min(next_end, 0))
 
 
 @gluon.jit
@@ -69,10 +65,11 @@ def _load(queries, bank, q_smem, ring, q_full, full, empty, places, first_query,
     mbarrier.expect(q_full, BLOCK_B * queries.block_type.shape[1] * 2)
     for half in gl.static_range(BLOCK_B // _HALF):
         tma.async_copy_global_to_shared(queries, [first_query + half * _HALF, 0], q_full, q_smem.index(half))
+    low, high = _ranges(places, origin, BLOCK_B, 1)
     taken = 0
     begin = 0
     while begin < end:
-        stop = _segment_end(places, origin, begin, end, BLOCK_B, FOLD_ROWS, 1)
+        stop = _segment_end(low, high, begin, end, FOLD_ROWS)
         for start in range(begin, stop, BLOCK_N):
             stage = taken % STAGES
             mbarrier.wait(empty.index(stage), ((taken // STAGES) & 1) ^ 1)  # passes in the first round
@@ -85,15 +82,14 @@ def _load(queries, bank, q_smem, ring, q_full, full, empty, places, first_query,
 
 
 @gluon.jit
-def _weigh(s, start, stop, next_own, own, places, origin, scale, BLOCK_N: gl.constexpr, S: gl.constexpr,
-           WARPS: gl.constexpr):  # fmt: skip
+def _weigh(s, start, stop, next_own, own, scale, BLOCK_N: gl.constexpr, S: gl.constexpr):
     """2^(s·scale − scale) of a tile, 0 for rows at `stop` and behind it and for each query's own row."""
     # Most tiles hold no query's own row and end before the segment does: they need no mask. To end the loop at those
     # that do, and start it again behind them, took 4 % longer at B = 1024 (H200).
     if start + BLOCK_N > gl.minimum(stop, next_own):
         j = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S))
         s = gl.where((j[None, :] == own[:, None]) | (j >= stop)[None, :], float("-inf"), s)
-        next_own = _next(places, _OWN, origin, start + BLOCK_N, _HALF, WARPS)
+        next_own = gl.min(gl.where(own >= start + BLOCK_N, own, _OUT_OF_SIGHT), 0)
     return gl.exp2(s * scale - scale), next_own  # one fused multiply-add
 
 
@@ -111,7 +107,7 @@ def _fold(vectors, slot, held, v, FIRST: gl.constexpr, D: gl.constexpr, WARPS: g
         held = gl.convert_layout(held, gl.SliceLayout(1, V))
         slot = gl.convert_layout(slot, gl.SliceLayout(1, V))
         d = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, V))
-        pointers = vectors + slot[:, None] * D + d[None, :]
+        pointers = vectors + (slot[:, None] * D + d[None, :])
         here = (d < D)[None, :]
         # An atomic addition needs no registers for the old values. Nobody else adds here: the order is fixed.
         gl.store(pointers, v, mask=here & (held == 0)[:, None])
@@ -128,8 +124,8 @@ def _sum(q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=V, k_width=2)
     dtype: gl.constexpr = ring.dtype
     i = WHICH * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, S))
-    my_places = places + WHICH * _HALF * 4
     own = _from(gl.load(places + i * 4 + _OWN), origin)
+    low, high = _ranges(places, origin, BLOCK_B, WARPS)
     zero = gl.zeros([_HALF, BLOCK_N], gl.float32, S)
     total_other = gl.zeros([_HALF], gl.float32, gl.SliceLayout(1, S))
     total_same = total_other
@@ -138,13 +134,13 @@ def _sum(q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end
     taken = 0
     begin = 0
     while begin < end:
-        stop = _segment_end(places, origin, begin, end, BLOCK_B, FOLD_ROWS, WARPS)
+        stop = _segment_end(low, high, begin, end, FOLD_ROWS)
         my_low = _from(gl.load(places + i * 4 + _LOW), origin)
         my_high = _from(gl.load(places + i * 4 + _HIGH), origin)
         same = (my_low <= begin) & (begin < my_high)
         total = gl.zeros([_HALF], gl.float32, gl.SliceLayout(1, S))
         v = gl.zeros([_HALF, W], gl.float32, V)
-        next_own = _next(my_places, _OWN, origin, begin, _HALF, WARPS)
+        next_own = gl.min(gl.where(own >= begin, own, _OUT_OF_SIGHT), 0)
 
         stage = taken % STAGES
         mbarrier.wait(full.index(stage), (taken // STAGES) & 1)
@@ -152,7 +148,7 @@ def _sum(q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end
         s = warpgroup_mma_wait(0, deps=[s])
         if not WEIGHTED:
             mbarrier.arrive(empty.index(stage))
-        w, next_own = _weigh(s, begin, stop, next_own, own, my_places, origin, scale, BLOCK_N, S, WARPS)
+        w, next_own = _weigh(s, begin, stop, next_own, own, scale, BLOCK_N, S)
         total += gl.sum(w, 1)
         p = gl.convert_layout(w.to(dtype), P)  # stays in registers
         taken += 1
@@ -164,7 +160,7 @@ def _sum(q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end
             if WEIGHTED:
                 v = warpgroup_mma(p, ring.index(before), v, is_async=True)
                 s = warpgroup_mma_wait(1, deps=[s])  # the second product goes on under the exponentials
-                w, next_own = _weigh(s, start, stop, next_own, own, my_places, origin, scale, BLOCK_N, S, WARPS)
+                w, next_own = _weigh(s, start, stop, next_own, own, scale, BLOCK_N, S)
                 total += gl.sum(w, 1)
                 next_p = gl.convert_layout(w.to(dtype), P)
                 v, p = warpgroup_mma_wait(0, deps=[v, next_p])
@@ -172,7 +168,7 @@ def _sum(q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end
             else:
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(empty.index(stage))
-                w, next_own = _weigh(s, start, stop, next_own, own, my_places, origin, scale, BLOCK_N, S, WARPS)
+                w, next_own = _weigh(s, start, stop, next_own, own, scale, BLOCK_N, S)
                 total += gl.sum(w, 1)
             taken += 1
         if WEIGHTED:
