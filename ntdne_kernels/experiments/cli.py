@@ -265,7 +265,6 @@ def _fail(error: BaseException | str) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from ntdne_kernels.experiments.encoders import make_encoder
     from ntdne_kernels.experiments.run import finished_results, run
     from ntdne_kernels.experiments.training import make_criterion
 
@@ -274,13 +273,22 @@ def _train(arguments: argparse.Namespace) -> None:
     check_folder(folder, _images(arguments.data))
     make_criterion(settings, torch.tensor([0, 1]))  # before the images are decoded
     if finished_results(settings, folder) is None:
-        make_encoder(settings.encoder, settings.dim, settings.weights)
+        _check_weights(settings)
     results = run(settings, variant, folder, _machine(arguments))
     if results is not None:
         _print_metrics(results)
         print(
             f"written to {folder}: last.ckpt, results.json, figures.npz; next: ntdne report {shlex.quote(str(folder))}"
         )
+
+
+def _check_weights(settings: Settings) -> None:
+    """Before the images are decoded."""
+    from ntdne_kernels.experiments.encoders import make_encoder
+
+    if settings.weights:
+        with torch.random.fork_rng(devices=[]):
+            make_encoder(settings.encoder, settings.dim, settings.weights)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -290,7 +298,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
-    from ntdne_kernels.experiments.encoders import make_encoder
     from ntdne_kernels.experiments.run import finished_results, run
     from ntdne_kernels.experiments.training import make_criterion
 
@@ -306,8 +313,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
         flush=True,
     )
     if missing:
-        settings = missing[0][0]  # the encoder is the same in all
-        make_encoder(settings.encoder, settings.dim, settings.weights)
+        _check_weights(missing[0][0])  # the encoder is the same in all
     failed, took = [], []
     for number, (settings, variant, folder) in enumerate(missing, start=1):
         print(f"run {number} of {len(missing)}", flush=True)
