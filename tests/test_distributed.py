@@ -433,7 +433,7 @@ def bad_call(case: str) -> tuple[str, bool]:
     [
         ("wide", "ValueError: features: expected shape"),
         ("image", "IndexError: index: expected -1 or a bank row from 0 to 40, got 41 at row 1"),
-        ("NaN", "ValueError: features: expected rows of positive, finite norm"),
+        ("NaN", "ValueError: features: expected rows of finite norm"),
         ("sigma", "ValueError: sigma: expected a number in"),
         ("label", "ValueError: labels: expected -1 (unlabelled) or a class from 0, got -5 at row 1"),
     ],

@@ -400,8 +400,7 @@ from ntdne_kernels.functional import ntdne_loss
 
 torch.ops.load_library(null_gpu.update_kernel(Path()))
 labels, index = torch.arange(1000) % 7, torch.arange(32).cuda()
-criterion = NTDNELoss(labels, 16, dtype=torch.bfloat16).cuda()
-criterion.memory._seal()  # a look at the labels would see what this GPU has not computed
+criterion = NTDNELoss(labels, 16, dtype=torch.bfloat16, device="cuda")
 criterion.set_epoch(20)
 features = torch.nn.functional.normalize(torch.randn(32, 16), dim=1).cuda().requires_grad_()
 bank, classes = criterion.memory.storage, LabelIndex.from_labels(labels.sort().values).to("cuda")

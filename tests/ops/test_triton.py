@@ -329,6 +329,7 @@ def test_three_launches_for_a_part_of_a_bank_and_none_for_a_part_without_rows(ne
 
 
 @pytest.mark.parametrize("by", ["labels", "sorted index"])
+@pytest.mark.usefixtures("launches")  # which hide what the interpreter copies
 def test_nothing_of_the_size_of_batch_times_bank_is_allocated(by, kernel_device):
     B, N, D = 33, 2000, 4
     features, *rest = arguments(Archive(B, N, D, dtype=torch.float32, device=kernel_device), by)
