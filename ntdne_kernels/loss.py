@@ -107,7 +107,7 @@ class _NeighbourhoodLoss(nn.Module):
         self._check_features(features)
         with_index, with_both = index is not None, index is not None and labels is not None
         index, labels = self._check_images(len(features), index, labels)
-        check_directions("features", features, look=self.validate)
+        check_directions("features", features, None, accumulator_dtype(memory.storage.dtype), look=self.validate)
         check_number("sigma", self.sigma, 0, math.inf)
         if with_both and not torch.compiler.is_compiling():
             self._watch.compare(labels, index, lambda: memory.labels[index.clamp(min=0)])
@@ -138,7 +138,7 @@ class _NeighbourhoodLoss(nn.Module):
             """How many images there are; whether a gradient is wanted, beside a number of the settings."""
             memory.check_untouched()
             self._check_features(features)
-            check_directions("features", features, look=self.validate)
+            check_directions("features", features, None, accumulator_dtype(memory.storage.dtype), look=self.validate)
             check_number("sigma", self.sigma, 0, float("inf"))
             images, own_labels = self._check_images(len(features), index, labels)
             given.extend([images, torch.full_like(images, UNLABELLED) if own_labels is None else own_labels])
