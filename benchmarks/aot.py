@@ -20,8 +20,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from ntdne_kernels.ops.triton import BLOCK_Q, FOLD_ROWS, PRECISION, hopper, kernels
-from ntdne_kernels.ops.triton.configs import (
+from ntdne_kernels.ops.gpu import BLOCK_Q, FOLD_ROWS, PRECISION, hopper, kernels
+from ntdne_kernels.ops.gpu.configs import (
     HOPPER,
     MERGE_WARPS,
     TABLE,

@@ -1,4 +1,4 @@
-"""Choose the tile shapes in ntdne_kernels/ops/triton/configs.json.
+"""Choose the tile shapes in ntdne_kernels/ops/gpu/configs.json.
 
 python -m benchmarks.tune choose [CAPABILITY ...]    into the table, for GPUs that need not be here
 python -m benchmarks.tune time B N D DTYPE           on the GPU that is here: each shape that fits, beside the table's
@@ -27,9 +27,9 @@ from triton.runtime.errors import OutOfResources
 
 from benchmarks import problems, providers, timing
 from benchmarks.aot import KERNELS, SHARED_LIMIT, checks, compile_for
-from ntdne_kernels.ops import triton as backend
-from ntdne_kernels.ops.triton import configs
-from ntdne_kernels.ops.triton.configs import Config
+from ntdne_kernels.ops import gpu as backend
+from ntdne_kernels.ops.gpu import configs
+from ntdne_kernels.ops.gpu.configs import Config
 
 TABLE = Path(configs.__file__).with_name("configs.json")
 CAPABILITIES = (80, 86, 90, 100)  # 89 has what 86 has

@@ -23,15 +23,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntdne_kernels.arguments import (
+    BANK_DTYPES,
+    NOT_IN_BANK,
+    UNLABELLED,
+    accumulator_dtype,
+    check_choice,
+    check_number,
+    check_range,
+)
 from ntdne_kernels.bank import MemoryBank
-from ntdne_kernels.fill import with_progress
-from ntdne_kernels.functional import BANK_DTYPES, check_choice, check_number, check_range, choose_backend
+from ntdne_kernels.functional import choose_backend
 from ntdne_kernels.labels import as_index, encode_labels
 from ntdne_kernels.ops.backends import BACKENDS, class_masses_of
-from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.chunked import CHUNK_BYTES, chunks_of
-from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED
-from ntdne_kernels.ops.user_warning import warn_user
+from ntdne_kernels.progress import with_progress
+from ntdne_kernels.user_warning import warn_user
 
 QUERIES = {"cpu": 4096, "cuda": 32768}  # of a batch: enough of them fill a GPU, and read a bank on disk seldom enough
 CLASSES = 1024  # summed at once: B·1024 float64 are 34 MB on a CPU, 268 MB on a GPU

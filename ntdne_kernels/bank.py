@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import ProcessGroup
 
+from ntdne_kernels.arguments import BANK_DTYPES, NOT_IN_BANK, UNLABELLED, accumulator_dtype, check_range
 from ntdne_kernels.distributed import Ranks
-from ntdne_kernels.functional import BANK_DTYPES, check_range, check_update, write_rows
+from ntdne_kernels.functional import check_update, write_rows
 from ntdne_kernels.label_index import LabelIndex, class_order, fingerprint
 from ntdne_kernels.labels import as_index, as_labels
-from ntdne_kernels.ops.bank_update import accumulator_dtype, skipped_counter
-from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED
-from ntdne_kernels.ops.user_warning import warn_user
+from ntdne_kernels.ops.bank_update import skipped_counter
 from ntdne_kernels.storage import allocate, mark, take_place
+from ntdne_kernels.user_warning import warn_user
 
 INIT_CHUNK = 65536  # rows drawn or looked at together, so that neither needs a second bank
 UNIT = 0.01  # how far from 1 the length of a row may be

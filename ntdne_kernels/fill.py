@@ -3,10 +3,8 @@
 Shapes: b images of a batch, N of the archive, n of this rank, D values.
 """
 
-import contextlib
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ntdne_kernels.arguments import NOT_IN_BANK
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.data import INDEX, IndexedDataset
 from ntdne_kernels.labels import as_index
-from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK
-from ntdne_kernels.ops.user_warning import warn_user
+from ntdne_kernels.progress import with_progress
 from ntdne_kernels.storage import flush
+from ntdne_kernels.user_warning import warn_user
 
 SAVE_SECONDS = 600.0  # between two checkpoints of a pass
 IMAGES = ("pixel_values", "image", "images", "img")  # keys of the images in a batch with keys; the first there is
@@ -206,18 +205,3 @@ def _without(loader: "DataLoader[Any]", filled: Tensor) -> "DataLoader[Any]":
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
     )
-
-
-def with_progress(loader: Iterable[Any], description: str) -> Iterator[Any]:
-    if sys.stderr.isatty():
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-
-            loader = tqdm(loader, desc=description, unit="batch", leave=False)
-            yield from loader
-            return
-    total = len(loader) if isinstance(loader, Sized) else 0
-    for done, batch in enumerate(loader, start=1):
-        yield batch
-        if total and done * 10 // total > (done - 1) * 10 // total:
-            print(f"{description}: {done} of {total} batches", file=sys.stderr)

@@ -13,23 +13,32 @@ Shapes: B queries, N bank rows, D features.
 """
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ntdne_kernels.arguments import (
+    BANK_DTYPES,
+    NOT_IN_BANK,
+    accumulator_dtype,
+    can_look_inside,
+    check_choice,
+    check_classes,
+    check_directions,
+    check_matrix,
+    check_number,
+    check_range,
+)
 from ntdne_kernels.label_index import LabelIndex
 from ntdne_kernels.labels import as_index, as_labels
 from ntdne_kernels.ops import losses, reference
 from ntdne_kernels.ops.backends import BACKENDS, triton_misses
-from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.chunked import CHUNKED
-from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, SHORTEST, UNLABELLED, LeaveOneOutLoss, look_up
-from ntdne_kernels.ops.user_warning import warn_user
+from ntdne_kernels.ops.leave_one_out import LeaveOneOutLoss, look_up
+from ntdne_kernels.user_warning import warn_user
 
 _said: set[str] = set()
-BANK_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def ntdne_loss(
@@ -141,7 +150,7 @@ def loss_and_log_scores(
         if len(bank_labels) != N:
             raise ValueError(f"bank_labels: expected one label for each of the bank's {N} rows, got {len(bank_labels)}")
         labels_device = bank_labels.device
-    if _can_look_inside(features):
+    if can_look_inside(features):
         _check_unit("features", features.detach())
     labels = _check_per_query("labels", as_labels(labels, device=features.device).to(torch.int64), B, features)
     _check_device("bank_labels", labels_device, features)
@@ -235,7 +244,7 @@ def write_rows(bank: Tensor, features: Tensor, index: Tensor, momentum: float, p
             torch.ops.ntdne_kernels.update_bank_(bank, features, index, float(momentum), position)
         except RuntimeError:
             # The CPU kernel found a bad value, before it wrote anything: say which.
-            if _can_look_inside(index):
+            if can_look_inside(index):
                 check_range("index", index, len(bank if position is None else position))
                 check_directions("features", features, index, accumulator_dtype(bank.dtype), look=True)
             raise
@@ -253,63 +262,6 @@ def check_update(bank: Tensor, features: Tensor, index: Any, momentum: float, N:
         check_range("index", rows, N, look=True)
         check_directions("features", features, rows, accumulator_dtype(bank.dtype), look=True)
     return rows
-
-
-def check_number(
-    name: str, value: float, low: float, high: float, *, lower_included: bool = False, upper_included: bool = False
-) -> None:
-    """ValueError or TypeError that names the number unless it lies between low and high."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    above = value >= low if lower_included else value > low
-    below = value <= high if upper_included else value < high
-    if not (above and below):
-        interval = f"{'[' if lower_included else '('}{low}, {high}{']' if upper_included else ')'}"
-        raise ValueError(f"{name}: expected a number in {interval}, got {value}")
-
-
-def check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
-    """ValueError that names the argument unless the value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_range(name: str, index: Tensor, N: int, *, look: bool = False) -> None:
-    """IndexError unless every index is −1 or a row of a bank of N rows; looks at GPU values only if told to."""
-    if not (look or _can_look_inside(index)):
-        return
-    wrong = (index < NOT_IN_BANK) | (index >= N)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise IndexError(f"{name}: expected -1 or a bank row from 0 to {N - 1}, got {int(index[row])} at row {row}")
-
-
-def check_classes(labels: Tensor, *, look: bool = False) -> None:
-    """ValueError unless every label of a query is −1 or a class; looks at GPU values only if told to."""
-    if (look or _can_look_inside(labels)) and bool((labels < UNLABELLED).any()):
-        row = int((labels < UNLABELLED).nonzero()[0])
-        raise ValueError(f"labels: expected -1 (unlabelled) or a class from 0, got {int(labels[row])} at row {row}")
-
-
-def check_directions(
-    name: str, features: Tensor, index: Tensor | None = None, dtype: torch.dtype = torch.float32, *, look: bool = False
-) -> None:
-    """ValueError that names a row of the features (B, D) whose norm, summed in `dtype`, gives it no direction.
-
-    Rows whose index is −1 are passed over. Looks at GPU values only if told to.
-    """
-    if not (look or _can_look_inside(features)):
-        return
-    norm = torch.linalg.vector_norm(features.detach().to(torch.promote_types(dtype, torch.float32)), dim=1)
-    wrong = ~((norm >= SHORTEST) & norm.isfinite())
-    if index is not None:
-        wrong &= index != NOT_IN_BANK
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{name}: expected rows of finite norm, at least {SHORTEST}, got norm {float(norm[row])} in row {row}; "
-            "nothing was written"
-        )
 
 
 def choose_backend(name: str | None, bank: Tensor, device: torch.device) -> str:
@@ -335,13 +287,8 @@ def choose_backend(name: str | None, bank: Tensor, device: torch.device) -> str:
     return "streaming"
 
 
-def _can_look_inside(tensor: Tensor) -> bool:
-    """Whether values cost nothing to read: on a CPU, outside of a compiler's trace."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _check_bank(bank: Tensor) -> int:
-    _check_matrix("bank", bank, "(N, D)")
+    check_matrix("bank", bank, "(N, D)")
     if bank.dtype not in BANK_DTYPES:
         raise TypeError(f"bank: expected float64, float32, float16 or bfloat16, got {bank.dtype}")
     if bank.numel() == 0:
@@ -350,7 +297,7 @@ def _check_bank(bank: Tensor) -> int:
 
 
 def _check_features(features: Tensor, bank: Tensor, *, bank_may_be_on_host: bool = False) -> int:
-    _check_matrix("features", features, "(B, D)")
+    check_matrix("features", features, "(B, D)")
     if features.dtype not in BANK_DTYPES:
         raise TypeError(f"features: expected float64, float32, float16 or bfloat16, got {features.dtype}")
     if features.size(1) != bank.size(1):
@@ -359,15 +306,6 @@ def _check_features(features: Tensor, bank: Tensor, *, bank_may_be_on_host: bool
     if not (bank_may_be_on_host and on_host and not bank.requires_grad):
         _check_device("features", features.device, bank)
     return len(features)
-
-
-def _check_matrix(name: str, matrix: Tensor, shape: str) -> None:
-    if not isinstance(matrix, Tensor):
-        raise TypeError(f"{name}: expected a float tensor, got {type(matrix).__name__}")
-    if not matrix.is_floating_point():
-        raise TypeError(f"{name}: expected a float tensor, got {matrix.dtype}")
-    if matrix.dim() != 2:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(matrix.shape)}")
 
 
 def _check_per_query(name: str, values: Tensor, B: int, like: Tensor) -> Tensor:

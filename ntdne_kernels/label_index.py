@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntdne_kernels.arguments import UNLABELLED
 from ntdne_kernels.labels import as_labels
-from ntdne_kernels.ops.leave_one_out import UNLABELLED
 
 CHUNK = 1 << 19  # labels looked at together: some 50 MiB; four times as many leave the cache and take twice the time
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ntdne_kernels.ops.leave_one_out import UNLABELLED
+from ntdne_kernels.arguments import UNLABELLED
 
 if TYPE_CHECKING:
     import numpy as np

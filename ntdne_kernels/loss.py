@@ -17,16 +17,24 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import ProcessGroup
 
 from ntdne_kernels import functional
+from ntdne_kernels.arguments import (
+    NOT_IN_BANK,
+    UNLABELLED,
+    accumulator_dtype,
+    check_choice,
+    check_classes,
+    check_directions,
+    check_number,
+    check_range,
+)
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.distributed import Ranks, ShardedLoss
 from ntdne_kernels.fill import fill_bank
-from ntdne_kernels.functional import check_choice, check_classes, check_directions, check_number, check_range
 from ntdne_kernels.labels import as_index, as_labels
 from ntdne_kernels.ops import sharded
-from ntdne_kernels.ops.bank_update import accumulator_dtype
-from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, UNLABELLED, indicator_of, log_chance, normalise
+from ntdne_kernels.ops.leave_one_out import indicator_of, log_chance, normalise
 from ntdne_kernels.ops.losses import Loss
-from ntdne_kernels.ops.user_warning import warn_user
+from ntdne_kernels.user_warning import warn_user
 from ntdne_kernels.watch import Watch
 
 REFRESH_CHUNK = 1024  # bank rows scored at a time

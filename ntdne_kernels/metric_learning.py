@@ -20,10 +20,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ntdne_kernels import functional
-from ntdne_kernels.functional import check_number
+from ntdne_kernels.arguments import NOT_IN_BANK, accumulator_dtype, check_number
 from ntdne_kernels.labels import as_labels
-from ntdne_kernels.ops.bank_update import accumulator_dtype
-from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK
 
 try:
     from pytorch_metric_learning.distances import CosineSimilarity

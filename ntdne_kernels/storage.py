@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ntdne_kernels.functional import check_choice
+from ntdne_kernels.arguments import check_choice
 
 try:
     import fcntl

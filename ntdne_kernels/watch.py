@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ntdne_kernels.arguments import UNLABELLED
 from ntdne_kernels.bank import MemoryBank
-from ntdne_kernels.ops.leave_one_out import UNLABELLED
-from ntdne_kernels.ops.user_warning import warn_user
+from ntdne_kernels.user_warning import warn_user
 
 STEPS = 50  # that are searched for labels in place of the index
 CHANCE = 1e-6  # that positions drawn from the archive are all numbers of classes: less is taken for no accident

@@ -21,7 +21,7 @@ from benchmarks import checks, grid, measure, memory, problems, providers, repor
 from benchmarks.__main__ import default_file
 from benchmarks.grid import GRADIENT, LOSS, PRODUCTS, TRAFFIC, UPDATE, Case
 from benchmarks.providers import PROVIDERS, NotSupported, Provider
-from ntdne_kernels.ops.triton.configs import Config, Device
+from ntdne_kernels.ops.gpu.configs import Config, Device
 
 ROOT = Path(__file__).parent.parent
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h200.csv"

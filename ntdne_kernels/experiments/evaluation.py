@@ -18,7 +18,7 @@ from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ntdne_kernels.functional import check_choice, check_number
+from ntdne_kernels.arguments import check_choice, check_number
 from ntdne_kernels.labels import as_labels
 
 QUERIES_PER_TILE = 512

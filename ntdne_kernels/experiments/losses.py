@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntdne_kernels import NTDNELoss, SNCALoss
-from ntdne_kernels.functional import check_number
+from ntdne_kernels.arguments import check_number
 from ntdne_kernels.labels import as_index, as_labels
 from ntdne_kernels.loss import NEARLY_ALL
 from ntdne_kernels.ops.losses import ntdne
-from ntdne_kernels.ops.user_warning import warn_user
+from ntdne_kernels.user_warning import warn_user
 
 INFINITY = float("inf")
 REFRESH_EVERY = 10  # epochs, in the authors' code

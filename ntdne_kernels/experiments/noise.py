@@ -18,7 +18,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ntdne_kernels.functional import check_choice, check_number
+from ntdne_kernels.arguments import check_choice, check_number
 from ntdne_kernels.labels import as_index, as_labels
 
 

@@ -9,18 +9,18 @@ from ntdne_kernels.ops.leave_one_out import Backend, ClassSumsFunction
 from ntdne_kernels.ops.streaming import STREAMING
 
 try:
-    from ntdne_kernels.ops import triton
+    from ntdne_kernels.ops import gpu
 except ImportError:  # Triton exists for Linux
-    triton = None  # type: ignore[assignment]
+    gpu = None  # type: ignore[assignment]
 
 BACKENDS: dict[str, Backend | None] = {"reference": None, "streaming": STREAMING}
-if triton is not None:
-    BACKENDS["triton"] = triton.TRITON
+if gpu is not None:
+    BACKENDS["triton"] = gpu.TRITON
 
 
 def triton_misses(bank: Tensor) -> str | None:
     """What the Triton kernels need and do not have here, or None where they can serve the bank."""
-    return "the triton package" if triton is None else triton.missing(bank)
+    return "the triton package" if gpu is None else gpu.missing(bank)
 
 
 def class_sums_of(name: str) -> ClassSumsFunction:

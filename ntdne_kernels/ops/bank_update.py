@@ -12,18 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ntdne_kernels.arguments import accumulator_dtype
 from ntdne_kernels.ops.capture import check_not_capturing
-from ntdne_kernels.ops.user_warning import warn_user
+from ntdne_kernels.user_warning import warn_user
 
 VANISHING = 1e-12
 """A row whose blend with the new feature is shorter than this, or not finite, becomes the new feature."""
 
 _warned: set[str] = set()
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for a float64 bank, float32 for every other: the dtype of sums, scores and losses."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def skipped_counter(device: torch.device) -> Tensor:

@@ -14,11 +14,11 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from ntdne_kernels.arguments import NOT_IN_BANK, accumulator_dtype
 from ntdne_kernels.ops.backends import BACKENDS, class_sums_of
-from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.capture import check_not_capturing
 from ntdne_kernels.ops.class_sums import ClassSums, add_part, log_scores_of
-from ntdne_kernels.ops.leave_one_out import NOT_IN_BANK, Backend, ClassSumsFunction, log_scores_fake
+from ntdne_kernels.ops.leave_one_out import Backend, ClassSumsFunction, log_scores_fake
 from ntdne_kernels.ops.streaming import STREAMING
 
 # A chunk must take longer to copy than its sums take to launch, or the bus waits for the host. Reckoned, not measured:

@@ -17,13 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ntdne_kernels.arguments import NOT_IN_BANK, SHORTEST, UNLABELLED, accumulator_dtype
 from ntdne_kernels.ops import losses
-from ntdne_kernels.ops.bank_update import accumulator_dtype, skipped_counter
+from ntdne_kernels.ops.bank_update import skipped_counter
 
-NOT_IN_BANK = -1
-UNLABELLED = -1
-SHORTEST = 1e-12
-"""Length of the shortest feature that has a direction: torch.nn.functional.normalize divides shorter ones by it."""
 # Equals no label, also none that a user's bank_labels could hold by mistake.
 _MATCHES_NOTHING = torch.iinfo(torch.int64).min
 

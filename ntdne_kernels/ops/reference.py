@@ -6,7 +6,7 @@ Shapes: B queries, N bank rows, D features.
 import torch
 from torch import Tensor
 
-from ntdne_kernels.ops.bank_update import accumulator_dtype
+from ntdne_kernels.arguments import accumulator_dtype
 from ntdne_kernels.ops.leave_one_out import Neighbours, neighbours_of
 
 

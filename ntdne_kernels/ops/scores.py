@@ -6,7 +6,7 @@ Shapes: B queries, N images.
 import torch
 from torch import Tensor
 
-from ntdne_kernels.ops.leave_one_out import UNLABELLED
+from ntdne_kernels.arguments import UNLABELLED
 
 
 def record_scores_in_pytorch(scores: Tensor, log_p: Tensor, index: Tensor, image_labels: Tensor) -> None:

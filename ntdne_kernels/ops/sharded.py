@@ -24,7 +24,7 @@ from torch import Tensor, distributed
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.distributed_c10d import ProcessGroup
 
-from ntdne_kernels.ops.bank_update import accumulator_dtype
+from ntdne_kernels.arguments import accumulator_dtype
 from ntdne_kernels.ops.chunked import class_sums
 from ntdne_kernels.ops.class_sums import ClassSums, contribution, log_p_of
 

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ntdne_kernels.ops.bank_update import accumulator_dtype
-from ntdne_kernels.ops.class_sums import ClassSums, log_scores_of
+from ntdne_kernels.arguments import accumulator_dtype
+from ntdne_kernels.ops.class_sums import SMALLEST_PLAIN_SIGMA, ClassSums, log_scores_of
 from ntdne_kernels.ops.leave_one_out import (
     Backend,
     bank_gradient_fake,
@@ -29,7 +29,6 @@ from ntdne_kernels.ops.leave_one_out import (
 )
 from ntdne_kernels.ops.products import exp_, scaled_scores_, weighted_rows
 
-SMALLEST_PLAIN_SIGMA = 0.03  # exp(1.02/0.03) · 10^9 rows = 6·10^23, float32 ends at 3·10^38
 QUERIES_PER_TILE = 512
 # One after the other in float32, by class_masses: of 8192 equal terms the error passes 1e-4.
 ROWS_SUMMED = 1024

@@ -14,8 +14,8 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.aot import SHARED_LIMIT, _resource_usage
 from ntdne_kernels import LabelIndex
-from ntdne_kernels.ops import triton
-from ntdne_kernels.ops.triton.configs import Device
+from ntdne_kernels.ops import gpu
+from ntdne_kernels.ops.gpu.configs import Device
 from tests.conftest import Archive
 from tests.ops.test_leave_one_out import arguments
 
@@ -25,12 +25,12 @@ def launch_all(B: int, D: int, dtype: torch.dtype, by: str) -> None:
     features, bank, labels, bank_labels, index = arguments(Archive(B, 4000, D, 7, dtype=dtype), by)
     classes = bank_labels.tensors() if isinstance(bank_labels, LabelIndex) else [bank_labels]
     batch = (features, bank, labels, index, classes, 0.1)
-    triton.log_scores(*batch, False)
-    triton.class_sums(*batch, False)
-    triton.class_sums(*batch, True)
-    log_p, _, log_sum_all = triton.log_scores(*batch, True)
+    gpu.log_scores(*batch, False)
+    gpu.class_sums(*batch, False)
+    gpu.class_sums(*batch, True)
+    log_p, _, log_sum_all = gpu.log_scores(*batch, True)
     for q, k, reduction in ((0.7, 0.3, "mean"), (None, None, "sum"), (0.7, None, "none")):
-        triton.loss_op(*batch[:5], [], 0.1, q, k, reduction, "current", True)
+        gpu.loss_op(*batch[:5], [], 0.1, q, k, reduction, "current", True)
     if isinstance(bank_labels, LabelIndex):
         ordered = [bank_labels.classes, bank_labels.offsets]
         image_labels, position = labels.new_zeros(4000), torch.arange(4000)
@@ -41,10 +41,10 @@ def launch_all(B: int, D: int, dtype: torch.dtype, by: str) -> None:
             (None,) * 2 + ("current", None),
         ):
             archive = [image_labels, position, scores]
-            triton.loss_op(features, bank, given, index, ordered, archive, 0.1, q, k, "mean", indicator, True)
-        triton.record_scores_(scores, log_p, index, image_labels)
-    triton.bank_gradient(*batch, log_p, log_sum_all, torch.ones_like(log_p))
-    triton.class_masses(features.to(dtype), bank, index, torch.arange(0, 4001, 500), 0.1)
+            gpu.loss_op(features, bank, given, index, ordered, archive, 0.1, q, k, "mean", indicator, True)
+        gpu.record_scores_(scores, log_p, index, image_labels)
+    gpu.bank_gradient(*batch, log_p, log_sum_all, torch.ones_like(log_p))
+    gpu.class_masses(features.to(dtype), bank, index, torch.arange(0, 4001, 500), 0.1)
 
 
 def launch_class_masses() -> None:
@@ -52,7 +52,7 @@ def launch_class_masses() -> None:
     offsets = torch.arange(0, 4001, 500)
     for dtype, sigma in ((torch.bfloat16, 0.1), (torch.float16, 0.01), (torch.float32, 0.1)):
         archive = Archive(100, 4000, 128, dtype=dtype)
-        triton.class_masses(archive.features.to(dtype), archive.bank, archive.index, offsets, sigma)
+        gpu.class_masses(archive.features.to(dtype), archive.bank, archive.index, offsets, sigma)
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
     def pretend(capability: int) -> None:
         no_gpu.get_current_target.return_value = GPUTarget("cuda", capability, 32)
         no_gpu.get_current_device.return_value = no_gpu.get_current_stream.return_value = capability
-        triton.describe = lambda _: Device(capability, 132, SHARED_LIMIT[capability])
+        gpu.describe = lambda _: Device(capability, 132, SHARED_LIMIT[capability])
 
     def compile_only(kernel, grid):
         def launch(*args, **kwargs):
@@ -82,8 +82,8 @@ def main() -> None:
         compiled.clear()
 
     JITFunction.__getitem__ = compile_only
-    triton._stream = lambda *_: None  # of CPU tensors; and launches go through __getitem__
-    triton.hopper_serves = lambda _: False
+    gpu._stream = lambda *_: None  # of CPU tensors; and launches go through __getitem__
+    gpu.hopper_serves = lambda _: False
     pretend(90)
     # At D = 1 the bank's stride of 1 is a constant to the compiler.
     for D, dtype, by in ((128, torch.bfloat16, "index"), (1, torch.float32, "labels"), (96, torch.float32, "index")):

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ntdne_kernels.arguments import accumulator_dtype
 from ntdne_kernels.functional import BACKENDS
 from ntdne_kernels.ops import reference
 from ntdne_kernels.ops.backends import class_sums_of
-from ntdne_kernels.ops.bank_update import accumulator_dtype
 from ntdne_kernels.ops.class_sums import ClassSums, add_part, contribution, log_scores_of
 from ntdne_kernels.ops.leave_one_out import Backend
 from ntdne_kernels.ops.streaming import STREAMING

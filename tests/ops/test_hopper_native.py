@@ -8,26 +8,26 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 
 from ntdne_kernels import LabelIndex
-from ntdne_kernels.ops import reference, triton
-from ntdne_kernels.ops.triton import configs
-from ntdne_kernels.ops.triton.configs import Device, hopper_tiles, hopper_width
+from ntdne_kernels.ops import gpu, reference
+from ntdne_kernels.ops.gpu import configs
+from ntdne_kernels.ops.gpu.configs import Device, hopper_tiles, hopper_width
 from tests.conftest import Archive
 from tests.ops.test_leave_one_out import arguments
 
 H200 = Device(capability=90, multiprocessors=132, shared=232_448)
-needs_interpreter = pytest.mark.skipif(not triton.INTERPRETED, reason="the other way round needs no pretence")
+needs_interpreter = pytest.mark.skipif(not gpu.INTERPRETED, reason="the other way round needs no pretence")
 
 
 @pytest.fixture
 def fresh_plans():
     """Plans made before or in this test are not those of others."""
-    triton._plan.cache_clear()
+    gpu._plan.cache_clear()
     yield
-    triton._plan.cache_clear()
+    gpu._plan.cache_clear()
 
 
 def in_class_order(B: int, N: int, D: int, C: int, device: str = "cuda", seed: int = 0) -> tuple:
-    """What `triton.log_scores` takes before sigma: a bfloat16 bank in class order, queries of its rows and others."""
+    """What `gpu.log_scores` takes before sigma: a bfloat16 bank in class order, queries of its rows and others."""
     features, bank, labels, index, own = arguments(
         Archive(B, N, D, C, seed=seed, dtype=torch.bfloat16, device=device), "sorted index"
     )
@@ -37,8 +37,8 @@ def in_class_order(B: int, N: int, D: int, C: int, device: str = "cuda", seed: i
 
 def portable(given: tuple, sigma: float, weighted: bool) -> tuple[Tensor, ...]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "hopper_serves", lambda _: False)
-        return triton.log_scores(*given, sigma, weighted)
+        patch.setattr(gpu, "hopper_serves", lambda _: False)
+        return gpu.log_scores(*given, sigma, weighted)
 
 
 @pytest.mark.gpu
@@ -52,9 +52,9 @@ def test_sums_are_those_of_the_portable_kernel_and_of_float64(B, D, weighted):
     """Ragged ends, single rows, more classes than rows in a tile, one class, queries of no class and of no row."""
     for N, C in ((1, 1), (5, 9), (127, 3), (129, 1), (3333, 300), (20_001, 45), (70_001, 2)):
         given = in_class_order(B, N, D, C, seed=N)
-        assert triton.hopper_serves(given[1])
-        assert hopper_tiles(triton.describe(given[1].device), D, B) is not None
-        log_p, direction, log_all = triton.log_scores(*given, 0.1, weighted)
+        assert gpu.hopper_serves(given[1])
+        assert hopper_tiles(gpu.describe(given[1].device), D, B) is not None
+        log_p, direction, log_all = gpu.log_scores(*given, 0.1, weighted)
         expected = portable(given, 0.1, weighted)
         torch.testing.assert_close(log_p, expected[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(log_all, expected[2], rtol=1e-5, atol=1e-6)
@@ -70,13 +70,11 @@ def test_sums_are_those_of_the_portable_kernel_and_of_float64(B, D, weighted):
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
 def test_results_repeat_bit_for_bit_also_where_sums_are_added_to_memory(monkeypatch, fresh_plans):
-    monkeypatch.setattr(triton, "FOLD_ROWS", 1000)
+    monkeypatch.setattr(gpu, "FOLD_ROWS", 1000)
     given = in_class_order(200, 300_001, 128, 7)
-    first = triton.log_scores(*given, 0.1, True)
+    first = gpu.log_scores(*given, 0.1, True)
     for _ in range(5):
-        assert all(
-            torch.equal(one, other) for one, other in zip(first, triton.log_scores(*given, 0.1, True), strict=True)
-        )
+        assert all(torch.equal(one, other) for one, other in zip(first, gpu.log_scores(*given, 0.1, True), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -108,15 +106,15 @@ def test_where_it_does_not_compile_the_portable_kernel_takes_over_which_is_said_
             return launch
 
     given = in_class_order(20, 60, 128, 3, device="cpu")
-    expected = triton.log_scores(*given, 0.1, True)
-    triton._plan.cache_clear()
+    expected = gpu.log_scores(*given, 0.1, True)
+    gpu._plan.cache_clear()
     monkeypatch.setattr(
-        triton, "hopper", SimpleNamespace(stream=Broken(), descriptors=lambda queries, bank, rows: (queries, bank))
+        gpu, "hopper", SimpleNamespace(stream=Broken(), descriptors=lambda queries, bank, rows: (queries, bank))
     )
-    monkeypatch.setattr(triton, "hopper_serves", lambda bank: triton.hopper is not None)
+    monkeypatch.setattr(gpu, "hopper_serves", lambda bank: gpu.hopper is not None)
     with pytest.warns(RuntimeWarning, match="kernel for Hopper GPUs does not compile with triton") as said:
-        found = triton.log_scores(*given, 0.1, True)
-        again = triton.log_scores(*given, 0.1, True)
+        found = gpu.log_scores(*given, 0.1, True)
+        again = gpu.log_scores(*given, 0.1, True)
     assert len(said) == 1
     for results in (found, again):
         assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))

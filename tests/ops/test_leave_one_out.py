@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ntdne_kernels import LabelIndex, MemoryBank
 from ntdne_kernels.functional import BACKENDS, archive_loss, leave_one_out_log_scores, ntdne_loss, snca_loss
 from ntdne_kernels.ops import streaming
-from ntdne_kernels.ops.backends import triton
+from ntdne_kernels.ops.backends import gpu
 from ntdne_kernels.ops.bank_update import skipped_counter
 from ntdne_kernels.ops.losses import Loss
 from tests import formulas
@@ -489,22 +489,22 @@ def loss_arguments(device: torch.device, dtype: torch.dtype, with_labels: bool =
     return 3 * archive.features, archive.bank, labels, archive.index, [index.classes, index.offsets], images, 0.1
 
 
-@pytest.mark.skipif(triton is None, reason="needs Triton")
+@pytest.mark.skipif(gpu is None, reason="needs Triton")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("need_gradient", "reduction"), [(True, "mean"), (False, "none")])
 def test_opcheck_of_the_loss(dtype, need_gradient, reduction, device):
     served("triton", device)
     given = loss_arguments(device, dtype, with_labels=need_gradient)
-    torch.library.opcheck(triton.loss_op, (*given, 0.7, 0.3, reduction, "stored", need_gradient))
-    torch.library.opcheck(triton.loss_op, (*given, None, None, reduction, "current", need_gradient))
+    torch.library.opcheck(gpu.loss_op, (*given, 0.7, 0.3, reduction, "stored", need_gradient))
+    torch.library.opcheck(gpu.loss_op, (*given, None, None, reduction, "current", need_gradient))
 
 
-@pytest.mark.skipif(triton is None, reason="needs Triton")
+@pytest.mark.skipif(gpu is None, reason="needs Triton")
 def test_eager_and_compiled_outputs_of_the_loss_are_bitwise_equal(device):
     served("triton", device)
     given = (*loss_arguments(device, torch.float32), 0.7, 0.3, "mean", "auto", True)
-    compiled = torch.compile(lambda *inputs: triton.loss_op(*inputs), fullgraph=True)
-    for eager, traced in zip(triton.loss_op(*given), compiled(*given), strict=True):
+    compiled = torch.compile(lambda *inputs: gpu.loss_op(*inputs), fullgraph=True)
+    for eager, traced in zip(gpu.loss_op(*given), compiled(*given), strict=True):
         assert torch.equal(eager, traced)
 
 

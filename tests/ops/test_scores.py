@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ntdne_kernels.ops.backends import triton
+from ntdne_kernels.ops.backends import gpu
 from ntdne_kernels.ops.scores import record_scores_in_pytorch
 from tests.conftest import served
 
@@ -14,10 +14,10 @@ op = torch.ops.ntdne_kernels.record_scores_.default
 @pytest.fixture(params=["PyTorch", "the op", "kernel"])
 def record_(request: pytest.FixtureRequest, device: torch.device):
     if request.param == "kernel":
-        if triton is None:
+        if gpu is None:
             pytest.skip("needs Triton")
         served("triton", device)
-        return triton.record_scores_
+        return gpu.record_scores_
     return {"PyTorch": record_scores_in_pytorch, "the op": op}[request.param]
 
 
@@ -84,12 +84,12 @@ def batch(device: torch.device, B: int = 150, N: int = 60) -> tuple[Tensor, Tens
 
 
 def test_the_kernel_is_the_definition(device):
-    if triton is None:
+    if gpu is None:
         pytest.skip("needs Triton")
     served("triton", device)
     scores, *given = batch(device)
     expected = scores.clone()
-    triton.record_scores_(scores, *given)
+    gpu.record_scores_(scores, *given)
     record_scores_in_pytorch(expected, *given)
     assert 10 < int(scores.isnan().sum()) < 50
     torch.testing.assert_close(scores[:-1], expected[:-1], rtol=0, atol=0, equal_nan=True)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import triton as triton_language
+import triton
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from benchmarks import providers
 from ntdne_kernels import LabelIndex, functional
 from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, ntdne_loss, snca_loss
-from ntdne_kernels.ops import leave_one_out, losses, reference, triton
+from ntdne_kernels.ops import gpu, leave_one_out, losses, reference
 from ntdne_kernels.ops.bank_update import skipped_counter
-from ntdne_kernels.ops.triton import configs, kernels
-from ntdne_kernels.ops.triton.configs import Config, Device, choose, class_tile, columns, split_count
+from ntdne_kernels.ops.gpu import configs, kernels
+from ntdne_kernels.ops.gpu.configs import Config, Device, choose, class_tile, columns, split_count
 from tests.conftest import Archive, served
 from tests.ops.test_leave_one_out import (
     arguments,
@@ -34,7 +34,7 @@ from tests.ops.test_leave_one_out import (
 )
 
 H200 = Device(capability=90, multiprocessors=132, shared=232_448)
-needs_interpreter = pytest.mark.skipif(not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+needs_interpreter = pytest.mark.skipif(not gpu.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 
 @pytest.fixture
@@ -46,21 +46,21 @@ def kernel_device(device: torch.device) -> torch.device:
 
 def small_pieces(patch: pytest.MonkeyPatch, splits: int, block_n: int = 16, fold_rows: int = 1 << 14) -> None:
     """Several blocks of queries, splits, tiles and segments also in a small archive."""
-    patch.setattr(triton, "choose", lambda *_: Config(16, block_n, 4, 2, 1 << 14))
-    patch.setattr(triton, "split_count", lambda *_: splits)
-    patch.setattr(triton, "FOLD_ROWS", fold_rows)
-    patch.setattr(triton, "_plan", inspect.unwrap(triton._plan))  # plans are kept beyond a test
+    patch.setattr(gpu, "choose", lambda *_: Config(16, block_n, 4, 2, 1 << 14))
+    patch.setattr(gpu, "split_count", lambda *_: splits)
+    patch.setattr(gpu, "FOLD_ROWS", fold_rows)
+    patch.setattr(gpu, "_plan", inspect.unwrap(gpu._plan))  # plans are kept beyond a test
 
 
 def small_chunks(patch: pytest.MonkeyPatch) -> None:
     """Several rounds of each loop over the batch or the columns also in a small problem."""
-    original = triton._Launch.__init__
+    original = gpu._Launch.__init__
 
     def made(self, kernel, grid, **constants):
         original(self, kernel, grid, **constants | ({"BLOCK": 16} if "BLOCK" in constants else {}))
 
-    patch.setattr(triton._Launch, "__init__", made)
-    patch.setattr(triton, "_plan", inspect.unwrap(triton._plan))
+    patch.setattr(gpu._Launch, "__init__", made)
+    patch.setattr(gpu, "_plan", inspect.unwrap(gpu._plan))
 
 
 def loss_and_gradients(archive: Archive, by: str, backend: str, **options: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,9 +145,9 @@ def test_class_masses_over_ragged_blocks_tiles_and_classes_agree_with_the_refere
     given = class_ranges(Archive(B, N, D, seed=seed), C, seed)
     with pytest.MonkeyPatch.context() as patch:
         small_pieces(patch, splits=1)
-        patch.setattr(triton, "PROGRAMS_PER_MULTIPROCESSOR", 1)
-        patch.setattr(triton, "describe", lambda _: Device(90, programs, 1 << 14))
-        found = triton.class_masses(*given, sigma)
+        patch.setattr(gpu, "PROGRAMS_PER_MULTIPROCESSOR", 1)
+        patch.setattr(gpu, "describe", lambda _: Device(90, programs, 1 << 14))
+        found = gpu.class_masses(*given, sigma)
     assert found.shape == (B, C)
     torch.testing.assert_close(found, reference.class_masses(*given, sigma), rtol=1e-12 / sigma, atol=1e-13 / sigma)
 
@@ -161,7 +161,7 @@ def test_error_of_class_masses_is_at_most_twice_that_of_plain_pytorch(dtype, sig
         archive.bank = torch.nn.functional.normalize(archive.bank[:1].float() + 0.05 * archive.bank.float()).to(dtype)
         archive.features = archive.bank[archive.index.clamp(min=0)]
     features, bank, index, offsets = class_ranges(archive, C=6)
-    found = triton.class_masses(features, bank, index, offsets, sigma)
+    found = gpu.class_masses(features, bank, index, offsets, sigma)
     truth = reference.class_masses(features.double(), bank.double(), index, offsets, sigma)
     logits = (features @ bank.t()).float() / sigma
     logits[torch.arange(1000, device=logits.device) == index.unsqueeze(1)] = -torch.inf
@@ -176,11 +176,11 @@ def test_error_of_class_masses_is_at_most_twice_that_of_plain_pytorch(dtype, sig
 def test_class_masses_leave_out_a_query_also_where_the_tile_before_had_passed_it(own, kernel_device, monkeypatch):
     """A class ends inside a tile of 16, whose last rows are the first of the next class."""
     small_pieces(monkeypatch, splits=1)
-    monkeypatch.setattr(triton, "PROGRAMS_PER_MULTIPROCESSOR", 1)
-    monkeypatch.setattr(triton, "describe", lambda _: Device(90, 1, 1 << 14))
+    monkeypatch.setattr(gpu, "PROGRAMS_PER_MULTIPROCESSOR", 1)
+    monkeypatch.setattr(gpu, "describe", lambda _: Device(90, 1, 1 << 14))
     bank = torch.zeros((48, 4), dtype=torch.float64, device=kernel_device)
     index, offsets = torch.tensor([own], device=kernel_device), torch.tensor([0, 5, 45, 48], device=kernel_device)
-    counts = triton.class_masses(bank[:1], bank, index, offsets, 0.1).exp()
+    counts = gpu.class_masses(bank[:1], bank, index, offsets, 0.1).exp()
     expected = [5 - (own < 5), 40 - (own >= 5), 3]
     torch.testing.assert_close(counts.cpu(), torch.tensor([expected], dtype=torch.float64))
 
@@ -193,25 +193,25 @@ def test_class_masses_lose_no_terms_smaller_than_a_rounding_of_their_sum(kernel_
     index, offsets = torch.tensor([-1], device=kernel_device), torch.tensor([0, 336], device=kernel_device)
     lost = math.log1p(20 * math.exp(-1.685 / 0.1))
     assert lost > 9e-7
-    found = triton.class_masses(bank[:1], bank, index, offsets, 0.1)
+    found = gpu.class_masses(bank[:1], bank, index, offsets, 0.1)
     assert abs(found.item() - (10 + math.log(16) + lost)) < 1e-7
 
 
 def test_class_masses_of_strided_tensors_are_those_of_their_copies(kernel_device, monkeypatch):
     small_pieces(monkeypatch, splits=1)
     given = class_ranges(Archive(20, 100, 12, dtype=torch.bfloat16, device=kernel_device), C=7)
-    expected = triton.class_masses(*given, 0.1)
+    expected = gpu.class_masses(*given, 0.1)
     rows_apart = [x.repeat_interleave(2, dim=0)[::2] for x in given]
     columns_apart = [x.repeat_interleave(2, dim=-1)[..., ::2] for x in given]
     for apart in (rows_apart, columns_apart):
-        assert torch.equal(triton.class_masses(*apart, 0.1), expected)
+        assert torch.equal(gpu.class_masses(*apart, 0.1), expected)
 
 
 @pytest.mark.parametrize(("B", "N", "C"), [(0, 9, 2), (3, 0, 2), (3, 9, 0), (1, 1, 1)])
 def test_class_masses_of_no_query_no_row_and_no_class(B, N, C, kernel_device):
     features, bank = torch.ones(B, 4, device=kernel_device) / 2, torch.ones(N, 4, device=kernel_device) / 2
     index, offsets = torch.zeros(B, device=kernel_device).long(), torch.tensor([0, N, N][: C + 1]).to(kernel_device)
-    found = triton.class_masses(features, bank, index, offsets, 0.1)
+    found = gpu.class_masses(features, bank, index, offsets, 0.1)
     assert found.shape == (B, C)
     assert (found == -torch.inf).all()  # the one row there is is the query itself
 
@@ -219,16 +219,16 @@ def test_class_masses_of_no_query_no_row_and_no_class(B, N, C, kernel_device):
 def test_class_masses_are_one_launch_and_nothing_of_the_size_of_batch_times_bank(launches, kernel_device):
     given = class_ranges(Archive(64, 400, 1, dtype=torch.float32, device=kernel_device), C=5)
     with _Allocations() as seen:
-        triton.class_masses(*given, 0.1)
+        gpu.class_masses(*given, 0.1)
     assert [name for name, _ in launches] == ["class_masses"]
     assert seen.largest < 64 * 400 / 4
 
 
 INSIDE = {
-    triton.log_scores: triton._log_scores,
-    triton.class_sums: triton._class_sums,
-    triton.bank_gradient: triton._bank_gradient,
-    triton.loss_op: triton._loss,
+    gpu.log_scores: gpu._log_scores,
+    gpu.class_sums: gpu._class_sums,
+    gpu.bank_gradient: gpu._bank_gradient,
+    gpu.loss_op: gpu._loss,
 }
 
 
@@ -271,14 +271,14 @@ class _Recorded:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict]]:
     """The kernels that are launched, in order, with what is compiled into them."""
     notes: list[tuple[str, dict]] = []
-    original = triton._Launch.__call__
+    original = gpu._Launch.__call__
 
     def noted(self, stream, *arguments):
         notes.append((self.kernel.fn.__name__, self.constants))
         with _disable_current_modes():
             original(self, stream, *arguments)
 
-    monkeypatch.setattr(triton._Launch, "__call__", noted)
+    monkeypatch.setattr(gpu._Launch, "__call__", noted)
     for name in ("gradient_to_bank", "class_masses"):
         monkeypatch.setattr(kernels, name, _Recorded(name, notes))
     return notes
@@ -320,10 +320,10 @@ def test_without_gradients_half_the_work_is_left_out(launches, kernel_device):
 @pytest.mark.parametrize("need_means", [True, False])
 def test_three_launches_for_a_part_of_a_bank_and_none_for_a_part_without_rows(need_means, launches, kernel_device):
     features, bank, labels, index, classes = op_arguments(Archive(device=kernel_device), "sorted index")
-    triton.class_sums(features, bank[:0], labels, index, [classes[0], classes[1] * 0], 0.1, need_means)
-    triton.class_sums(features[:0], bank, labels[:0], index[:0], classes, 0.1, need_means)
+    gpu.class_sums(features, bank[:0], labels, index, [classes[0], classes[1] * 0], 0.1, need_means)
+    gpu.class_sums(features[:0], bank, labels[:0], index[:0], classes, 0.1, need_means)
     assert launches == []
-    triton.class_sums(features, bank, labels, index, classes, 0.1, need_means)
+    gpu.class_sums(features, bank, labels, index, classes, 0.1, need_means)
     assert [name for name, _ in launches] == ["prepare", "stream", "merge_to_class_sums"]
     assert [given["WEIGHTED"] for _, given in launches[1:]] == [need_means] * 2
 
@@ -341,7 +341,7 @@ def test_nothing_of_the_size_of_batch_times_bank_is_allocated(by, kernel_device)
 
 def far_apart(rows: Tensor, file: Path) -> Tensor:
     """The bfloat16 rows in a sparse file, as far from each other as the kernels take them."""
-    (N, D), stride = rows.shape, triton._LARGEST_STRIDE
+    (N, D), stride = rows.shape, gpu._LARGEST_STRIDE
     with open(file, "wb") as opened:
         opened.truncate(2 * N * stride)
     memory = torch.from_file(str(file), shared=True, size=N * stride, dtype=torch.bfloat16)
@@ -355,7 +355,7 @@ def test_rows_behind_two_to_the_31_elements(by, splits, tmp_path, monkeypatch):
     """The last rows lie 5·10^9 elements behind the first: 64-bit offsets find them."""
     small_pieces(monkeypatch, splits=splits)
     N = 600
-    assert (1 << 31) // triton._LARGEST_STRIDE < 300  # in the first of one or two splits, and before the second begins
+    assert (1 << 31) // gpu._LARGEST_STRIDE < 300  # in the first of one or two splits, and before the second begins
     archive = Archive(9, N, 16, 4, dtype=torch.bfloat16)
     features, rows, labels, bank_labels, index = arguments(archive, by)
     bank = far_apart(rows, tmp_path / "bank")
@@ -372,11 +372,11 @@ def test_rows_behind_two_to_the_31_elements(by, splits, tmp_path, monkeypatch):
 def test_class_masses_of_rows_behind_two_to_the_31_elements(tmp_path, monkeypatch):
     small_pieces(monkeypatch, splits=1, block_n=64)
     N = 300
-    assert (N - 40) * triton._LARGEST_STRIDE > 1 << 31
+    assert (N - 40) * gpu._LARGEST_STRIDE > 1 << 31
     features, rows, index, _ = class_ranges(Archive(9, N, 16, dtype=torch.bfloat16), C=1)
     offsets = torch.tensor([0, 10, 270, 300])
-    found = triton.class_masses(features, far_apart(rows, tmp_path / "bank"), index, offsets, 0.1)
-    assert torch.equal(found, triton.class_masses(features, rows, index, offsets, 0.1))
+    found = gpu.class_masses(features, far_apart(rows, tmp_path / "bank"), index, offsets, 0.1)
+    assert torch.equal(found, gpu.class_masses(features, rows, index, offsets, 0.1))
 
 
 def test_a_changing_batch_is_no_new_kernel():
@@ -391,7 +391,7 @@ def test_a_changing_batch_is_no_new_kernel():
         kernels.class_masses,
     ):
         names = {kernel.arg_names.index(name) for name in ("B", "N", "C", "splits") if name in kernel.arg_names}
-        skipped = kernel.do_not_specialize if triton.INTERPRETED is False else kernel.kwargs["do_not_specialize"]
+        skipped = kernel.do_not_specialize if gpu.INTERPRETED is False else kernel.kwargs["do_not_specialize"]
         assert {kernel.arg_names.index(n) if isinstance(n, str) else n for n in skipped} >= names
     assert len({choose(H200, "stream", "16-bit", 128, B) for B in range(65, 5000)}) == 1
     assert len({choose(H200, "stream", "16-bit", 128, B) for B in range(17, 65)}) == 1
@@ -441,7 +441,7 @@ def test_splits_cover_the_bank_within_bounds(B, N, D, multiprocessors):
     device = Device(90, multiprocessors, 232_448)
     config = choose(device, "stream", "16-bit", D, B)
     splits = split_count(device, config, B, N, D)
-    partial_sums = splits * triton_language.cdiv(B, config.block_b) * config.block_b * 2 * (D + 2) * 4
+    partial_sums = splits * triton.cdiv(B, config.block_b) * config.block_b * 2 * (D + 2) * 4
     assert splits == 1 or partial_sums <= 32 << 20 or N > 1 << 30
     assert -(-N // splits) < 1 << 31
     assert splits <= max(-(-N // config.block_n), 1)
@@ -469,11 +469,11 @@ def chosen(name: str | None, device: str, D: int = 128) -> str:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch):
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch):
     """Pretend to have a GPU of some compute capability."""
 
     def of(major: int, minor: int) -> None:
-        monkeypatch.setattr(triton, "INTERPRETED", False)
+        monkeypatch.setattr(gpu, "INTERPRETED", False)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(functional, "_said", set())
         properties = SimpleNamespace(major=major, minor=minor)
@@ -483,13 +483,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(("major", "minor"), [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
-def test_gpus_with_tensor_core_code_take_triton(major, minor, gpu):
-    gpu(major, minor)
+def test_gpus_with_tensor_core_code_take_triton(major, minor, pretend_gpu):
+    pretend_gpu(major, minor)
     assert chosen(None, "cuda") == chosen("triton", "cuda") == "triton"
 
 
-def test_older_gpus_take_streaming_which_is_said_once(gpu):
-    gpu(7, 5)
+def test_older_gpus_take_streaming_which_is_said_once(pretend_gpu):
+    pretend_gpu(7, 5)
     with pytest.warns(UserWarning, match=r"streams through PyTorch.*8\.0 or newer, got 7\.5"):
         assert chosen(None, "cuda") == "streaming"
     assert chosen(None, "cuda") == "streaming"  # a warning would be an error here
@@ -499,17 +499,17 @@ def test_older_gpus_take_streaming_which_is_said_once(gpu):
         chosen("triton", "cuda")
 
 
-def test_more_columns_than_the_kernels_have_take_streaming(gpu):
-    gpu(9, 0)
+def test_more_columns_than_the_kernels_have_take_streaming(pretend_gpu):
+    pretend_gpu(9, 0)
     with pytest.warns(UserWarning, match=r"at most \d+ columns of torch.float32 on this device, got 2000"):
         assert chosen(None, "cuda", D=2000) == "streaming"
 
 
 def test_cpu_tensors_take_streaming_and_triton_only_in_the_interpreter(monkeypatch):
     assert chosen(None, "cpu") == "streaming"
-    monkeypatch.setattr(triton, "INTERPRETED", True)
+    monkeypatch.setattr(gpu, "INTERPRETED", True)
     assert chosen("triton", "cpu") == "triton"
-    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
     with pytest.raises(ValueError, match="backend: 'triton' needs an NVIDIA GPU .*, got cpu"):
         chosen("triton", "cpu")
 
@@ -519,10 +519,10 @@ def test_float32_products_follow_pytorchs_own_setting():
     try:
         for setting, expected in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert triton._arithmetic(torch.float32) == expected
+            assert gpu._arithmetic(torch.float32) == expected
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert triton._arithmetic(torch.bfloat16) == triton._arithmetic(torch.float16) == "16-bit"
+    assert gpu._arithmetic(torch.bfloat16) == gpu._arithmetic(torch.float16) == "16-bit"
 
 
 LOSSES = [(None, None), (0.7, None), (0.7, 0.3), (1e-6, None), (1.0, 0.05)]
@@ -564,7 +564,7 @@ def test_the_fused_op_is_the_loss_and_its_derivative(reduction, q, k, indicator,
     if B == 40:
         small_chunks(monkeypatch)
     features, bank, *rest = images(B, kernel_device)
-    value, log_p, slope, _, _ = triton.loss_op(features, bank, *rest, 0.07, q, k, reduction, indicator, False)
+    value, log_p, slope, _, _ = gpu.loss_op(features, bank, *rest, 0.07, q, k, reduction, indicator, False)
     queries = leave_one_out.look_up(features, *rest, torch.float32, indicator)
     exact = log_p.double().requires_grad_()
     expected = losses.value(exact, queries.indicator, losses.Loss(q, k, reduction), queries.counted)
@@ -591,7 +591,7 @@ def test_the_fused_op_is_one_step_after_the_other(q, k, indicator, reduction, wi
     given = (features, bank, labels if with_labels else None, *rest, 0.1, loss, True)
     plain = dataclasses.replace(BACKENDS["streaming"], fused_loss=None)
     names = ("loss", "log p", "slope", "gradient", "log of all")
-    for name, found, expected in zip(names, triton.TRITON.loss(*given), plain.loss(*given), strict=True):
+    for name, found, expected in zip(names, gpu.TRITON.loss(*given), plain.loss(*given), strict=True):
         torch.testing.assert_close(
             found, expected, rtol=1e-10, atol=1e-12, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
         )
@@ -601,7 +601,7 @@ def test_the_fused_op_is_one_step_after_the_other(q, k, indicator, reduction, wi
 def test_losses_of_more_queries_than_are_added_at_a_time(q, reduction, kernel_device):
     """300 need two rounds of the last program."""
     given = images(300, kernel_device)
-    value, log_p, *_ = triton.loss_op(*given, 0.1, q, None, reduction, "current", False)
+    value, log_p, *_ = gpu.loss_op(*given, 0.1, q, None, reduction, "current", False)
     expected = losses.value(log_p.double(), None, losses.Loss(q, None, reduction))
     torch.testing.assert_close(value.double(), expected, rtol=2e-7, atol=0)
 
@@ -648,7 +648,7 @@ def test_queries_of_many_classes_in_any_order(kernel_device):
 
 
 def test_triton_is_one_of_the_backends():
-    assert BACKENDS["triton"] is triton.TRITON
+    assert BACKENDS["triton"] is gpu.TRITON
 
 
 @pytest.mark.gpu
@@ -718,7 +718,7 @@ def test_a_captured_graph_replays_with_other_features(by):
 
 @pytest.mark.usefixtures("capturing")
 def test_a_kernel_is_not_compiled_in_a_cuda_graph():
-    launch = triton._Launch(kernels.record, (1,), BLOCK=64)
+    launch = gpu._Launch(kernels.record, (1,), BLOCK=64)
     with pytest.raises(RuntimeError, match="CUDA graph: the kernel record has not run for such arguments yet; run the"):
         launch(0)
     assert launch.compiled is None

@@ -15,14 +15,13 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from ntdne_kernels.arguments import SHORTEST, accumulator_dtype
 from ntdne_kernels.ops import scores as _scores  # noqa: F401  defines the op record_scores_
-from ntdne_kernels.ops.bank_update import accumulator_dtype, skipped_counter
+from ntdne_kernels.ops.bank_update import skipped_counter
 from ntdne_kernels.ops.capture import check_not_capturing
-from ntdne_kernels.ops.leave_one_out import SHORTEST, Backend, bank_gradient_fake, class_sums_fake, log_scores_fake
-from ntdne_kernels.ops.losses import Loss
-from ntdne_kernels.ops.streaming import SMALLEST_PLAIN_SIGMA
-from ntdne_kernels.ops.triton import kernels
-from ntdne_kernels.ops.triton.configs import (
+from ntdne_kernels.ops.class_sums import SMALLEST_PLAIN_SIGMA
+from ntdne_kernels.ops.gpu import kernels
+from ntdne_kernels.ops.gpu.configs import (
     MERGE_WARPS,
     SMALLEST_CAPABILITY,
     Device,
@@ -35,10 +34,12 @@ from ntdne_kernels.ops.triton.configs import (
     merge_blocks,
     split_count,
 )
-from ntdne_kernels.ops.user_warning import warn_user
+from ntdne_kernels.ops.leave_one_out import Backend, bank_gradient_fake, class_sums_fake, log_scores_fake
+from ntdne_kernels.ops.losses import Loss
+from ntdne_kernels.user_warning import warn_user
 
 try:
-    from ntdne_kernels.ops.triton import hopper
+    from ntdne_kernels.ops.gpu import hopper
 except (ImportError, AttributeError):  # Gluon is experimental
     hopper = None  # type: ignore[assignment]
 

@@ -7,9 +7,7 @@ import warnings
 import torch
 
 # torch's frames lie between the user's line and ours: Module.__call__, the wrapper of no_grad, the call of an operator.
-NOT_THE_USERS = tuple(
-    os.path.join(os.path.dirname(file), "") for file in (os.path.dirname(__file__), str(torch.__file__))
-)
+NOT_THE_USERS = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, str(torch.__file__)))
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ntdne_kernels.ops.triton.configs import hopper_width
+from ntdne_kernels.ops.gpu.configs import hopper_width
 
 HALF = 64  # queries of one warp group: the rows of its tensor-core instruction
 _HALF = gl.constexpr(HALF)

@@ -15,7 +15,7 @@ import ntdne_kernels
 from ntdne_kernels import IndexedDataset, MemoryBank, NTDNELoss, fill_bank, functional
 from ntdne_kernels.audit import audit_bank
 from ntdne_kernels.ops import bank_update
-from ntdne_kernels.ops.user_warning import warn_user
+from ntdne_kernels.user_warning import warn_user
 
 N, D = 12, 4
 LABELS = torch.arange(N) % 3
