@@ -30,6 +30,7 @@ from benchmarks.aot import KERNELS, SHARED_LIMIT, checks, compile_for
 from ntdne_kernels.ops import gpu as backend
 from ntdne_kernels.ops.gpu import configs
 from ntdne_kernels.ops.gpu.configs import Config
+from ntdne_kernels.ops.schema import Batch
 
 TABLE = Path(configs.__file__).with_name("configs.json")
 CAPABILITIES = (80, 86, 90, 100)  # 89 has what 86 has
@@ -171,9 +172,8 @@ def compiles(config: Config, B: int, D: int, dtype: str, device: str) -> str | N
 
 def sum_with(config: Config, problem: problems.Problem) -> Any:
     with patch.object(backend, "choose", lambda *_: config):
-        classes = problem.classes.tensors()
-        given = problem.features.detach(), problem.bank, problem.labels, problem.index, classes
-        return backend.log_scores(*given, problems.SIGMA, True)
+        given = problem.features.detach(), problem.bank, problem.labels, problem.index, problem.classes.layout
+        return backend.log_scores(Batch(*given, problems.SIGMA), True)
 
 
 if __name__ == "__main__":

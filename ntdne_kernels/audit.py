@@ -35,7 +35,7 @@ from ntdne_kernels.arguments import (
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.functional import choose_backend
 from ntdne_kernels.labels import as_index, encode_labels
-from ntdne_kernels.ops.backends import BACKENDS, class_masses_of
+from ntdne_kernels.ops.backends import BACKENDS
 from ntdne_kernels.ops.chunked import CHUNK_BYTES, chunks_of
 from ntdne_kernels.progress import with_progress
 from ntdne_kernels.user_warning import warn_user
@@ -224,7 +224,7 @@ def audit_bank(
         wrong = _without_direction(bank.storage[start : start + _rows_of(D)], bank.storage.dtype)
         bad += bank.order[wrong.to(bank.device) + start].tolist()
     _refuse("bank", bad, N)
-    sum_classes = class_masses_of(choose_backend(backend, bank.storage, bank.device))
+    sum_classes = BACKENDS[choose_backend(backend, bank.storage, bank.device)].class_log_sums
     log_score, log_density = torch.empty(N, device="cpu"), torch.empty(N, device="cpu")
     # Float64: from the 1 - 1e-9 of a tight class float32 makes 1, and of its labels' quality noise.
     top_classes = torch.empty((N, m), dtype=torch.int64, device="cpu")

@@ -4,7 +4,6 @@ Shapes: B queries, N bank rows, D features, C classes.
 """
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -34,8 +33,18 @@ from ntdne_kernels.ops.gpu.configs import (
     merge_blocks,
     split_count,
 )
-from ntdne_kernels.ops.leave_one_out import Backend, bank_gradient_fake, class_sums_fake, log_scores_fake
-from ntdne_kernels.ops.losses import Loss
+from ntdne_kernels.ops.layout import ClassLayout, ClassOrder, PlainLabels
+from ntdne_kernels.ops.leave_one_out import GradientInForward
+from ntdne_kernels.ops.losses import LossSpec
+from ntdne_kernels.ops.schema import (
+    Archive,
+    Batch,
+    empty_bank_gradient,
+    empty_class_sums,
+    empty_log_scores,
+    empty_loss,
+    implement,
+)
 from ntdne_kernels.user_warning import warn_user
 
 try:
@@ -51,7 +60,7 @@ _INTERPRETED_DEVICE = Device(capability=90, multiprocessors=3, shared=227 << 10)
 FOLD_ROWS = 1 << 14
 """Rows summed in registers before they are added to memory."""
 PROGRAMS_PER_MULTIPROCESSOR = 8
-"""How many `class_masses` starts at least, where there are so many classes: few are idle in the last round."""
+"""How many `class_log_sums` starts at least, where there are so many classes: few are idle in the last round."""
 # Of the larger strides a tile's offsets would not fit 32 bits. No bank but a view of something else has such.
 _LARGEST_STRIDE = 1 << 23
 _FLOAT16_SHIFT = 14  # float16 ends at 2^16
@@ -79,97 +88,57 @@ def missing(bank: Tensor) -> str | None:
     return None
 
 
-def _log_scores(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: list[Tensor],
-    sigma: float,
-    need_direction: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _log_scores(batch: Batch, need_direction: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`Backend.log_scores` in three launches."""
-    out = log_scores_fake(features, bank, labels, index, classes, sigma, need_direction)
-    if len(features) > 0:
-        _sum_up("merge_to_log_scores", features, bank, labels, index, classes, [], sigma, need_direction, None, out)
+    out = empty_log_scores(batch, need_direction)
+    if len(batch.features) > 0:
+        _stream_and_merge("merge_to_log_scores", batch, None, need_direction, None, out)
     return out
 
 
-def _class_sums(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: list[Tensor],
-    sigma: float,
-    need_means: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _class_sums(batch: Batch, need_means: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`Backend.class_sums` in three launches."""
-    out = class_sums_fake(features, bank, labels, index, classes, sigma, need_means)
-    if len(features) > 0 and len(bank) > 0:
-        _sum_up("merge_to_class_sums", features, bank, labels, index, classes, [], sigma, need_means, None, out)
+    out = empty_class_sums(batch, need_means)
+    if len(batch.features) > 0 and len(batch.bank) > 0:
+        _stream_and_merge("merge_to_class_sums", batch, None, need_means, None, out)
     else:
         for sums, nothing in zip(out, (-math.inf, -math.inf, 0, 0), strict=True):
             sums.fill_(nothing)
     return out
 
 
-def _loss_fake(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor | None,
-    index: Tensor,
-    classes: list[Tensor],
-    archive: list[Tensor],
-    sigma: float,
+def _loss(  # noqa: PLR0913  as its op has them
+    batch: Batch,
+    image_labels: Tensor | None,
+    image_position: Tensor | None,
+    image_scores: Tensor | None,
     q: float | None,
     k: float | None,
     reduction: str,
     indicator: str,
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    B, D = features.shape
-    log_p = bank.new_empty(B, dtype=accumulator_dtype(bank.dtype))
-    value = log_p.new_empty(B if reduction == "none" else ())
-    gradient = log_p.new_empty((B if need_gradient else 0, D))
-    return value, log_p, torch.empty_like(log_p), gradient, torch.empty_like(log_p)
-
-
-def _loss(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor | None,
-    index: Tensor,
-    classes: list[Tensor],
-    archive: list[Tensor],
-    sigma: float,
-    q: float | None,
-    k: float | None,
-    reduction: str,
-    indicator: str,
-    need_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`Backend.loss` in three launches."""
-    out = _loss_fake(features, bank, labels, index, classes, archive, sigma, q, k, reduction, indicator, need_gradient)
-    if features.size(0) == 0:
+    """`GradientInForward.loss_and_gradient` in three launches."""
+    out = empty_loss(batch, reduction, indicator, need_gradient)
+    if batch.features.size(0) == 0:
         out[0].zero_()
         return out
+    archive = None
+    if image_labels is not None and image_position is not None and image_scores is not None:
+        archive = Archive(image_labels, image_position, image_scores)
     value, log_p, slope, gradient, log_sum_all = out
-    loss = _LossKind("snca" if q is None else "ntdne", k is not None, indicator, reduction)
-    _sum_up(
-        "merge_to_log_scores", features, bank, labels, index, classes, archive, sigma, need_gradient, loss,
-        (log_p, gradient, log_sum_all), value, slope, q, k,
-    )  # fmt: skip
+    loss = _LossArguments(LossSpec(q, k, reduction, indicator), value, slope)
+    _stream_and_merge("merge_to_log_scores", batch, archive, need_gradient, loss, (log_p, gradient, log_sum_all))
     return out
 
 
-def class_masses(features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor, sigma: float) -> Tensor:
-    """`Backend.class_masses` in one launch."""
+def class_log_sums(features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor, sigma: float) -> Tensor:
+    """`Backend.class_log_sums` in one launch."""
     B, D = features.shape
     N, C = len(bank), len(offsets) - 1
-    log_masses = bank.new_empty((C, B), dtype=torch.float64)
+    log_sums = bank.new_empty((C, B), dtype=torch.float64)
     if B == 0 or C == 0:
-        return log_masses.t()
+        return log_sums.t()
     with _on(bank.device):
         device, arithmetic = describe(bank.device), _arithmetic(bank.dtype)
         config = choose(device, "stream", arithmetic, D, B)
@@ -177,44 +146,32 @@ def class_masses(features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor,
         blocks = triton.cdiv(B, config.block_b)
         splits = min(C, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, blocks))
         D1, D2 = columns(D)
-        kernels.class_masses[(blocks * splits,)](
-            features, bank, index.contiguous(), offsets.contiguous(), log_masses,
+        kernels.class_log_sums[(blocks * splits,)](
+            features, bank, index.contiguous(), offsets.contiguous(), log_sums,
             B, C, features.stride(0), bank.stride(0), math.log2(math.e) / sigma, splits,
             D=D, D1=D1, D2=D2, BLOCK_B=config.block_b, BLOCK_N=class_tile(config, N, C),
             TRACKED=sigma < SMALLEST_PLAIN_SIGMA, PRECISION=PRECISION[arithmetic],
             num_warps=config.num_warps, num_stages=config.num_stages,
             maxnreg=255,  # all: left to itself the assembler spills 8 bytes here and there to fit one program more
         )  # fmt: skip
-    return log_masses.t()
+    return log_sums.t()
 
 
-def _bank_gradient(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: list[Tensor],
-    sigma: float,
-    log_p: Tensor,
-    log_sum_all: Tensor,
-    grad_log_p: Tensor,
-) -> Tensor:
+def _bank_gradient(batch: Batch, log_p: Tensor, log_sum_all: Tensor, grad_log_p: Tensor) -> Tensor:
     """`Backend.bank_gradient` in two launches."""
-    B, D = features.shape
-    N = len(bank)
-    gradient = bank_gradient_fake(features, bank)
-    with _on(bank.device):
-        device, arithmetic = describe(bank.device), _arithmetic(bank.dtype)
+    (B, D), N = batch.features.shape, len(batch.bank)
+    gradient = empty_bank_gradient(batch)
+    with _on(batch.bank.device):
+        device, arithmetic = describe(batch.bank.device), _arithmetic(batch.bank.dtype)
         config = choose(device, "gradient", arithmetic, D, N)
-        bank = _with_unit_stride(bank)
-        labels, index = labels.contiguous(), index.contiguous()
-        layout = _Layout.of(classes)
+        batch = _contiguous(batch)
+        bank, layout = batch.bank, _KernelLayout.of(batch.layout)
         launch = _prepare_launch(B, D, config.block_b, layout.sorted_labels, layout.gather, False, True, False)
-        queries, places = _prepare(launch, None, features, bank, labels, index, layout, [], config.block_b, log_p)
+        queries, places = _prepare(launch, None, batch, layout, None, config.block_b, log_p)
         D1, D2 = columns(D)
         kernels.gradient_to_bank[(triton.cdiv(N, config.block_n),)](
             queries, bank, layout.order, places, log_p, log_sum_all, grad_log_p.contiguous(), gradient,
-            B, N, bank.stride(0), math.log2(math.e) / sigma, sigma,
+            B, N, bank.stride(0), math.log2(math.e) / batch.sigma, batch.sigma,
             D=D, D1=D1, D2=D2, BLOCK_B=config.block_b, BLOCK_N=config.block_n,
             GATHER=layout.gather, PRECISION=PRECISION[arithmetic],
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -265,16 +222,23 @@ class _Launch:
             self.compiled = made.run, made.function, made.packed_metadata, constants
 
 
-class _LossKind(NamedTuple):
-    """What of a loss is compiled into a kernel."""
+class _LossArguments(NamedTuple):
+    """A loss, and where it and its slope go."""
 
-    loss: str
-    pruning: bool
-    indicator: str
-    reduction: str
+    spec: LossSpec
+    value: Tensor
+    """() or (B,)"""
+    slope: Tensor
+    """(B,)"""
+
+    @property
+    def constants(self) -> tuple[str, bool, str, str]:
+        """What of the loss is compiled into a kernel: which one, whether it prunes, the indicator, the reduction."""
+        spec = self.spec
+        return "snca" if spec.q is None else "ntdne", spec.k is not None, spec.indicator, spec.reduction
 
 
-class _Layout(NamedTuple):
+class _KernelLayout(NamedTuple):
     """Which rows of the bank belong to which class, as kernels take it: ranges of rows, or of places in an order."""
 
     classes: Tensor
@@ -286,19 +250,20 @@ class _Layout(NamedTuple):
     """`classes` are the sorted labels of all rows; there are no offsets."""
 
     @staticmethod
-    def of(tensors: list[Tensor]) -> "_Layout":
-        """From what `leave_one_out.neighbours_of` takes.
+    def of(layout: ClassLayout) -> "_KernelLayout":
+        """Plain labels are sorted.
 
-        Labels of the rows are sorted: 0.2 ms for 10^6 of them, where kernels that compare labels took 1.0 ms longer
-        than those that know ranges (H200, B = 256).
+        That takes 0.2 ms for 10^6 of them, where kernels that compare labels took 1.0 ms longer than those that know
+        ranges (H200, B = 256).
         """
-        if len(tensors) == 1:
-            labels, order = torch.sort(tensors[0], stable=True)
+        if isinstance(layout, PlainLabels):
+            labels, order = torch.sort(layout.row_labels, stable=True)
             position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-            return _Layout(labels, labels, order, position, True, True)
-        classes, offsets, *rest = (tensor.contiguous() for tensor in tensors)
-        order, position = rest or (classes, classes)
-        return _Layout(classes, offsets, order, position, len(rest) > 0, False)
+            return _KernelLayout(labels, labels, order, position, True, True)
+        classes, offsets = layout.classes.contiguous(), layout.offsets.contiguous()
+        if isinstance(layout, ClassOrder):
+            return _KernelLayout(classes, offsets, classes, classes, False, False)
+        return _KernelLayout(classes, offsets, layout.order.contiguous(), layout.position.contiguous(), True, False)
 
 
 def _prepare_launch(
@@ -314,18 +279,16 @@ def _prepare_launch(
 def _prepare(
     launch: _Launch,
     stream: int | None,
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor | None,
-    index: Tensor,
-    layout: _Layout,
-    archive: list[Tensor],
+    batch: Batch,
+    layout: _KernelLayout,
+    archive: Archive | None,
     block_b: int,
     norms: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What `kernels.prepare` makes: the features in the bank's dtype, sorted by class; where their neighbours stand."""
+    features, bank, labels, index = batch.features, batch.bank, batch.labels, batch.own
     (B, D), C = features.shape, layout.classes.size(0)
-    image_labels, position, *_ = archive or (index, layout.position)
+    image_labels, position = (index, layout.position) if archive is None else archive[:2]
     padded = block_b * triton.cdiv(B, block_b)
     queries = torch.empty((padded, D), dtype=bank.dtype, device=bank.device)
     places = index.new_empty(4 * padded + 1 + padded // BLOCK_Q)
@@ -333,7 +296,7 @@ def _prepare(
         stream,
         features, index if labels is None else labels, index, layout.classes, layout.offsets, position, image_labels,
         queries, places, norms, skipped_counter(bank.device),
-        B, image_labels.size(0) if archive else bank.size(0), C, features.stride(0), features.stride(1),
+        B, bank.size(0) if archive is None else image_labels.size(0), C, features.stride(0), features.stride(1),
         C.bit_length(),
     )  # fmt: skip
     return queries, places
@@ -353,58 +316,71 @@ class _Plan(NamedTuple):
     """Bank rows per tile of the kernel for Hopper GPUs; 0: the portable one."""
 
 
+class _Case(NamedTuple):
+    """What a plan depends on."""
+
+    merge: str
+    device: Device
+    B: int
+    N: int
+    D: int
+    dtype: torch.dtype
+    """of the bank"""
+    arithmetic: str
+    """as `_arithmetic` says"""
+    sorted_labels: bool
+    gather: bool
+    look_up: bool
+    has_labels: bool
+    tracked: bool
+    weighted: bool
+    loss: tuple[str, bool, str, str] | None
+    """as `_LossArguments.constants`"""
+    hopper_serves: bool
+
+
 @lru_cache(maxsize=256)
-def _plan(
-    merge: str,
-    device: Device,
-    B: int,
-    N: int,
-    D: int,
-    bank_dtype: torch.dtype,
-    arithmetic: str,
-    sorted_labels: bool,
-    gather: bool,
-    look_up: bool,
-    has_labels: bool,
-    tracked: bool,
-    weighted: bool,
-    loss: _LossKind | None,
-    hopper_serves: bool,
-    *_: Any,
-) -> _Plan:
-    """The arguments that the compiled kernels depend on besides tell plans apart."""
+def _plan(case: _Case, *_: Any) -> _Plan:
+    """How to launch a case. The compiled kernels depend on the other arguments too, so they tell plans apart."""
+    device, arithmetic, B, N, D = case.device, case.arithmetic, case.B, case.N, case.D
     config, hopper_rows = choose(device, "stream", arithmetic, D, B), 0
-    if hopper_serves and not tracked and not gather:
+    if case.hopper_serves and not case.tracked and not case.gather:
         tiles = hopper_tiles(device, D, B)
         config, hopper_rows = (config, 0) if tiles is None else (tiles, tiles.block_n)
     rows = config.block_n * triton.cdiv(triton.cdiv(N, split_count(device, config, B, N, D)), config.block_n)
     splits, blocks = triton.cdiv(N, rows), triton.cdiv(B, config.block_b)
     D1, D2 = columns(D)
-    numbers = {"TRACKED": tracked, "SHIFT": _FLOAT16_SHIFT if bank_dtype == torch.float16 else 0, "WEIGHTED": weighted}
+    numbers = {
+        "TRACKED": case.tracked,
+        "SHIFT": _FLOAT16_SHIFT if case.dtype == torch.float16 else 0,
+        "WEIGHTED": case.weighted,
+    }
     if hopper_rows > 0:
         stream = _Launch(
             hopper.stream, (splits * blocks,),
             D=D, W=hopper_width(D), BLOCK_B=config.block_b, BLOCK_N=config.block_n, STAGES=config.num_stages,
-            WEIGHTED=weighted, FOLD_ROWS=FOLD_ROWS, REGISTERS=240, num_warps=4,
+            WEIGHTED=case.weighted, FOLD_ROWS=FOLD_ROWS, REGISTERS=240, num_warps=4,
         )  # fmt: skip
     else:
         stream = _Launch(
             kernels.stream, (splits * blocks,),
-            D=D, D1=D1, D2=D2, BLOCK_B=config.block_b, BLOCK_N=config.block_n, GATHER=gather,
+            D=D, D1=D1, D2=D2, BLOCK_B=config.block_b, BLOCK_N=config.block_n, GATHER=case.gather,
             **numbers, PRECISION=PRECISION[arithmetic], FOLD_ROWS=FOLD_ROWS,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     constants: dict[str, Any] = {}
-    if merge == "merge_to_log_scores":
-        name, pruning, indicator, reduction = loss or _LossKind("", False, "current", "none")
+    if case.merge == "merge_to_log_scores":
+        name, pruning, indicator, reduction = case.loss or ("", False, "current", "none")
         constants = {"LOSS": name, "PRUNING": pruning, "INDICATOR": indicator, "REDUCTION": reduction}
-        constants |= {"LOOK_UP": look_up, "BLOCK_Q": BLOCK_Q, "BLOCK": 256}
-    element_size, snca = accumulator_dtype(bank_dtype).itemsize, loss is not None and loss.loss == "snca"
+        constants |= {"LOOK_UP": case.look_up, "BLOCK_Q": BLOCK_Q, "BLOCK": 256}
+    element_size, snca = accumulator_dtype(case.dtype).itemsize, case.loss is not None and case.loss[0] == "snca"
     return _Plan(
-        _prepare_launch(B, D, config.block_b, sorted_labels, gather, look_up, has_labels, snca),
+        _prepare_launch(
+            B, D, config.block_b, case.sorted_labels, case.gather, case.look_up, case.has_labels, snca
+        ),
         stream,
         _Launch(
-            getattr(kernels, merge), (B,),
+            getattr(kernels, case.merge), (B,),
             D=D, BLOCK_B=config.block_b, **numbers, **merge_blocks(D, element_size, splits), **constants,
             num_warps=MERGE_WARPS,
         ),
@@ -415,42 +391,33 @@ def _plan(
     )  # fmt: skip
 
 
-def _sum_up(
+def _stream_and_merge(
     merge: str,
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor | None,
-    index: Tensor,
-    classes: list[Tensor],
-    archive: list[Tensor],
-    sigma: float,
+    batch: Batch,
+    archive: Archive | None,
     weighted: bool,
-    loss: _LossKind | None,
+    loss: _LossArguments | None,
     out: tuple[Tensor, ...],
-    value: Tensor | None = None,
-    slope: Tensor | None = None,
-    q: float | None = None,
-    k: float | None = None,
 ) -> None:
-    """Sum the splits of the bank up for each query; the kernel `merge` makes `out`, and a loss, of the sums."""
-    B, D = features.shape
-    N = bank.size(0)
-    with _on(bank.device):
+    """Sum over the bank in splits for each query; the kernel `merge` makes `out`, and a loss, of the sums."""
+    with _on(batch.bank.device):
+        batch = _contiguous(batch)
+        features, bank, labels, index, *_, sigma = batch
+        (B, D), N = features.shape, bank.size(0)
         device, arithmetic = describe(bank.device), _arithmetic(bank.dtype)
-        bank, index = _with_unit_stride(bank), index.contiguous()
-        labels = None if labels is None else labels.contiguous()
-        layout = _Layout.of(classes)
+        layout = _KernelLayout.of(batch.layout)
         tracked = sigma < SMALLEST_PLAIN_SIGMA or bank.dtype == torch.float16
-        plan = _plan(
-            merge, device, B, N, D, bank.dtype, arithmetic, layout.sorted_labels, layout.gather, len(archive) > 0,
-            labels is not None, tracked, weighted, loss, hopper_serves(bank), bank.device, layout.classes.size(0),
-            features.dtype, features.stride(), bank.stride(0), out[0].dtype, archive[2].dtype if archive else None,
+        case = _Case(
+            merge, device, B, N, D, bank.dtype, arithmetic, layout.sorted_labels, layout.gather, archive is not None,
+            labels is not None, tracked, weighted, None if loss is None else loss.constants, hopper_serves(bank),
         )  # fmt: skip
-        stream = _stream(features, bank, labels if labels is not None else index, index, *layout[:4], *archive)
-        norms = torch.empty_like(out[0]) if archive else out[0]
-        queries, places = _prepare(
-            plan.prepare, stream, features, bank, labels, index, layout, archive, plan.block_b, norms
-        )
+        plan = _plan(
+            case, bank.device, layout.classes.size(0), features.dtype, features.stride(), bank.stride(0), out[0].dtype,
+            None if archive is None else archive.scores.dtype,
+        )  # fmt: skip
+        stream = _stream(features, bank, index if labels is None else labels, index, *layout[:4], *(archive or ()))
+        norms = out[0] if archive is None else torch.empty_like(out[0])
+        queries, places = _prepare(plan.prepare, stream, batch, layout, archive, plan.block_b, norms)
         totals = bank.new_empty(plan.slots, dtype=accumulator_dtype(bank.dtype))
         maxima = torch.empty_like(totals) if tracked else totals
         vectors = totals.new_empty((*plan.slots, D if weighted else 0))
@@ -463,8 +430,7 @@ def _sum_up(
                 )  # fmt: skip
             except _NOT_COMPILED as error:
                 _do_without_hopper(error)
-                rest = (sigma, weighted, loss, out, value, slope, q, k)
-                _sum_up(merge, features, bank, labels, index, classes, archive, *rest)
+                _stream_and_merge(merge, batch, archive, weighted, loss, out)
                 return
         else:
             plan.stream(
@@ -475,13 +441,18 @@ def _sum_up(
             plan.merge(stream, totals, maxima, vectors, places, *out, B, scale, plan.slots[0])
             return
         unused = out[0]
-        losses = unused if loss is None or loss.reduction == "none" else unused.new_empty(B, dtype=torch.float64)
-        q_or_1, log_k = 1.0 if q is None else q, -math.inf if k is None else math.log(k)
+        value, slope, losses, q, k = unused, unused, unused, 1.0, 0.0
+        if loss is not None:
+            value, slope = loss.value, loss.slope
+            q, k = 1.0 if loss.spec.q is None else loss.spec.q, loss.spec.k or 0.0
+            if loss.spec.reduction != "none":
+                losses = unused.new_empty(B, dtype=torch.float64)
+        log_k = math.log(k) if k > 0 else -math.inf
         plan.merge(
-            stream, totals, maxima, vectors, places, *out, index, archive[2] if archive else unused, features, norms,
-            unused if value is None else value, unused if slope is None else slope, losses,
-            B, archive[0].size(0) if archive else N, features.stride(0), features.stride(1), scale, plan.slots[0],
-            q_or_1, log_k, -math.expm1(q_or_1 * log_k) / q_or_1,
+            stream, totals, maxima, vectors, places, *out, index, unused if archive is None else archive.scores,
+            features, norms, value, slope, losses,
+            B, N if archive is None else archive.labels.size(0), features.stride(0), features.stride(1), scale,
+            plan.slots[0], q, log_k, -math.expm1(q * log_k) / q,
         )  # fmt: skip
 
 
@@ -547,63 +518,33 @@ def _arithmetic(dtype: torch.dtype) -> str:
     return "fp64" if dtype == torch.float64 else "16-bit"
 
 
+def _contiguous(batch: Batch) -> Batch:
+    """The batch as kernels read it; features may have any strides."""
+    labels = None if batch.labels is None else batch.labels.contiguous()
+    return batch._replace(bank=_with_unit_stride(batch.bank), labels=labels, own=batch.own.contiguous())
+
+
 def _with_unit_stride(bank: Tensor) -> Tensor:
     """The bank, or a copy where its rows are not contiguous or too far apart."""
     return bank if bank.stride(1) == 1 and bank.stride(0) <= _LARGEST_STRIDE else bank.contiguous()
 
 
-_LIBRARY = torch.library.Library("ntdne_kernels", "FRAGMENT")
-
-
-def _op(signature: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """An op of the package. torch.library.custom_op would add 20 µs to a call, and 85 where a gradient is wanted."""
-    name = signature.split("(")[0]
-    _LIBRARY.define(signature)
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ntdne_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.ntdne_kernels, name).default
-
-
-_BATCH = "Tensor features, Tensor bank, Tensor labels, Tensor index, Tensor[] classes, float sigma"
-log_scores = _op(
-    f"triton_log_scores({_BATCH}, bool need_direction) -> (Tensor, Tensor, Tensor)", _log_scores, log_scores_fake
-)
-class_sums = _op(
-    f"triton_class_sums({_BATCH}, bool need_means) -> (Tensor, Tensor, Tensor, Tensor)", _class_sums, class_sums_fake
-)
-bank_gradient = _op(
-    f"triton_bank_gradient({_BATCH}, Tensor log_p, Tensor log_sum_all, Tensor grad_log_p) -> Tensor",
-    _bank_gradient,
-    bank_gradient_fake,
-)
-loss_op = _op(
-    "triton_loss(Tensor features, Tensor bank, Tensor? labels, Tensor index, Tensor[] classes, Tensor[] archive, "
-    "float sigma, float? q, float? k, str reduction, str indicator, bool need_gradient) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _loss,
-    _loss_fake,
-)
+log_scores = implement("triton_log_scores", _log_scores)
+class_sums = implement("triton_class_sums", _class_sums)
+bank_gradient = implement("triton_bank_gradient", _bank_gradient)
+_loss_op = implement("triton_loss", _loss)
 
 
 def fused_loss(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor | None,
-    index: Tensor,
-    classes: list[Tensor],
-    archive: list[Tensor],
-    sigma: float,
-    loss: Loss,
-    need_gradient: bool,
+    batch: Batch, archive: Archive | None, spec: LossSpec, need_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`Backend.loss` in one op."""
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = loss_op(
-        features, bank, labels, index, classes, archive, sigma, loss.q, loss.k, loss.reduction, loss.indicator,
-        need_gradient,
-    )  # fmt: skip
+    """`GradientInForward.loss_and_gradient` in one op."""
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _loss_op(
+        batch, *(archive or (None, None, None)), spec.q, spec.k, spec.reduction, spec.indicator, need_gradient
+    )
     return result
 
 
 if not INTERPRETED:
-    _LIBRARY.impl("record_scores_", record_scores_, "CUDA")
-TRITON = Backend(log_scores, class_sums, class_masses, bank_gradient, fused_loss)
+    implement("record_scores_", record_scores_, "CUDA")
+TRITON = GradientInForward(log_scores, class_sums, class_log_sums, bank_gradient, fused_loss, missing)
