@@ -16,7 +16,7 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from ntdne_kernels.functional import BACKENDS
-from ntdne_kernels.ops.gpu import INTERPRETED
+from ntdne_kernels.ops.gpu.launches import INTERPRETED
 
 # Time limits per example would fail on a busy machine, not on wrong code.
 settings.register_profile("package", deadline=None, max_examples=60, derandomize=True)
