@@ -16,8 +16,7 @@ from benchmarks.aot import SHARED_LIMIT, _resource_usage
 from ntdne_kernels import LabelIndex
 from ntdne_kernels.ops import gpu
 from ntdne_kernels.ops.gpu.configs import Device
-from tests.conftest import Archive
-from tests.ops.test_leave_one_out import arguments
+from tests.archives import Archive, arguments
 
 
 def launch_all(B: int, D: int, dtype: torch.dtype, by: str) -> None:

@@ -17,7 +17,7 @@ from ntdne_kernels.ops.class_sums import ClassSums
 from ntdne_kernels.ops.leave_one_out import LeaveOneOutLoss
 from ntdne_kernels.ops.losses import Loss
 from tests import formulas
-from tests.conftest import Archive
+from tests.archives import Archive
 
 SIGMA = 0.1
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ntdne_kernels.ops import reference
 from ntdne_kernels.ops.backends import class_masses_of
-from tests.ops.test_leave_one_out import small_tiles
+from tests.ops.cutting import small_tiles
 
 SIZES = [0, 1, 9, 0, 23, 1, 1, 30, 0]
 

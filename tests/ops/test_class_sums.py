@@ -1,7 +1,4 @@
-"""What queries know after a part of the bank, in every backend: parts of any sizes add up to the whole.
-
-The tests imported from test_leave_one_out.py run once more with a backend that cuts the bank up.
-"""
+"""Sums of queries over a part of the bank, in every backend: parts of any sizes add up to the whole."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -17,17 +14,9 @@ from ntdne_kernels.ops.backends import class_sums_of
 from ntdne_kernels.ops.class_sums import ClassSums, add_part, contribution, log_scores_of
 from ntdne_kernels.ops.leave_one_out import Backend
 from ntdne_kernels.ops.streaming import STREAMING
-from tests.conftest import Archive
-from tests.ops import test_leave_one_out as whole
-from tests.ops.test_leave_one_out import (  # noqa: F401
-    op_arguments,
-    small_tiles,
-    test_empty_batch,
-    test_far_positives_at_a_low_temperature_have_a_finite_score,
-    test_log_p_and_both_gradients_are_those_of_the_formulas,
-    test_query_without_positives_has_minus_infinity_and_zero_gradient,
-)
-from tests.ops.test_triton import small_pieces
+from tests.archives import Archive, op_arguments
+from tests.ops import contract
+from tests.ops.cutting import small_pieces, small_tiles
 
 
 def parts_of(
@@ -96,14 +85,30 @@ def backend(backend: str, cuts: tuple[float, ...], monkeypatch: pytest.MonkeyPat
     return "in parts"
 
 
+@pytest.mark.parametrize("sigma", [1.0, 0.1, 0.03, 0.01])
+def test_log_p_and_both_gradients_in_parts_are_those_of_the_formulas(backend, by, sigma, device, monkeypatch):
+    small_tiles(monkeypatch)
+    contract.check_scores_and_gradients(backend, by, sigma, device)
+
+
+def test_far_positives_in_parts_have_a_finite_score(backend, by, device):
+    contract.check_far_positives(backend, by, device)
+
+
+def test_query_without_positives_in_parts_has_minus_infinity(backend, by, device):
+    contract.check_queries_without_positives(backend, by, device)
+
+
+def test_empty_batch_in_parts(backend, by, device):
+    contract.check_empty_batch(backend, by, device)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sigma", [0.05, 0.02])
 @pytest.mark.parametrize("clustered", [False, True])
 @pytest.mark.parametrize(("by", "cuts"), [("sorted index", (0.35,))])
 def test_error_is_at_most_twice_that_of_plain_pytorch_also_in_parts(backend, by, dtype, sigma, clustered, device):
-    whole.test_error_is_at_most_twice_that_of_plain_pytorch_in_the_same_dtype(
-        backend, by, dtype, sigma, clustered, device
-    )
+    contract.check_error(backend, by, dtype, sigma, clustered, device)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.01])

@@ -11,8 +11,7 @@ from ntdne_kernels import LabelIndex
 from ntdne_kernels.ops import gpu, reference
 from ntdne_kernels.ops.gpu import configs
 from ntdne_kernels.ops.gpu.configs import Device, hopper_tiles, hopper_width
-from tests.conftest import Archive
-from tests.ops.test_leave_one_out import arguments
+from tests.archives import Archive, arguments
 
 H200 = Device(capability=90, multiprocessors=132, shared=232_448)
 needs_interpreter = pytest.mark.skipif(not gpu.INTERPRETED, reason="the other way round needs no pretence")
@@ -93,7 +92,7 @@ def test_which_problems_take_the_kernel_and_with_which_tiles(D, B, expected):
 
 
 @needs_interpreter
-def test_where_it_does_not_compile_the_portable_kernel_takes_over_which_is_said_once(monkeypatch, fresh_plans):
+def test_portable_kernel_takes_over_where_hopper_does_not_compile_said_once(monkeypatch, fresh_plans):
     """As after a change of Gluon: the first launch ends in an error of the compiler."""
 
     class Broken:

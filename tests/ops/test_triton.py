@@ -5,7 +5,6 @@ segments. Without a GPU all of it runs in Triton's interpreter.
 """
 
 import dataclasses
-import inspect
 import itertools
 import math
 from pathlib import Path
@@ -26,41 +25,12 @@ from ntdne_kernels.ops import gpu, leave_one_out, losses, reference
 from ntdne_kernels.ops.bank_update import skipped_counter
 from ntdne_kernels.ops.gpu import configs, kernels
 from ntdne_kernels.ops.gpu.configs import Config, Device, choose, class_tile, columns, split_count
-from tests.conftest import Archive, served
-from tests.ops.test_leave_one_out import (
-    arguments,
-    assert_error_at_most_twice_that_of_plain_pytorch,
-    op_arguments,
-)
+from tests.archives import Archive, arguments, op_arguments
+from tests.ops.contract import check_error_of_archive
+from tests.ops.cutting import small_chunks, small_pieces
 
 H200 = Device(capability=90, multiprocessors=132, shared=232_448)
 needs_interpreter = pytest.mark.skipif(not gpu.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
-
-@pytest.fixture
-def kernel_device(device: torch.device) -> torch.device:
-    """Where this process can run the kernels."""
-    served("triton", device)
-    return device
-
-
-def small_pieces(patch: pytest.MonkeyPatch, splits: int, block_n: int = 16, fold_rows: int = 1 << 14) -> None:
-    """Several blocks of queries, splits, tiles and segments also in a small archive."""
-    patch.setattr(gpu, "choose", lambda *_: Config(16, block_n, 4, 2, 1 << 14))
-    patch.setattr(gpu, "split_count", lambda *_: splits)
-    patch.setattr(gpu, "FOLD_ROWS", fold_rows)
-    patch.setattr(gpu, "_plan", inspect.unwrap(gpu._plan))  # plans are kept beyond a test
-
-
-def small_chunks(patch: pytest.MonkeyPatch) -> None:
-    """Several rounds of each loop over the batch or the columns also in a small problem."""
-    original = gpu._Launch.__init__
-
-    def made(self, kernel, grid, **constants):
-        original(self, kernel, grid, **constants | ({"BLOCK": 16} if "BLOCK" in constants else {}))
-
-    patch.setattr(gpu._Launch, "__init__", made)
-    patch.setattr(gpu, "_plan", inspect.unwrap(gpu._plan))
 
 
 def loss_and_gradients(archive: Archive, by: str, backend: str, **options: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,7 +264,8 @@ SORTING = ["aten.sort.stable", "aten.arange.default", "aten.scatter_.src"]
 def test_three_launches_and_a_product_from_features_to_their_gradient(
     by, reduction, launches, kernel_device, monkeypatch
 ):
-    monkeypatch.setattr(functional, "_can_look_inside", lambda _: False)  # as on a GPU
+    for module in ("functional", "arguments"):
+        monkeypatch.setattr(f"ntdne_kernels.{module}.can_look_inside", lambda _: False)  # as on a GPU
     skipped_counter(kernel_device)  # made once for the whole program
     features, *rest = arguments(Archive(9, 60, 8, dtype=torch.bfloat16, device=kernel_device), by)
     features.requires_grad_()
@@ -681,13 +652,13 @@ def test_a_bank_of_more_than_two_to_the_31_elements():
 @pytest.mark.parametrize("by", ["labels", "index", "sorted index"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "tf32"])
 @pytest.mark.parametrize(("B", "C"), [(300, 45), (300, 2), (48, 45), (5, 45)])
-def test_what_is_launched_for_a_large_bank_errs_at_most_twice_as_much_as_plain_pytorch(B, C, dtype, by):
+def test_error_over_a_large_bank_is_at_most_twice_that_of_plain_pytorch(B, C, dtype, by):
     """Each block of the table of tile shapes, in many splits whose last tile is ragged."""
     with providers.arithmetic(dtype):
         archive = Archive(B, 300_001, 128, C, dtype=providers.DTYPES[dtype], device="cuda", unlabelled=False)
         archive.index.clamp_(min=0)
         archive.labels = archive.bank_labels[archive.index]
-        assert_error_at_most_twice_that_of_plain_pytorch(archive, by, "triton", sigma=0.1)
+        check_error_of_archive(archive, by, "triton", sigma=0.1)
 
 
 @pytest.mark.gpu

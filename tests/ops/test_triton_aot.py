@@ -26,7 +26,7 @@ def output_of(*module: str) -> list[str]:
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
-def test_everything_compiles_without_spills_within_the_shared_memory_and_products_to_tensor_core_code(capability):
+def test_every_kernel_fits_its_gpu_and_multiplies_on_tensor_cores(capability):
     rows = [json.loads(line) for line in output_of("benchmarks.aot", str(capability))]
     entries = [row for row in rows if row["kernel"] in KERNELS]
     assert len(entries) >= 28
