@@ -15,6 +15,7 @@ from torch import Tensor
 from ntdne_kernels.arguments import UNLABELLED
 from ntdne_kernels.labels import as_labels
 from ntdne_kernels.ops.layout import ClassOrder, PermutedRows
+from ntdne_kernels.user_warning import warn_user
 
 CHUNK = 1 << 19  # labels looked at together: some 50 MiB; four times as many leave the cache and take twice the time
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -59,6 +60,11 @@ class LabelIndex:
         if self.order is None or self.position is None:
             return ClassOrder(self.classes, self.offsets)
         return PermutedRows(self.classes, self.offsets, self.order, self.position)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of `layout`. Deprecated."""
+        warn_user("LabelIndex.tensors() is deprecated; list(index.layout) is the same", DeprecationWarning)
+        return list(self.layout)
 
     def to(self, device: torch.device | str) -> "LabelIndex":
         """The same index on another device."""

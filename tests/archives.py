@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from ntdne_kernels import LabelIndex
+from ntdne_kernels.ops.layout import PlainLabels
+from ntdne_kernels.ops.schema import Batch
 
 
 class Archive:
@@ -59,7 +61,8 @@ def labels_of(archive: Archive, by: str) -> Tensor:
     return archive.bank_labels.sort(stable=True).values if by == "sorted index" else archive.bank_labels
 
 
-def op_arguments(archive: Archive, by: str) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+def batch_of(archive: Archive, by: str, sigma: float = 0.1) -> Batch:
+    """The archive as the ops take it."""
     features, bank, labels, bank_labels, index = arguments(archive, by)
-    classes = bank_labels.tensors() if isinstance(bank_labels, LabelIndex) else [bank_labels]
-    return features, bank, labels, index, classes
+    layout = bank_labels.layout if isinstance(bank_labels, LabelIndex) else PlainLabels(bank_labels)
+    return Batch(features, bank, labels, index, layout, sigma)

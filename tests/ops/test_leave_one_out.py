@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ntdne_kernels import LabelIndex, MemoryBank
-from ntdne_kernels.functional import BACKENDS, archive_loss, leave_one_out_log_scores, ntdne_loss, snca_loss
-from ntdne_kernels.ops import streaming
+from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, loss_of_batch, ntdne_loss, snca_loss
+from ntdne_kernels.ops import schema, streaming
 from ntdne_kernels.ops.backends import gpu
 from ntdne_kernels.ops.bank_update import skipped_counter
-from ntdne_kernels.ops.losses import Loss
+from ntdne_kernels.ops.layout import ClassOrder
+from ntdne_kernels.ops.losses import LossSpec
+from ntdne_kernels.ops.schema import Batch
 from tests import formulas
-from tests.archives import Archive, arguments, labels_of, op_arguments
+from tests.archives import Archive, arguments, batch_of, labels_of
 from tests.ops import contract
 from tests.ops.cutting import small_tiles
 
@@ -348,25 +350,27 @@ def test_gradient_direction_is_not_made_without_need(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("need_direction", [True, False])
 def test_opcheck_of_the_forward(fused, by, dtype, need_direction, device):
-    ops = BACKENDS[fused]
-    torch.library.opcheck(ops.log_scores, (*op_arguments(Archive(dtype=dtype, device=device), by), 0.1, need_direction))
+    op = getattr(torch.ops.ntdne_kernels, f"{fused}_log_scores").default
+    batch = batch_of(Archive(dtype=dtype, device=device), by)
+    torch.library.opcheck(op, (*batch.flat(), need_direction))
 
 
 def test_opcheck_of_the_bank_gradient(fused, by, device):
-    ops = BACKENDS[fused]
-    given = op_arguments(Archive(device=device), by)
-    log_p, _, log_sum_all = ops.log_scores(*given, 0.1, False)
-    torch.library.opcheck(ops.bank_gradient, (*given, 0.1, log_p, log_sum_all, torch.ones_like(log_p)))
+    op = getattr(torch.ops.ntdne_kernels, f"{fused}_bank_gradient").default
+    batch = batch_of(Archive(device=device), by)
+    log_p, _, log_sum_all = BACKENDS[fused].log_scores(batch, False)
+    torch.library.opcheck(op, (*batch.flat(), log_p, log_sum_all, torch.ones_like(log_p)))
 
 
 def loss_arguments(device: torch.device, dtype: torch.dtype, with_labels: bool = True) -> tuple:
-    """Arguments of `Backend.loss` up to sigma, of images of an archive and of others."""
+    """Arguments of the op `triton_loss` up to q, of images of an archive and of others."""
     archive = Archive(B=7, N=50, D=20, dtype=dtype, device=device)
     index = LabelIndex.from_labels(archive.bank_labels)
     scores = torch.linspace(-3, 0, 51, device=device, dtype=archive.features.dtype)
-    images = [archive.bank_labels, index.position, torch.where(scores > -0.5, torch.nan, scores)]
+    images = schema.Archive(archive.bank_labels, index.position, torch.where(scores > -0.5, torch.nan, scores))
     labels = archive.labels if with_labels else None
-    return 3 * archive.features, archive.bank, labels, archive.index, [index.classes, index.offsets], images, 0.1
+    layout = ClassOrder(index.classes, index.offsets)
+    return *Batch(3 * archive.features, archive.bank, labels, archive.index, layout, 0.1).flat(), *images
 
 
 @pytest.mark.skipif(gpu is None, reason="needs Triton")
@@ -374,20 +378,25 @@ def loss_arguments(device: torch.device, dtype: torch.dtype, with_labels: bool =
 @pytest.mark.parametrize(("need_gradient", "reduction"), [(True, "mean"), (False, "none")])
 def test_opcheck_of_the_loss(dtype, need_gradient, reduction, kernel_device):
     given = loss_arguments(kernel_device, dtype, with_labels=need_gradient)
-    torch.library.opcheck(gpu.loss_op, (*given, 0.7, 0.3, reduction, "stored", need_gradient))
-    torch.library.opcheck(gpu.loss_op, (*given, None, None, reduction, "current", need_gradient))
+    torch.library.opcheck(
+        torch.ops.ntdne_kernels.triton_loss.default, (*given, 0.7, 0.3, reduction, "stored", need_gradient)
+    )
+    torch.library.opcheck(
+        torch.ops.ntdne_kernels.triton_loss.default, (*given, None, None, reduction, "current", need_gradient)
+    )
 
 
 @pytest.mark.skipif(gpu is None, reason="needs Triton")
 def test_eager_and_compiled_outputs_of_the_loss_are_bitwise_equal(kernel_device):
     given = (*loss_arguments(kernel_device, torch.float32), 0.7, 0.3, "mean", "auto", True)
-    compiled = torch.compile(lambda *inputs: gpu.loss_op(*inputs), fullgraph=True)
-    for eager, traced in zip(gpu.loss_op(*given), compiled(*given), strict=True):
+    op = torch.ops.ntdne_kernels.triton_loss.default
+    compiled = torch.compile(lambda *inputs: op(*inputs), fullgraph=True)
+    for eager, traced in zip(op(*given), compiled(*given), strict=True):
         assert torch.equal(eager, traced)
 
 
 def test_eager_and_compiled_outputs_of_the_op_are_bitwise_equal(fused, by, device):
-    given = (*op_arguments(Archive(B=33, N=700, D=20, dtype=torch.float32, device=device), by), 0.1, True)
+    given = batch_of(Archive(B=33, N=700, D=20, dtype=torch.float32, device=device), by), True
     op = BACKENDS[fused].log_scores
     compiled = torch.compile(lambda *inputs: op(*inputs), fullgraph=True)
     for eager, traced in zip(op(*given), compiled(*given), strict=True):
@@ -449,21 +458,12 @@ def archive_of(device: torch.device, dtype: torch.dtype) -> tuple[MemoryBank, Te
 
 
 def loss_of_images(
-    memory: MemoryBank, features: Tensor, index: Tensor, loss: Loss, backend: str
+    memory: MemoryBank, features: Tensor, index: Tensor, spec: LossSpec, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, log p, and the gradient of features of any length, as on a GPU: nothing looks at values."""
     features = features.clone().requires_grad_()
-    value, log_p = archive_loss(
-        features,
-        memory.storage,
-        torch.where(index >= 0, -1, 1),
-        index,
-        memory.index.tensors(),
-        memory.archive,
-        loss,
-        sigma=0.2,
-        backend=backend,
-    )
+    batch = Batch(features, memory.storage, torch.where(index >= 0, -1, 1), index, memory.index.layout, 0.2)
+    value, log_p = loss_of_batch(batch, memory.archive, spec, backend)
     value.sum().backward()
     return value.detach(), log_p, features.grad
 
@@ -473,7 +473,7 @@ def loss_of_images(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_features_without_a_direction_are_left_out(backend, loss, reduction, dtype, device):
     memory, features, index = archive_of(device, dtype)
-    loss = Loss(*loss[:2], reduction, loss[2])
+    loss = LossSpec(*loss[:2], reduction, loss[2])
     memory.record_(torch.linspace(-3, -0.1, 50, device=device), torch.arange(50, device=device))
     before = memory.last_log_p.clone()
     spoilt = torch.tensor([1, 5, 8, 10, 12, 16], device=device)
@@ -512,7 +512,7 @@ def test_loss_of_a_batch_without_any_direction_is_nan_without_gradient(backend, 
     memory, features, index = archive_of(device, torch.float32)
     features[:, 1] = WITHOUT_DIRECTION[kind]
     features[:, [0, 2, 3, 4, 5]] = 0
-    value, log_p, gradient = loss_of_images(memory, features, index, Loss(*loss, "mean"), backend)
+    value, log_p, gradient = loss_of_images(memory, features, index, LossSpec(*loss, "mean"), backend)
     assert value.isnan()
     assert log_p.isnan().all()
     assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -524,9 +524,9 @@ def test_features_without_a_direction_are_counted(fused, device):
         pytest.skip("nothing is counted on a CPU")
     memory, features, index = archive_of(device, torch.float32)
     before = int(skipped_counter(device))
-    loss_of_images(memory, features, index, Loss(0.7, None, "mean"), fused)
+    loss_of_images(memory, features, index, LossSpec(0.7, None, "mean"), fused)
     assert int(skipped_counter(device)) == before
     features[3], features[17, 4] = 0, torch.nan
-    loss_of_images(memory, features, index, Loss(0.7, None, "mean"), fused)
+    loss_of_images(memory, features, index, LossSpec(0.7, None, "mean"), fused)
     assert int(skipped_counter(device)) == before + 2
     assert device.type == "cpu" or memory.skipped_rows() >= 2
