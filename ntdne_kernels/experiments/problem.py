@@ -12,17 +12,11 @@ import yaml
 from torch import Tensor
 
 from ntdne_kernels.experiments import noise
-from ntdne_kernels.experiments.archive import (
-    Archive,
-    ImageDataset,
-    Normalisation,
-    normalisation,
-    open_archive,
-    split,
-    transform,
-)
+from ntdne_kernels.experiments.archive import Archive, open_archive
 from ntdne_kernels.experiments.noise import NoisyLabels
+from ntdne_kernels.experiments.samples import ImageDataset, Normalisation, normalisation, transform
 from ntdne_kernels.experiments.settings import Settings
+from ntdne_kernels.experiments.splits import split
 
 AUTHORS_NOISE_SEED = 42
 

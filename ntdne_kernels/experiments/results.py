@@ -20,12 +20,12 @@ from tqdm import tqdm
 import ntdne_kernels
 from ntdne_kernels import NTDNELoss
 from ntdne_kernels.experiments import evaluation, tasks
-from ntdne_kernels.experiments.archive import ImageDataset
 from ntdne_kernels.experiments.encoders import make_encoder
 from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.images import as_picture
 from ntdne_kernels.experiments.noise import dataset_of
 from ntdne_kernels.experiments.problem import Problem
+from ntdne_kernels.experiments.samples import ImageDataset
 from ntdne_kernels.experiments.settings import Settings
 from ntdne_kernels.experiments.training import NEIGHBOURS
 

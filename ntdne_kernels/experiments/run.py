@@ -17,10 +17,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from ntdne_kernels.experiments import results
-from ntdne_kernels.experiments.archive import IMAGENET, Normalisation
 from ntdne_kernels.experiments.encoders import make_encoder
 from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.problem import make_problem
+from ntdne_kernels.experiments.samples import IMAGENET, Normalisation
 from ntdne_kernels.experiments.settings import RATELESS, Settings
 from ntdne_kernels.experiments.training import CHECKPOINT, train
 

@@ -8,9 +8,9 @@ import tifffile
 from PIL import Image
 
 from ntdne_kernels.experiments import cli
-
-QUICK = ["--preset", "scratch", "--encoder", "small", "--image-size", "8", "--epochs", "2", "--batch-size", "16"]
-QUICK += ["--split", "seeded", "--precision", "32-true", "--no-augment"]
+from ntdne_kernels.experiments.archive import Archive, open_archive
+from ntdne_kernels.experiments.sources import Decoding
+from tests.experiments.helpers import write_archive, write_run
 
 
 @pytest.fixture
@@ -53,3 +53,47 @@ def ntdne(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             return int(ended.code or 0)
 
     return run
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_archive(tmp_path / "scenes", {"Beach": 3, "Forest": 4})
+
+
+@pytest.fixture
+def archive(folder: Path, cache: Path) -> Archive:
+    return open_archive(str(folder), 4, cache=cache)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that were decoded."""
+    names: list[str] = []
+    decode = Decoding.read
+
+    def noting(decoding: Decoding, path: str) -> object:
+        names.append(Path(path).name)
+        return decode(decoding, path)
+
+    monkeypatch.setattr(Decoding, "read", noting)
+    return names
+
+
+@pytest.fixture(scope="session")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two losses × two rates, a sweep of k at one of them, and a Siamese run of D = 2."""
+    root = tmp_path_factory.mktemp("runs")
+    for rate in (0.1, 0.5):
+        write_run(root, "SNCA", rate)
+        write_run(root, "NTDNE", rate, settings={"loss_options": {"k": 0.3}})
+    for k in ("0.1", "0.2", "0.4", "auto", "none"):
+        write_run(root, "NTDNE", 0.5, variant=f"k={k}")
+    write_run(
+        root, "Contrastive", 0.5, noise="none", dataset="digits", D=2, arrays={"untrained_features": np.eye(12, 2)}
+    )
+    return root

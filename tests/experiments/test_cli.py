@@ -1,6 +1,5 @@
 """The command `ntdne` from end to end on tiny archives."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -14,11 +13,7 @@ from PIL import Image
 
 from ntdne_kernels.experiments import encoders
 from ntdne_kernels.experiments import run as runs
-from tests.experiments.conftest import QUICK
-
-
-def results_of(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
+from tests.experiments.helpers import QUICK, results_of
 
 
 def test_train_then_evaluate_then_report(ntdne, photos, capsys):

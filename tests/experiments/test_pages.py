@@ -12,7 +12,7 @@ from PIL import Image
 from ntdne_kernels.experiments.auditing import write_audit
 from ntdne_kernels.experiments.auditing.inputs import Source
 from ntdne_kernels.experiments.report import write_report
-from tests.experiments.test_report import write_run
+from tests.experiments.helpers import write_run
 
 webdriver = pytest.importorskip("selenium.webdriver")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ntdne_kernels.experiments.problem import make_problem
 from ntdne_kernels.experiments.settings import Settings, read_preset
 from ntdne_kernels.experiments.training import Batches, Training, WholeCheckpoints, make_criterion, train
-from tests.experiments.conftest import QUICK
+from tests.experiments.helpers import QUICK
 
 COMMAND = [sys.executable, "-m", "ntdne_kernels.experiments.cli", "train", "made:400x5", *QUICK, "--accelerator", "cpu"]
 

@@ -125,9 +125,10 @@ def encode_folder(
     Raises:
         ValueError: there is no such archive or run, one of them is broken, or the run was trained on other bands.
     """
-    from ntdne_kernels.experiments.archive import ImageDataset, open_archive, transform
+    from ntdne_kernels.experiments.archive import open_archive
     from ntdne_kernels.experiments.results import embed
     from ntdne_kernels.experiments.run import trained
+    from ntdne_kernels.experiments.samples import ImageDataset, transform
     from ntdne_kernels.experiments.training import CHECKPOINT
 
     if run.is_file() and run.name != CHECKPOINT:
