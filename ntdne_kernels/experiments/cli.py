@@ -400,17 +400,19 @@ def _audit(arguments: argparse.Namespace) -> None:
     audit, written = auditing.write_audit(
         source,
         output,
-        sigma=arguments.sigma,
-        method=arguments.threshold,
-        top=arguments.top,
-        neighbours=arguments.neighbours,
-        worst=arguments.worst,
-        format=arguments.format,
-        fix=arguments.fix,
-        force=arguments.force,
-        device=device,
-        dtype=getattr(torch, arguments.dtype),
-        scratch=arguments.scratch,
+        auditing.AuditOptions(
+            sigma=arguments.sigma,
+            method=arguments.threshold,
+            top=arguments.top,
+            force=arguments.force,
+            format=arguments.format,
+            fix=arguments.fix,
+            worst=arguments.worst,
+            neighbours=arguments.neighbours,
+            device=device,
+            dtype=getattr(torch, arguments.dtype),
+            scratch=arguments.scratch,
+        ),
     )
     judged = int(audit.judged.sum())
     about = f"{len(audit)} images, {len(audit.classes)} classes: "
@@ -426,7 +428,7 @@ def _audit(arguments: argparse.Namespace) -> None:
     print(about + (f"; {len(source.unreadable)} unreadable files left out" if source.unreadable else ""))
     for path in written:
         print(path)
-    for path in auditing.left_over(output, written):
+    for path in auditing.earlier_outputs(output, written):
         print(f"ntdne: {path} is of an earlier audit", file=sys.stderr)
     if arguments.fix and audit.doubt and not arguments.force:
         raise ValueError(

@@ -122,14 +122,14 @@ def sensitivity_to_k(runs: list[Run], styles: Styles) -> Figure | None:
         axis, loss = axes[0, rates.index(rate)], next(iter(by_k.values()))[0].loss
         style = _style(loss) | {"marker": MARKERS.get(loss, "x")}
         means = {k: np.mean(_percent_knn(seeds)) for k, seeds in by_k.items()}
-        numbers = sorted(k for k in means if isinstance(k, float))
-        axis.plot(numbers, [means[k] for k in numbers], label=f"{name}, k a number", **style)
+        numeric = sorted(k for k in means if isinstance(k, float))
+        axis.plot(numeric, [means[k] for k in numeric], label=f"{name}, k a number", **style)
         for word, dash, meaning in (("auto", "--", "k = auto"), ("none", ":", "k = none (never pruned)")):
             if word in means:
                 axis.axhline(means[word], label=f"{name}, {meaning}", **_style(loss) | {"linestyle": dash})
         axis.set_xlabel("threshold k")
-    numbers = sorted({k for by_k in sweeps.values() for k in by_k if isinstance(k, float)})
-    axes[0, 0].set(ylabel="K-NN accuracy (%)", xticks=numbers)
+    numeric = sorted({k for by_k in sweeps.values() for k in by_k if isinstance(k, float)})
+    axes[0, 0].set(ylabel="K-NN accuracy (%)", xticks=numeric)
     _title_rates(axes, [run for run in runs if run.rate in rates])
     return _finish(figure, axes, runs)
 
@@ -236,7 +236,7 @@ def retrieval_sheet(runs: list[Run], styles: Styles) -> Figure | None:
     return figure
 
 
-class Kind(NamedTuple):
+class FigureKind(NamedTuple):
     """A kind of figure, and what the page says of it."""
 
     slug: str
@@ -248,15 +248,15 @@ class Kind(NamedTuple):
     """Draws runs of one rate alone."""
 
 
-KINDS = (
-    Kind(
+FIGURE_KINDS = (
+    FigureKind(
         "knn",
         "K-NN accuracy by noise rate",
         "Share of the test images whose class their 10 nearest training images name, over the share of training labels "
         "made wrong. Points are means over seeds, bars their standard deviation. A loss that bears noise stays level.",
         knn_by_rate,
     ),
-    Kind(
+    FigureKind(
         "pr",
         "Precision and recall",
         "Each test image searches the training images. Recall is the share of the images of its class that are found, "
@@ -264,14 +264,14 @@ KINDS = (
         "curve lies, the better. (The paper's fig. 4.)",
         precision_recall,
     ),
-    Kind(
+    FigureKind(
         "k",
         "Sensitivity to the threshold k",
         "Once pruning has begun, images whose score is k or less are not learned from. Means over seeds. Horizontal "
         "lines: a threshold that follows the scores (auto), or none. (The paper's fig. 6.)",
         sensitivity_to_k,
     ),
-    Kind(
+    FigureKind(
         "training",
         "Training by epoch",
         "From above: K-NN accuracy on validation images by true labels; the share of the training images that are not "
@@ -279,7 +279,7 @@ KINDS = (
         "neighbourhood that has its given label. Losses without scores have only the first.",
         training_curves,
     ),
-    Kind(
+    FigureKind(
         "scores",
         "Scores of right and wrong labels",
         "The score p of each training image's given label after training: the share of its neighbourhood, itself left "
@@ -288,7 +288,7 @@ KINDS = (
         "right label the wrong one scores lower.",
         score_histograms,
     ),
-    Kind(
+    FigureKind(
         "maps",
         "Maps of the test features",
         f"Each point is a test image, its colour its true class; at most {POINTS} images. t-SNE lays images of similar "
@@ -296,14 +296,14 @@ KINDS = (
         "make islands of one colour. (The paper's fig. 3.)",
         feature_maps,
     ),
-    Kind(
+    FigureKind(
         "before-after",
         "Features before and after training",
         "The two features of each test image, from the untrained encoder on the left and from the trained one on the "
         "right. Colours are true classes.",
         before_and_after,
     ),
-    Kind(
+    FigureKind(
         "retrieval",
         "Retrieved images",
         "Test images drawn at random, and the five training images nearest to each, the nearest first. Below each its "

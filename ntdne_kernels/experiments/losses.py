@@ -1,21 +1,19 @@
-"""The losses of the paper's tables under one interface: `make_loss(name, labels, dim, **options)`.
+"""The losses that the paper compares NTDNE with, and how its authors' code prunes.
 
 Each is a module with `forward(features, index)`, `update_bank(features, index)` and `set_epoch(epoch)`, as NTDNELoss
-has them, and with parameters where the loss has a classifier or prototypes. Its keyword arguments are its options.
+has them, and with parameters where the loss has a classifier or prototypes. Its keyword arguments are its options;
+`loss_registry.make_loss` makes a loss by its name.
 
 Shapes: B images of a batch, N images of the archive, D features, C classes.
 
-Here f_i are features, u_i = f_i/‖f_i‖, y_i given labels. z = W f + b are the C logits of a linear classifier, CE is the
-cross-entropy of their softmax, and s_c the c-th softmax probability. Losses are means over the batch unless they say
-otherwise.
+In the formulas f_i are features, u_i = f_i/‖f_i‖, y_i given labels. z = W f + b are the C logits of a linear classifier,
+CE is the cross-entropy of their softmax, and s_c the c-th softmax probability. Losses are means over the batch unless
+they say otherwise.
 """
 
-import difflib
-import inspect
 import math
-from collections.abc import Iterable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from pytorch_metric_learning import losses, miners
@@ -373,9 +371,9 @@ class NTDNEBroadcastLoss(NTDNELoss):
         check_number("k", k, 0, 1)
         super().__init__(labels, dim, sigma=sigma, q=q, k=None, warmup_epochs=warmup_epochs, momentum=momentum)
         self.stored_k = k  # of w; NTDNELoss's own k stays None
-        # One place more than there are images: that of index −1.
+        # The extra last slot is that of index −1: features outside the archive.
         self.register_buffer("w", torch.ones(len(labels) + 1, device=labels.device))
-        # The epoch of the last refresh. Loading a checkpoint sets its epoch before its scores are there.
+        # The epoch of the last refresh, so that loading a checkpoint, which sets its epoch, does not refresh again.
         self.register_buffer("refreshed", torch.tensor(-1, device=labels.device))
 
     def forward(
@@ -409,78 +407,6 @@ class NTDNEBroadcastLoss(NTDNELoss):
         """Nothing: here every image goes on training the encoder."""
 
 
-Criterion: TypeAlias = BatchLoss | NTDNELoss | SNCALoss
-
-LOSSES: dict[str, type[Criterion]] = {
-    "D-CNN": DCNNLoss,
-    "Triplet": TripletLoss,
-    "NSL": NSLLoss,
-    "SNCA": SNCALoss,
-    "ArcFace": ArcFaceLoss,
-    "MAE": MAELoss,
-    "SCE": SCELoss,
-    "t-RNSL": TRNSLLoss,
-    "NTDNE": NTDNELoss,
-    "Contrastive": ContrastiveLoss,
-    "NTDNE-broadcast": NTDNEBroadcastLoss,
-}
-
-# Arguments of NTDNELoss and SNCALoss that say how to compute the loss, not which.
-NOT_OPTIONS = {
-    *("reduction", "fused", "validate", "generator"),
-    *("device", "dtype", "process_group", "storage", "path"),
-}
-
-
-def loss_name(name: str) -> str:
-    """The loss's name as in `LOSSES`, from a name in any case; ValueError, with the names, where there is none."""
-    names = {known.lower(): known for known in LOSSES}
-    found = names.get(str(name).lower())
-    if found is None:
-        raise ValueError(f"loss: no loss {name!r}{_closest(str(name), LOSSES)}; the losses are {', '.join(LOSSES)}")
-    return found
-
-
-def loss_options(name: str) -> dict[str, Any]:
-    """Options of a loss and their defaults; ValueError where there is no such loss."""
-    parameters = inspect.signature(LOSSES[loss_name(name)]).parameters.values()
-    return {
-        parameter.name: parameter.default
-        for parameter in parameters
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in NOT_OPTIONS
-    }
-
-
-def make_loss(name: str, labels: Tensor, dim: int, **options: Any) -> Criterion:
-    """The loss of that name for an archive.
-
-    Args:
-        name: one of `LOSSES`, in any case.
-        labels: (N,) given class of each training image, from 0 to C − 1.
-        dim: D, features per image.
-        options: as the loss's class describes them; `loss_options(name)` are the defaults.
-
-    Raises:
-        ValueError: no such loss; no such option of it; labels, dim or an option of wrong type or outside its range.
-    """
-    name = loss_name(name)
-    known = loss_options(name)
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        listed = ", ".join(f"{option} = {default!r}" for option, default in known.items()) or "none"
-        raise ValueError(f"{name}: no option {unknown[0]!r}{_closest(unknown[0], known)}; its options are {listed}")
-    try:
-        return LOSSES[name](labels, dim, **options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _closest(word: str, known: Iterable[str]) -> str:
-    names = {name.lower(): name for name in known}
-    matches = difflib.get_close_matches(word.lower(), names, n=1)
-    return f" (did you mean {names[matches[0]]!r}?)" if matches else ""
-
-
 def _prototypes(dim: int) -> partial[Tensor]:
     """Starts prototypes uniform within ±1/√D, so with norms of about 0.6.
 
@@ -492,3 +418,6 @@ def _prototypes(dim: int) -> partial[Tensor]:
 def _misses(logits: Tensor, labels: Tensor) -> Tensor:
     """1 − s_y (B,) of logits (B, C)."""
     return 1 - logits.softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
+
+
+Criterion: TypeAlias = BatchLoss | NTDNELoss | SNCALoss

@@ -8,19 +8,19 @@ from typing import Any
 import matplotlib
 from tqdm import tqdm
 
-from ntdne_kernels.experiments.figures import KINDS, line_styles
+from ntdne_kernels.experiments.figures import FIGURE_KINDS, line_styles
 from ntdne_kernels.experiments.finished import NOISES, Run, grouped, place, read_runs, text
-from ntdne_kernels.experiments.page import as_html, as_markdown
+from ntdne_kernels.experiments.page import render
 from ntdne_kernels.experiments.paper import published
 from ntdne_kernels.experiments.tables import (
     METRICS,
     beside_the_paper,
     common_settings,
     data_table,
+    differences_from_paper,
     metric_table,
     missing_cells,
     run_table,
-    unlike_the_paper,
 )
 
 GUIDE = (
@@ -33,7 +33,7 @@ GUIDE_TO_PAPER = (
     "is taken from its authors' code. Where ours differ:"
 )
 DPI = 110
-LEADING = "scores"  # kind of figure
+LEADING = "scores"  # slug of the figure that the report of a single run begins with
 
 
 def write_report(root: Path, output: Path) -> list[Path]:
@@ -54,13 +54,13 @@ def write_report(root: Path, output: Path) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     page, tables, values = (output / name for name in ("report.html", "tables.md", "results.csv"))
     sections, pictures = _draw(runs, output)
-    if len(runs) == 1:  # which leads with what it says of labels
-        sections.sort(key=lambda section: section["kind"].slug != LEADING)
+    if len(runs) == 1:
+        sections.sort(key=lambda section: section["figure"].slug != LEADING)
     content = {
         "runs": runs,
         "guide": GUIDE,
         "guide_to_paper": GUIDE_TO_PAPER,
-        "unlike": unlike_the_paper(runs, beside_the_paper(runs)),
+        "differences": differences_from_paper(runs, beside_the_paper(runs)),
         "metrics": [table for metric in METRICS if (table := metric_table(metric, runs))],
         "missing": missing_cells(runs),
         "data": data_table(runs),
@@ -70,8 +70,8 @@ def write_report(root: Path, output: Path) -> list[Path]:
         "versions": sorted({f"made with {text(run.versions)}" for run in runs if run.versions}),
         "sections": sections,
     }
-    page.write_text(as_html(content), encoding="utf-8")
-    tables.write_text(as_markdown(content), encoding="utf-8")
+    page.write_text(render("report.html", content), encoding="utf-8")
+    tables.write_text(render("tables.md", content), encoding="utf-8")
     _write_values(runs, values)
     return [page, tables, values, *pictures]
 
@@ -81,7 +81,7 @@ def _draw(runs: list[Run], output: Path) -> tuple[list[dict[str, Any]], list[Pat
     styles = line_styles(runs)
     sections: list[dict[str, Any]] = []
     paths: list[Path] = []
-    for kind in tqdm(KINDS, "Drawing", unit="kind", disable=None):
+    for kind in tqdm(FIGURE_KINDS, "Drawing", unit="figure", disable=None):
         pictures = []
         for where, same in _by_place(runs, parts=3 if kind.one_rate else 2).items():
             with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):  # a name may hold a $
@@ -91,10 +91,10 @@ def _draw(runs: list[Run], output: Path) -> tuple[list[dict[str, Any]], list[Pat
                 path = output / f"{_file_name('-'.join([kind.slug, *where]))}.png"
                 figure.savefig(path, dpi=DPI)
             data = base64.b64encode(path.read_bytes()).decode()
-            pictures.append({"data": data, "place": ", ".join(where), "file": path.name})
+            pictures.append({"data": data, "name": ", ".join(where), "file": path.name})
             paths.append(path)
         if pictures:
-            sections.append({"kind": kind, "pictures": pictures})
+            sections.append({"figure": kind, "pictures": pictures})
     return sections, paths
 
 

@@ -34,8 +34,8 @@ class Table(NamedTuple):
     caption: str
     header: list[str]
     rows: list[Row]
-    words: int
-    """The first columns, which hold words rather than numbers."""
+    text_columns: int
+    """How many of the first columns hold text rather than numbers."""
 
 
 class Metric(NamedTuple):
@@ -168,12 +168,12 @@ def metric_table(metric: Metric, runs: list[Run]) -> Table | None:
         rows.append(Row([*place(cell), "ours", *ours], best))
         theirs = [published(metric.paper, *cell, run.loss) if run.name in compared else None for run in losses]
         if any(theirs):
-            doubts = ["other settings" if unlike_the_paper(in_cell, compared) else "", metric.doubt]
+            doubts = ["other settings" if differences_from_paper(in_cell, compared) else "", metric.doubt]
             doubt = ", ".join(filter(None, doubts))
             numbers = [f"{100 * share:.2f}" if share else "" for share in theirs]
             rows.append(Row(["", "", "", f"paper ({doubt})" if doubt else "paper", *numbers], paper=True))
     header = ["dataset", "noise", "rate η", "whose", *(run.name for run in losses)]
-    return Table(f"{metric.title} (%)", metric.caption, header, rows, words=4) if rows else None
+    return Table(f"{metric.title} (%)", metric.caption, header, rows, text_columns=4) if rows else None
 
 
 def data_table(runs: list[Run]) -> Table:
@@ -183,7 +183,7 @@ def data_table(runs: list[Run]) -> Table:
         for cell, same in grouped(runs, lambda run: run.cell).items()
     ]
     caption = "Ranges are over runs: a seed draws its own split and its own wrong labels."
-    return Table("Data", caption, ["dataset", "noise", "rate η", *COUNTS, "runs"], rows, words=3)
+    return Table("Data", caption, ["dataset", "noise", "rate η", *COUNTS, "runs"], rows, text_columns=3)
 
 
 def run_table(runs: list[Run]) -> Table:
@@ -201,7 +201,9 @@ def run_table(runs: list[Run]) -> Table:
         for run, each in zip(runs, settings, strict=True)
     ]
     header = ["dataset", "noise", "rate η", "loss", "seed", "options of the loss", *names, "minutes"]
-    return Table("Runs", "Each run, with the settings that are not the same in all.", header, rows, words=len(header))
+    return Table(
+        "Runs", "Each run, with the settings that are not the same in all.", header, rows, text_columns=len(header)
+    )
 
 
 def common_settings(runs: list[Run]) -> str:
@@ -231,7 +233,7 @@ def beside_the_paper(runs: list[Run]) -> set[str]:
     return {min(same, key=lambda run: len(_differences(run))).name for same in losses}
 
 
-def unlike_the_paper(runs: list[Run], compared: set[str]) -> list[str]:
+def differences_from_paper(runs: list[Run], compared: set[str]) -> list[str]:
     """How runs that are compared with a number of the paper differ from its recipe, as "epochs 12 (paper: 100)"."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for run in runs:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ntdne_kernels.experiments.auditing import write_audit
-from ntdne_kernels.experiments.auditing.inputs import Source
+from ntdne_kernels.experiments.auditing import AuditOptions, Source, write_audit
 from ntdne_kernels.experiments.report import write_report
 from tests.experiments.helpers import write_run
 
@@ -63,7 +62,7 @@ def audited(folder: Path, *, bad: bool = False) -> Path:
     picture = Image.fromarray(source.integers(256, size=(32, 32, 3), dtype=np.uint8))
     paths = [f"a_folder_of_a_long_name/{'and_a_file_of_a_very_long_name_' * 3}{i}.png" for i in range(60)]
     found = Source("a_source_of_a_rather_long_name_for_a_heading", features, names[labels], paths, lambda _: picture)
-    return write_audit(found, folder)[1][0]
+    return write_audit(found, folder, AuditOptions())[1][0]
 
 
 def reported(folder: Path, runs: int) -> Path:

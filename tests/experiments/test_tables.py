@@ -5,7 +5,14 @@ import statistics
 from ntdne_kernels.experiments.finished import Run, read_runs
 from ntdne_kernels.experiments.paper import METHODS
 from ntdne_kernels.experiments.settings import read_preset
-from ntdne_kernels.experiments.tables import METRICS, Table, metric_table, missing_cells, run_table, unlike_the_paper
+from ntdne_kernels.experiments.tables import (
+    METRICS,
+    Table,
+    differences_from_paper,
+    metric_table,
+    missing_cells,
+    run_table,
+)
 from tests.experiments.helpers import write_run
 
 PAPER = read_preset("paper")
@@ -107,14 +114,14 @@ def test_settings_other_than_the_papers_are_told(tmp_path):
         write_run(tmp_path / "same", loss, settings=RECIPE | {"loss_options": PAPER["losses"][loss]})
     runs = read_runs(tmp_path / "same")
     assert cells(table_of("knn", runs), 1)["whose"] == "paper"
-    assert unlike_the_paper(runs, {"NTDNE", "SNCA"}) == []
+    assert differences_from_paper(runs, {"NTDNE", "SNCA"}) == []
 
     changes = {"epochs": 3, "weights": "", "loss_options": PAPER["losses"]["NTDNE"] | {"k": "auto"}}
     write_run(tmp_path / "other", "NTDNE", settings=RECIPE | changes)
     write_run(tmp_path / "other", "SNCA", settings=RECIPE | {"epochs": 2})
     runs = read_runs(tmp_path / "other")
     assert cells(table_of("knn", runs), 1)["whose"] == "paper (other settings)"
-    assert set(unlike_the_paper(runs, {"NTDNE", "SNCA"})) == {
+    assert set(differences_from_paper(runs, {"NTDNE", "SNCA"})) == {
         "epochs 2 or 3 (paper: 100)",
         "weights none (paper: imagenet)",
         "NTDNE k auto (paper: 0.3)",
