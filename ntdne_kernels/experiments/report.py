@@ -9,7 +9,7 @@ import matplotlib
 from tqdm import tqdm
 
 from ntdne_kernels.experiments.figures import FIGURE_KINDS, line_styles
-from ntdne_kernels.experiments.finished import NOISES, Run, grouped, place, read_runs, text
+from ntdne_kernels.experiments.finished import NOISES, Run, as_text, grouped, read_runs, row_labels
 from ntdne_kernels.experiments.page import render
 from ntdne_kernels.experiments.paper import published
 from ntdne_kernels.experiments.tables import (
@@ -67,7 +67,7 @@ def write_report(root: Path, output: Path) -> list[Path]:
         "noises": {noise: NOISES[noise] for noise in dict.fromkeys(run.noise for run in runs)},
         "table_of_runs": run_table(runs),
         "settings": common_settings(runs),
-        "versions": sorted({f"made with {text(run.versions)}" for run in runs if run.versions}),
+        "versions": sorted({f"made with {as_text(run.versions)}" for run in runs if run.versions}),
         "sections": sections,
     }
     page.write_text(render("report.html", content), encoding="utf-8")
@@ -77,13 +77,13 @@ def write_report(root: Path, output: Path) -> list[Path]:
 
 
 def _draw(runs: list[Run], output: Path) -> tuple[list[dict[str, Any]], list[Path]]:
-    """Draw all figures: what the page shows of them, by kind, and their files."""
+    """Draw all figures into files; returns what the page shows of them, kind by kind, and the files."""
     styles = line_styles(runs)
     sections: list[dict[str, Any]] = []
     paths: list[Path] = []
     for kind in tqdm(FIGURE_KINDS, "Drawing", unit="figure", disable=None):
         pictures = []
-        for where, same in _by_place(runs, parts=3 if kind.one_rate else 2).items():
+        for where, same in _by_dataset_and_noise(runs, parts=3 if kind.one_rate else 2).items():
             with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):  # a name may hold a $
                 figure = kind.draw(same, styles)
                 if figure is None:
@@ -98,9 +98,9 @@ def _draw(runs: list[Run], output: Path) -> tuple[list[dict[str, Any]], list[Pat
     return sections, paths
 
 
-def _by_place(runs: list[Run], parts: int) -> dict[tuple[str, ...], list[Run]]:
-    """The runs by dataset and noise, or by dataset, noise and rate."""
-    return grouped(runs, lambda run: tuple(filter(None, place(run.cell)[:parts])))
+def _by_dataset_and_noise(runs: list[Run], parts: int) -> dict[tuple[str, ...], list[Run]]:
+    """The runs by the first two or three of dataset, noise and rate."""
+    return grouped(runs, lambda run: tuple(filter(None, row_labels(run.cell)[:parts])))
 
 
 def _file_name(name: str) -> str:
@@ -116,7 +116,7 @@ def _write_values(runs: list[Run], path: Path) -> None:
             ["dataset", "noise", "rate", "loss", "variant", "seed", "epochs", "metric", "value", "paper_value"]
         )
         for run in runs:
-            variant = ", ".join(filter(None, [run.variant, run.apart]))
+            variant = ", ".join(filter(None, [run.variant, run.distinction]))
             for key, value in run.metrics.items():
                 theirs = published(paper.get(key, ""), *run.cell, run.loss) if run.name in compared else None
-                writer.writerow([*place(run.cell), run.loss, variant, run.seed, run.epochs, key, value, theirs])
+                writer.writerow([*row_labels(run.cell), run.loss, variant, run.seed, run.epochs, key, value, theirs])

@@ -9,6 +9,7 @@ from PIL import Image
 
 from ntdne_kernels.experiments import cli
 from ntdne_kernels.experiments.archive import Archive, open_archive
+from ntdne_kernels.experiments.report import write_report
 from ntdne_kernels.experiments.sources import Decoding
 from tests.experiments.helpers import write_archive, write_run
 
@@ -86,14 +87,21 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(scope="session")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two losses × two rates, a sweep of k at one of them, and a Siamese run of D = 2."""
+    """Runs of two losses × two rates, a sweep of k at one of them, and a Siamese one of D = 2; a long name in each."""
     root = tmp_path_factory.mktemp("runs")
+    everywhere = {"noise_file": "/a/folder/of_a_long_name/" * 5 + "noise.yaml"}
     for rate in (0.1, 0.5):
-        write_run(root, "SNCA", rate)
-        write_run(root, "NTDNE", rate, settings={"loss_options": {"k": 0.3}})
+        write_run(root, "SNCA", rate, settings=everywhere)
+        write_run(root, "NTDNE", rate, settings=everywhere | {"loss_options": {"k": 0.3}})
     for k in ("0.1", "0.2", "0.4", "auto", "none"):
-        write_run(root, "NTDNE", 0.5, variant=f"k={k}")
-    write_run(
-        root, "Contrastive", 0.5, noise="none", dataset="digits", D=2, arrays={"untrained_features": np.eye(12, 2)}
-    )
+        write_run(root, "NTDNE", 0.5, variant=f"k={k}", settings=everywhere)
+    arrays = {"untrained_features": np.eye(12, 2), "test_features": np.random.default_rng(0).normal(size=(12, 2))}
+    write_run(root, "Contrastive", 0.5, noise="none", dataset="digits", settings=everywhere, arrays=arrays)
     return root
+
+
+@pytest.fixture(scope="session")
+def report(grid: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """The folder of the grid's report, and its files."""
+    output = tmp_path_factory.mktemp("report") / "of" / "runs"
+    return output, write_report(grid, output)

@@ -1,14 +1,20 @@
 """What several test modules of the experiments share: tiny archives, made-up runs, and quick settings."""
 
 import json
+import multiprocessing
+import os
+import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
+from ntdne_kernels.experiments import cli
 from ntdne_kernels.experiments.archive import open_archive
 from ntdne_kernels.experiments.sources import ArchiveError
 
@@ -78,6 +84,25 @@ def complaint(*arguments: object, **options: object) -> str:
 # Runs
 
 
+def run_in_a_process(arguments: list[object], cache: Path) -> BaseProcess:
+    """Start the command `ntdne` in a process of its own, which the caller joins.
+
+    It is forked from a server that has imported everything, which takes seconds, once for all tests.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ntdne_kernels.experiments.run", "tests.experiments.helpers"])
+    process = context.Process(target=_run, args=([str(argument) for argument in arguments], cache))
+    process.start()
+    return process
+
+
+def _run(arguments: list[str], cache: Path) -> None:
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of workers that load images, which import nothing anew
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    sys.exit(cli.main(arguments))
+
+
 def results_of(folder: Path) -> dict[str, Any]:
     """What a run's results.json holds."""
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
@@ -89,16 +114,17 @@ def write_run(
     loss: str = "NTDNE",
     rate: float = 0.5,
     *,
-    variant: str = "",
-    noise: str = "uniform",
-    seed: int = 0,
-    dataset: str = "AID",
     metrics: dict[str, float] | None = None,
     settings: dict[str, Any] | None = None,
     arrays: dict[str, Any] | None = None,
-    D: int = 8,
+    **changes: Any,
 ) -> Path:
-    """Write the files of a run whose numbers are random but plausible; those given replace them."""
+    """Write the files of a run whose numbers are random but plausible; those given replace them.
+
+    `changes` may name another dataset, noise, variant or seed.
+    """
+    about = {"dataset": "AID", "noise": "uniform", "variant": "", "seed": 0} | changes
+    dataset, noise, variant, seed = about.values()
     random = np.random.default_rng([seed, len(loss), len(variant), round(10 * rate)])
     folder = root / f"{dataset} {noise} {rate}".replace("/", "") / f"{loss} {variant}" / f"seed-{seed}"
     folder.mkdir(parents=True)
@@ -119,12 +145,8 @@ def write_run(
         "settings": {"epochs": epochs, "image_size": 64, "seed": seed, "noise": noise, "rate": rate, "loss": loss}
         | {"loss_options": {}}
         | (settings or {}),
-        "dataset": dataset,
         "loss": loss,
-        "variant": variant,
-        "noise": noise,
         "rate": rate,
-        "seed": seed,
         "epochs": epochs,
         "classes": CLASSES,
         "counts": {"train": N, "validation": 6, "test": M, "flipped": int(flipped.sum()), "skipped": 0},
@@ -132,13 +154,13 @@ def write_run(
         "history": history,
         "seconds": 61.0,
         "versions": {"torch": "2.14.1"},
-    }
+    } | about
     (folder / "results.json").write_text(json.dumps(results))
     labels = np.arange(M) % len(CLASSES)
     np.savez(
         folder / "figures.npz",
         **{
-            "test_features": random.normal(size=(M, D)).astype(np.float32),
+            "test_features": random.normal(size=(M, 8)).astype(np.float32),
             "test_labels": labels,
             "scores": random.random(N).astype(np.float32),
             "flipped": flipped,

@@ -108,7 +108,7 @@ def test_nearest_is_the_same_under_autocast_and_for_features_that_require_grad()
 @pytest.mark.parametrize(("weights", "sklearn_name"), [("vote", "uniform"), ("distance", "distance")])
 @pytest.mark.parametrize("seed", range(5))
 def test_knn_predicts_what_scikit_learn_does(weights, sklearn_name, seed, device):
-    queries, query_labels, database, labels = problem(B=200, N=150, seed=seed)
+    queries, query_labels, database, labels = problem(B=60, N=60, seed=seed)
     database[:30] = queries[:30]
     reference = KNeighborsClassifier(10, weights=sklearn_name, algorithm="kd_tree").fit(database, labels)
     arguments = [x.to(device) for x in (queries, database, labels)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntdne_kernels import NTDNELoss, SNCALoss
-from ntdne_kernels.experiments.losses import LOSSES, loss_name, loss_options, make_loss
+from ntdne_kernels.experiments.loss_registry import LOSSES, loss_name, loss_options, make_loss
 
 N, D, B, C = 40, 6, 12, 4
 BANKS = ["SNCA", "NTDNE", "NTDNE-broadcast"]
@@ -303,7 +303,7 @@ def test_broadcast_refreshes_its_indicator_every_ten_epochs_from_the_warm_up_on(
     assert not criterion.w[:-1].any()
 
 
-def test_broadcast_keeps_images_that_were_never_scored_and_features_outside_the_archive():
+def test_broadcast_keeps_what_was_never_scored_and_what_is_outside_the_archive():
     criterion = make_loss("NTDNE-broadcast", labels_of(), D, k=0.5, warmup_epochs=0)
     criterion.memory.last_log_p[:10] = math.log(0.5)  # p = k is pruned
     criterion.set_epoch(9)

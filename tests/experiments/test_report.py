@@ -6,7 +6,6 @@ import io
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,13 +13,6 @@ from PIL import Image
 from ntdne_kernels.experiments.finished import read_runs
 from ntdne_kernels.experiments.report import write_report
 from tests.experiments.helpers import write_run
-
-
-@pytest.fixture(scope="module")
-def report(grid: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
-    output = tmp_path_factory.mktemp("report") / "of" / "runs"
-    return output, write_report(grid, output)
-
 
 # Files
 

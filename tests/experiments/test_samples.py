@@ -28,7 +28,7 @@ def test_without_augmentation_images_are_only_normalised():
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-6)
 
 
-def test_augmented_images_are_grey_mirrored_and_of_other_colours_as_often_as_in_the_paper():
+def test_augmentation_makes_grey_mirrors_and_jitters_as_often_as_in_the_paper():
     torch.manual_seed(0)
     image = np.zeros((8, 8, 3), np.uint8)
     image[:, :4] = (200, 90, 40)
@@ -73,7 +73,7 @@ def test_colours_of_8_bits_are_normalised_as_imagenet_unless_they_are_chosen_ban
     assert np.allclose(chosen.mean, np.array([3, 4, 5]) / 255)
 
 
-def test_a_small_deviation_on_a_large_height_is_found_and_a_constant_band_stays_finite(tmp_path, cache):
+def test_small_deviations_of_large_values_are_found_and_constant_bands_finite(tmp_path, cache):
     source = np.random.default_rng(0)
     for name in ("a", "b"):
         (tmp_path / "heights" / name).mkdir(parents=True)
