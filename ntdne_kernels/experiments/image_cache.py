@@ -65,7 +65,7 @@ def _write(source: Source, path: Path, dtype: np.dtype[Any] = EIGHT_BITS) -> Non
     """Decode into `path` and its .json, so that `path` exists only when both are complete.
 
     All images get the type of the first one, or `dtype` where that has more bits. Where a later image has more still,
-    writing begins anew with its type: archives of mixed depth are rare.
+    writing starts over with its type: archives of mixed depth are rare.
     """
     temporary = path.with_suffix(".tmp")
     unreadable: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Decodes image files into pixels, for training, embedding and the pages alike.
+"""Decodes image files into pixels: for training, for embedding and for the pages.
 
 Shapes: H × W pixels of B bands.
 """
@@ -226,9 +226,9 @@ def _tiff_header(pages: list[ImageFileDirectory_v2]) -> tuple[_Header, bool]:
     samples, bits = tags.get(277, 1), max(tags.get(258, (1,)))
     colours = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}.get(tags.get(262, 1))  # of each photometric interpretation
     complete = samples == colours or (samples - 1 == colours and tags.get(338, (0,))[0] in (1, 2))
-    numbers = set(tags.get(339, (1,)))  # 1: unsigned, 2: signed, 3: floats
-    deep_grey = samples == 1 and tags.get(262, 1) == 1 and (bits, *numbers) in {(16, 1), (16, 2), (32, 2), (32, 3)}
-    shallow = (bits <= 8 and numbers == {1}) or deep_grey
+    formats = set(tags.get(339, (1,)))  # 1: unsigned, 2: signed, 3: floats
+    deep_grey = samples == 1 and tags.get(262, 1) == 1 and (bits, *formats) in {(16, 1), (16, 2), (32, 2), (32, 3)}
+    shallow = (bits <= 8 and formats == {1}) or deep_grey
     if bands_last := _rows_as_pages(pages):
         height, width, bands = bands_last
         return _Header(bands, bits, width, height), False

@@ -1,6 +1,7 @@
 """The numbers the paper prints in Tables I to IV, for tables that show ours beside them.
 
-paper_results.csv has them in percent: a row per metric, dataset, noise and rate, a column per method. With care:
+paper_results.csv has them in percent: a row per metric, dataset, noise and rate, a column per method. To be read with
+care:
 
 - "map20": eq. 18 divides the average precision at R = 20 by all relevant images, of which a class has hundreds. That
   caps it near 0.09; Table IV has 0.40 to 0.97, so another normaliser was used (the hits among the 20, or 20 at most).

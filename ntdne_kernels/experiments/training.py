@@ -185,7 +185,7 @@ class Training(LightningModule):
             self._print_last_row()
 
     def _print_last_row(self) -> None:
-        """Print the epoch's metrics in one line, which suits a log file and a terminal alike."""
+        """Print the epoch's metrics in one line, which suits log files and terminals."""
         row = self.history[-1]
         line = f"epoch {row['epoch'] + 1}/{self.settings.epochs}  loss {row['loss']:.4f}"
         if "val_knn" in row:

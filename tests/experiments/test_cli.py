@@ -159,7 +159,7 @@ def test_a_run_is_the_same_from_another_folder(ntdne, photos, monkeypatch):
 
 def test_a_folder_that_is_called_like_an_archive_does_not_take_its_place(ntdne):
     Path("digits").mkdir()
-    assert ntdne("train", "digits", *QUICK, "--epochs", 1, "--loss", "NSL", "--output", "run") == 0
+    assert ntdne("train", "digits", *QUICK, "--classes", 3, 8, "--epochs", 1, "--loss", "NSL", "--output", "run") == 0
     assert results_of(Path("run"))["dataset"] == "digits"
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 COLUMNS = {"features": ("features",), "label": ("label", "labels"), "path": ("path", "paths")}
 PICTURE_SIZE = 192  # pixels a side: twice what the page shows
-CHECKED_FILES = 100  # at most so many names are tried, to see whether the folder of pictures is right
+CHECKED_FILES = 100  # names that are tried to see whether the folder of pictures is right
 
 
 @dataclass(frozen=True)
