@@ -26,6 +26,11 @@ def make_encoder(name: str, dim: int, weights: str = "", bands: int = 3) -> nn.M
 
     Raises:
         ValueError: the weights cannot be read or downloaded, or belong to another network.
+
+    Example:
+        >>> import torch
+        >>> make_encoder("small", dim=16)(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 16])
     """
     if name == "small":
         if weights == "imagenet":

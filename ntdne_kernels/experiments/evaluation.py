@@ -43,6 +43,11 @@ def nearest(queries: Tensor, database: Tensor, K: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError, ValueError: features are not float32 rows of unit length, do not match, or K is not in 1..N.
+
+    Example:
+        >>> database = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+        >>> nearest(torch.tensor([[0.0, 1.0]]), database, K=2)
+        (tensor([[1.0000, 0.8000]]), tensor([[2, 1]]))
     """
     _check_pair(queries, database)
     if not 1 <= K <= len(database):
@@ -74,6 +79,11 @@ def knn_predict(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> database = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+        >>> knn_predict(torch.tensor([[0.0, 1.0]]), database, torch.tensor([0, 1, 1]), K=3)
+        tensor([1])
     """
     check_choice("weights", weights, ("vote", "distance", "softmax"))
     check_number("sigma", sigma, 0, math.inf)
@@ -136,6 +146,10 @@ def average_precision(hits: Tensor, relevant: Tensor) -> dict[str, Tensor]:
     Args:
         hits: (B, R) bool, δ: whether the r-th retrieved image is relevant.
         relevant: (B,) Q ≥ 1.
+
+    Example:
+        >>> average_precision(torch.tensor([[True, False, True, False]]), relevant=torch.tensor([5]))["hits"]
+        tensor([0.8333])
     """
     R = hits.size(1)
     precision = hits.cumsum(dim=1) / torch.arange(1, R + 1, device=hits.device)

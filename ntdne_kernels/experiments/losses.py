@@ -355,8 +355,8 @@ class NTDNEBroadcastLoss(NTDNELoss):
     mean(L) · mean(w): every image keeps a gradient, scaled by the share of the batch that is kept.
 
     w = [p > k] is stored for each image and refreshed every 10 epochs: before epoch e, from 0, where e + 1 ≥
-    `warmup_epochs` and 10 divides e + 1. The code scores the whole archive again for
-    that; here it is each image's last score. Until then w is 1.
+    `warmup_epochs` and 10 divides e + 1. The code scores the whole archive again for that; here it is each image's last
+    score. Until then w is 1.
 
     Source: the authors' code for Kang et al., "Noise-Tolerant Deep Neighborhood Embedding for Remotely Sensed Images
     With Label Noise", JSTARS 2021. It subtracts mean(w) (1 − k^q)/q, which has no gradient and is left out here. The
