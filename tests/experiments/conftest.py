@@ -1,4 +1,4 @@
-"""Tiny archives, and the command as a person would give it."""
+"""Fixtures of the experiments: tiny archives, made-up runs and their report, and the command `ntdne`."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> Path:
-    """A folder of two class folders with 20 TIFFs each, of 5 bands in 12 of 16 bits; the fourth tells the classes."""
+    """A folder of two class folders with 20 TIFFs each, of 5 bands of 16 bits; the fourth band tells the classes."""
     source = np.random.default_rng(0)
     for name, level in (("forest", 2500), ("water", 300)):
         (tmp_path / "scenes" / name).mkdir(parents=True)

@@ -98,7 +98,7 @@ def run_in_a_process(arguments: list[object], cache: Path) -> BaseProcess:
 
 def _run(arguments: list[str], cache: Path) -> None:
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of workers that load images, which import nothing anew
+    multiprocessing.set_start_method("fork", force=True)  # for workers that load images: forked ones need not import
     os.environ["XDG_CACHE_HOME"] = str(cache)
     sys.exit(cli.main(arguments))
 

@@ -1,4 +1,4 @@
-"""Archives: what is opened and in which order, bands and depth, every complaint, unreadable files."""
+"""Archives: what is opened and in which order, bands and depth, all errors, unreadable files."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_images_are_resized_whatever_their_aspect_by_averaging(tmp_path, cache):
     Image.fromarray(stripes).save(folder / "a" / "0.png")
     image = open_archive(str(folder), 2, cache=cache).images[0]
     assert image.shape == (2, 2, 3)
-    assert (abs(image.astype(int) - 100) <= 2).all()  # one pixel picked of the stripes would be 0 or 200
+    assert (abs(image.astype(int) - 100) <= 2).all()  # picking one pixel instead of averaging would give 0 or 200
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
@@ -76,7 +76,7 @@ def test_hidden_and_technical_folders_are_skipped_at_any_depth(folder, cache, na
         write_image(place / name / "0.png")
         write_image(place / name / "below" / "0.png")
     write_image(folder / "Forest" / "2019" / "9.png")
-    write_image(folder / "Forest" / "._0.png")  # beside each file that macOS wrote to a foreign disk
+    write_image(folder / "Forest" / "._0.png")  # macOS writes these beside each file on other file systems
     archive = open_archive(str(folder), 4, cache=cache)
     assert archive.classes == ["Beach", "Forest"]
     assert len(archive.files) == 8
@@ -238,7 +238,7 @@ def test_what_is_no_archive_is_refused_with_what_would_be_one(tmp_path, cache):
 
 
 def test_an_archive_of_one_class_is_refused(tmp_path, folder, cache):
-    # Also what one sees on naming the folder above.
+    # This is also what naming the folder above the archive gives.
     (tmp_path / "above").mkdir()
     folder.rename(tmp_path / "above" / "scenes")
     assert "above: expected at least 2 classes, got only scenes" in complaint(str(tmp_path / "above"), 4, cache=cache)

@@ -70,7 +70,7 @@ def test_reproduce_runs_what_is_missing(ntdne, photos, capsys, monkeypatch):
 
 def test_the_time_left_is_that_of_the_trainings_so_far(ntdne, photos, capsys, monkeypatch):
     results = {"counts": {"train": 1, "flipped": 0, "test": 1, "skipped": 0}, "metrics": {}}
-    took = iter([4000, 2000, 60])  # seconds, of which some before the command was killed
+    took = iter([4000, 2000, 60])  # seconds, part of them before the command was killed
     monkeypatch.setattr(runs, "run", lambda *rest: results | {"seconds": next(took)})
     assert ntdne("reproduce", photos, *QUICK, "--losses", "NSL", "SNCA", "MAE", "--rates", 0.5) == 0
     left = [line for line in capsys.readouterr().out.splitlines() if " left, about " in line]
@@ -122,7 +122,7 @@ def test_a_run_that_fails_leaves_the_others_to_finish(ntdne, photos, capsys):
 
 
 def test_the_authors_preset_is_continued_and_known_again(ntdne, photos, capsys):
-    """Its momentum is a schedule, whose epochs have to come back as numbers."""
+    """Its momentum is a schedule, whose epochs must be read back as numbers."""
     command = ["train", photos, *QUICK[2:], "--preset", "authors", "--output", "run"]
     for _ in range(2):
         assert ntdne(*command) == 0

@@ -1,4 +1,4 @@
-"""The cache of decoded images: what it keeps, what misses it, and that it is whole or not there."""
+"""The cache of decoded images: what it keeps, what makes it decode again, and that a file is complete or absent."""
 
 import multiprocessing
 import os
@@ -103,7 +103,7 @@ def test_processes_that_open_an_archive_together_decode_it_once(folder, cache, t
         def noting(decoding: Decoding, path: str) -> object:
             with open(log, "a") as file:
                 file.write(f"{path}\n")
-            time.sleep(0.1)  # so that without a lock all would be decoding
+            time.sleep(0.1)  # long enough for all to decode, were there no lock
             return read(decoding, path)
 
         Decoding.read = noting
@@ -146,7 +146,7 @@ def test_the_cache_remembers_unreadable_files(folder, cache, decoded):
     assert (second.files, second.skipped) == (first.files, first.skipped)
     assert (second.images == first.images).all()
     assert "Forest/1.png cannot be read" in complaint(str(folder), 4, cache=cache)
-    assert set(decoded) == {"1.png"}  # looked at again, and no other
+    assert set(decoded) == {"1.png"}  # only the unreadable file is tried again
 
 
 def test_a_file_that_has_become_readable_without_a_change_is_read(folder, cache, monkeypatch):

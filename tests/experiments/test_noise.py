@@ -311,7 +311,11 @@ def test_exact_draws_are_spread_over_the_images_of_a_class():
 def test_the_largest_remainders_are_rounded_up():
     matrix = torch.tensor([[0.56, 0.28, 0.16], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
     given = corrupt(torch.zeros(10, dtype=torch.int64), matrix, 0, "exact").labels
-    assert given.bincount().tolist() == [6, 3, 1]  # 5.6, 2.8 and 1.6 less 8 whole: up goes 0.8, then the first 0.6
+    assert given.bincount().tolist() == [
+        6,
+        3,
+        1,
+    ]  # of 5.6, 2.8 and 1.6 the largest remainders are 0.8 and the first 0.6
 
 
 def test_exact_uniform_noise_favours_no_class():

@@ -57,7 +57,8 @@ def test_few_shot_of_features_without_classes_is_chance_within_its_interval():
 
 
 def test_few_shot_never_asks_for_an_example():
-    # All images are orthogonal, so only an example itself would have a cosine above 0; else the first class is named.
+    # All images are orthogonal: an image has a cosine above 0 only with itself. Queries are no examples, so all their
+    # cosines are 0, and the first class is predicted.
     features, labels = torch.eye(60), torch.arange(60) % 3
     assert few_shot(features, labels, 5, seed=0, ways=3, episodes=50) == (pytest.approx(1 / 3), pytest.approx(0))
 

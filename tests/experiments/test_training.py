@@ -29,7 +29,7 @@ def history_of(checkpoint: dict) -> list[dict[str, float]]:
 
 
 def kill_after_epoch(process: BaseProcess, folder: Path, epoch: int) -> None:
-    """Kill a run once its checkpoint holds an epoch, from 1: so in the middle of the next one."""
+    """Kill a run once its checkpoint holds the given epoch, counted from 1: in the middle of the next one."""
     while process.is_alive():
         if (folder / "last.ckpt").exists() and len(checkpoint_of(folder)["history"]) >= epoch:
             process.kill()

@@ -14,7 +14,7 @@ from tests.experiments.auditing.helpers import clusters
 
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """matplotlib takes most of the time, and says the same each time."""
+    """Drawing takes most of the time, and these tests do not look at figures."""
     for name in ("quality_histogram", "transition_map"):
         monkeypatch.setattr(page, name, lambda *rest: "data:drawn")
 

@@ -42,7 +42,7 @@ def test_the_run_may_be_given_by_its_folder(ntdne, photos, trained):
 
 @pytest.mark.parametrize("by", ["folder", "features"])
 def test_pictures_are_upright_whole_and_without_what_is_transparent(ntdne, photos, trained, by):
-    """On the page as in training: one function decodes."""
+    """The page shows what training sees: one function decodes for both."""
     for file in photos.rglob("*.png"):
         file.unlink()
     exif = Image.Exif()
@@ -50,7 +50,7 @@ def test_pictures_are_upright_whole_and_without_what_is_transparent(ntdne, photo
     hidden = np.zeros((20, 40, 4), np.uint8)
     hidden[..., 0], hidden[:, 20:, 3] = 200, 255
     Image.fromarray(hidden).save(photos / "dark" / "hidden.png", exif=exif)
-    ramp = (np.arange(20 * 40).reshape(20, 40, 1) + np.zeros(3)).astype(np.uint16)  # 4 of 256 levels of a high byte
+    ramp = (np.arange(20 * 40).reshape(20, 40, 1) + np.zeros(3)).astype(np.uint16)  # 8 bits would keep 4 levels
     Path(photos / "bright" / "deep.png").write_bytes(imagecodecs.png_encode(ramp))
     names = ["bright/deep.png", "dark/hidden.png"]
     if by == "folder":
