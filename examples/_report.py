@@ -1,4 +1,4 @@
-"""What the demo reports: metrics of features and of scores, the peak memory of a call, tables, figures.
+"""The demo's report: metrics of features and scores, the peak memory of a call, tables, figures.
 
 Shapes: N training images, M test images, D features.
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import matplotlib
 
-matplotlib.use("Agg")  # draws into files, so it needs no screen
+matplotlib.use("Agg")  # draws into files and needs no screen
 import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ class Digits(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an encoder yields."""
+    """Features and scores by a trained encoder."""
 
     train_features: Tensor
     """(N, D), unit length, as the next."""
@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 
 
 def evaluate(outcome: Outcome, data: Digits, seed: int) -> dict[str, float]:
-    """Every metric of the report, as a share of 1."""
+    """All metrics of the report, as shares of 1."""
     database, queries, labels = (x.numpy() for x in (outcome.train_features, outcome.test_features, data.test_labels))
     nmi, acc = clustering(queries, labels, seed)
     auroc, precision = detection(outcome.scores.numpy(), data.flipped.numpy())
@@ -97,26 +97,26 @@ def mean_average_precision(
 
 
 def detection(scores: Array, flipped: Array) -> tuple[float, float]:
-    """How well low scores (N,) find the flipped labels: AUROC, and precision where as many are named as were flipped.
+    """How well low scores (N,) find the flipped labels: AUROC, and precision of as many as were flipped.
 
-    At that number precision and recall are the same.
+    At that number precision and recall are equal.
     """
     lowest = np.argsort(scores, kind="stable")[: flipped.sum()]
     return float(roc_auc_score(flipped, -scores)), float(flipped[lowest].mean())
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes that a call adds to this process at its peak. Call it in a fresh process: see `_high_water_mark`."""
+    """Bytes that a call adds to this process at its peak. To be used in a fresh process, see `_high_water_mark`."""
     with contextlib.suppress(OSError, AttributeError):  # elsewhere than on Linux
-        ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier would be reused uncounted
-        Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is in use now
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier would be reused without being counted
+        Path("/proc/self/clear_refs").write_text("5")  # resets the mark to what is in use now
     before = _high_water_mark()
     call()
     return _high_water_mark() - before
 
 
 def _high_water_mark() -> int:
-    """Most bytes this process has had in memory: since it began, or on Linux since the mark was reset."""
+    """Peak memory of this process in bytes: since it began, or on Linux since the mark was reset."""
     status = Path("/proc/self/status")
     mark = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     if mark is not None:
@@ -126,7 +126,7 @@ def _high_water_mark() -> int:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest entry: the first to the left, numbers to the right."""
+    """A table as text; the first column is aligned to the left, the others to the right."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     text = [
@@ -137,10 +137,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def percent(share: float) -> str:
+    """A share of 1 in percent."""
     return f"{100 * share:.1f} %"
 
 
 def print_metrics(metrics: Metrics, data: Digits) -> None:
+    """Print the tables of features and of flipped labels."""
     cells = {method: [f"{100 * value:.1f}" for value in values.values()] for method, values in metrics.items()}
     print(f"\nFeatures of the {len(data.test_labels)} test scans, against their true labels, in %")
     header = ["", "K-NN, true", "K-NN, given", "NMI", "ACC", "MAP@20"]
@@ -157,6 +159,7 @@ def print_metrics(metrics: Metrics, data: Digits) -> None:
 
 
 def print_costs(costs: list[dict[str, float]]) -> None:
+    """Print the table of time and memory."""
     print("\nLoss and gradient of one batch, plain PyTorch against streamed, on this CPU: B = 256, D = 128, 45 classes")
     header = ["N", "plain: time", "memory", "streamed: time", "memory", "gradients differ by"]
     rows = [
@@ -178,6 +181,7 @@ def print_costs(costs: list[dict[str, float]]) -> None:
 
 
 def print_summary(metrics: Metrics, cost: dict[str, float], data: Digits) -> None:
+    """Print the main results in two sentences."""
     accuracy = {method: percent(values["knn_true_labels"]) for method, values in metrics.items()}
     print(
         f"With {percent(data.flipped.float().mean())} of the training labels wrong, K-NN names {accuracy['NTDNE']} of "
@@ -194,10 +198,10 @@ def plot_features(outcomes: dict[str, Outcome], metrics: Metrics, data: Digits, 
     figure, axes = plt.subplots(1, len(outcomes), figsize=(5 * len(outcomes), 5.6), layout="constrained")
     labels = data.test_labels.numpy()
     for axis, (method, outcome) in zip(axes, outcomes.items(), strict=True):
-        with threadpool_limits(1):  # its many short steps are no faster on several threads, and far slower on busy ones
-            places = TSNE(random_state=seed).fit_transform(outcome.test_features.numpy())
+        with threadpool_limits(1):  # its short steps gain nothing from threads, and busy ones slow them down
+            points = TSNE(random_state=seed).fit_transform(outcome.test_features.numpy())
         for digit in np.unique(labels):
-            x, y = places[labels == digit].T
+            x, y = points[labels == digit].T
             axis.scatter(x, y, s=42, marker=f"${digit}$", color=f"C{digit}", linewidths=0.4)
         axis.set_title(f"{method}: K-NN accuracy {percent(metrics[method]['knn_true_labels'])}")
         axis.set(xticks=[], yticks=[], xlabel="t-SNE dimension 1 (no unit)")

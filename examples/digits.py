@@ -1,9 +1,9 @@
-"""NTDNE, SNCA and cross-entropy on handwritten digits, of whose training labels half are wrong.
+"""NTDNE, SNCA and cross-entropy on handwritten digits, half of whose training labels are wrong.
 
     python examples/digits.py
 
 trains the same encoder with each loss on 1,437 real 8×8 scans, compares the features on 360 others, finds the wrong
-labels, and compares the streamed loss with a plain PyTorch one. Everything needed is in the installed packages.
+labels, and compares the streamed loss with a plain PyTorch one. It downloads nothing.
 
 Shapes: B images of a batch, N training images, M test images, D features, C classes.
 """
@@ -60,6 +60,7 @@ def load(noise: float, seed: int) -> Digits:
 
 
 def make_encoder() -> nn.Module:
+    """Three convolutions, from images (B, 1, 8, 8) to features (B, D)."""
     return nn.Sequential(
         *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
         *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)),
@@ -77,19 +78,20 @@ class CrossEntropy(nn.Module):
         self.classifier = nn.Linear(D, C)
 
     def forward(self, features: Tensor, index: Tensor) -> Tensor:
+        """Cross-entropy of the features (B, D) of training images `index` (B,)."""
         return cross_entropy(self.classifier(features), self.labels[index])
 
     def set_epoch(self, epoch: int) -> None:
-        pass
+        """Nothing: the loss is the same in every epoch."""
 
     def update_bank(self, features: Tensor, index: Tensor) -> None:
-        pass
+        """Nothing: there is no bank."""
 
 
-# σ = 0.1, q = 0.7 and k = 0.3 are the paper's, and the defaults. The warm-up has to last until the features mean
-# something (before that nearly all scores lie below k, and pruning would leave nothing to train on) and to end before
-# the encoder knows the wrong labels by heart. Of 3, 5 and 10 epochs, 3 gave the best K-NN accuracy, by a little, on a
-# fifth of the training images held out with their wrong labels; no true label and no test image took part.
+# σ = 0.1, q = 0.7 and k = 0.3 are the paper's, and the defaults. The warm-up must be long enough for the features to
+# mean something: before that nearly all scores lie below k, and pruning would leave nothing to train on. It must end
+# before the encoder has memorised the wrong labels. Of 3, 5 and 10 epochs, 3 gave the best K-NN accuracy, by a little,
+# on a fifth of the training images held out with their wrong labels; no true label and no test image was used.
 METHODS: dict[str, Callable[[Tensor], Any]] = {
     "cross-entropy": CrossEntropy,
     "SNCA": lambda labels: SNCALoss(labels, D),
@@ -98,7 +100,7 @@ METHODS: dict[str, Callable[[Tensor], Any]] = {
 
 
 def train(method: str, data: Digits, epochs: int, seed: int) -> nn.Module:
-    """The loop a user would write; each method gets the same first weights, batches, optimiser and epochs."""
+    """The loop a user would write; each method has the same first weights, batches, optimiser and epochs."""
     torch.manual_seed(seed)
     encoder = make_encoder()
     criterion = METHODS[method](data.labels)
@@ -108,9 +110,9 @@ def train(method: str, data: Digits, epochs: int, seed: int) -> nn.Module:
         shuffle=True,
         generator=torch.Generator().manual_seed(seed),
     )
-    # PyTorch's default learning rate, 0.001, tuned for none of the three. No augmentation, on purpose: under random
-    # shifts and turns an encoder this small cannot learn the wrong labels by heart, and then cross-entropy does as well
-    # as NTDNE or better (tried). What is shown here is the case where the encoder can.
+    # PyTorch's default learning rate, 0.001, tuned for none of the three. There is no augmentation, on purpose: with
+    # random shifts and rotations an encoder this small cannot memorise the wrong labels, and then cross-entropy does as
+    # well as NTDNE or better (tried). This example shows the case where the encoder can.
     optimizer = torch.optim.Adam([*encoder.parameters(), *criterion.parameters()])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 
@@ -129,7 +131,7 @@ def train(method: str, data: Digits, epochs: int, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def apply(encoder: nn.Module, data: Digits) -> Outcome:
-    """Features of all images, and how far the neighbours of each training image agree with its given label."""
+    """Features of all images, and the leave-one-out score of each training image's given label."""
     criterion = NTDNELoss(data.labels, D)
     loader = DataLoader(IndexedDataset(TensorDataset(data.images)), batch_size=BATCH)
     criterion.fill_bank(encoder, loader, progress=False)
@@ -142,7 +144,7 @@ def apply(encoder: nn.Module, data: Digits) -> Outcome:
 def plain_ntdne(
     features: Tensor, bank: Tensor, bank_labels: Tensor, index: Tensor, sigma: float = 0.1, q: float = 0.7
 ) -> Tensor:
-    """The loss as one would write it from the paper: every step is a B×N matrix, and autograd keeps several."""
+    """The loss written directly from the paper: every step is a B×N matrix, of which autograd keeps several."""
     logits = normalize(features, dim=1) @ bank.T / sigma
     itself = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, index.unsqueeze(1), True)
     probabilities = logits.masked_fill(itself, -torch.inf).softmax(dim=1)
@@ -152,6 +154,8 @@ def plain_ntdne(
 
 
 class Cost(NamedTuple):
+    """What one loss and its gradient take."""
+
     seconds: float
     peak_bytes: int
     gradient: np.ndarray
@@ -173,7 +177,7 @@ def measure(streamed: bool, N: int, B: int = 256, C: int = 45) -> Cost:
 
         return gradient
 
-    prepare(1000)()  # starts threads and loads libraries, whose memory is not the loss's
+    prepare(1000)()  # threads and libraries are not the loss's memory, so they start before the measurement
     gradient = prepare(N)
     peak_bytes = peak_memory(gradient)
     seconds = []
@@ -185,11 +189,12 @@ def measure(streamed: bool, N: int, B: int = 256, C: int = 45) -> Cost:
 
 
 def measure_all(streamed: bool) -> list[Cost]:
+    """`measure` for each archive size."""
     return [measure(streamed, N) for N in ARCHIVE_SIZES]
 
 
 def compare_costs() -> list[dict[str, float]]:
-    """The streamed loss against plain PyTorch, each in a new interpreter that holds no other's memory."""
+    """The streamed loss against plain PyTorch, each in a fresh interpreter, so that memory is not shared."""
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as fresh_processes:
         progress = tqdm(
             fresh_processes.map(measure_all, (True, False)), "Measuring costs", 2, unit="loss", disable=None
@@ -211,7 +216,10 @@ def compare_costs() -> list[dict[str, float]]:
 
 
 class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
     def error(self, message: str) -> NoReturn:
+        """Print the message and exit with 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
@@ -232,12 +240,13 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line's arguments, checked; makes the output folder."""
     parser = Parser(
         description="Train on handwritten digits with wrong labels: NTDNE against SNCA and cross-entropy.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--epochs", type=number(int, 1, 10_000), default=40, help="epochs of training for each loss")
-    # Above 0.85 the right class is hardly commoner than the others.
+    # Above 0.85 the right class is hardly more frequent than the others.
     parser.add_argument("--noise", type=number(float, 0.01, 0.85), default=0.5, help="share of training labels to flip")
     parser.add_argument(
         "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of split, flips, weights and batches"
@@ -252,6 +261,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Train with each loss, compare what they learned and what the loss costs, and write the results."""
     arguments = parse_arguments()
     folder = arguments.output
     data = load(arguments.noise, arguments.seed)

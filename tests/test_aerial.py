@@ -21,9 +21,9 @@ from torchvision.transforms.v2 import functional as vision
 from benchmarks import aerial
 from ntdne_kernels import NTDNELoss
 from ntdne_kernels.experiments import results
-from ntdne_kernels.experiments.archive import transform
 from ntdne_kernels.experiments.encoders import make_encoder
 from ntdne_kernels.experiments.problem import make_problem
+from ntdne_kernels.experiments.samples import transform
 from ntdne_kernels.experiments.settings import Settings
 
 ROOT = Path(__file__).parent.parent

@@ -26,6 +26,11 @@ def make_encoder(name: str, dim: int, weights: str = "", bands: int = 3) -> nn.M
 
     Raises:
         ValueError: the weights cannot be read or downloaded, or belong to another network.
+
+    Example:
+        >>> import torch
+        >>> make_encoder("small", dim=16)(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 16])
     """
     if name == "small":
         if weights == "imagenet":
@@ -46,23 +51,23 @@ def make_encoder(name: str, dim: int, weights: str = "", bands: int = 3) -> nn.M
         encoder = resnet
     if weights not in ("", "imagenet"):
         _load(encoder, Path(weights))
-    return encoder.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
+    return encoder.to(memory_format=torch.channels_last)  # the memory format in which convolutions are fastest
 
 
 def _for_bands(colours: Tensor, bands: int) -> Tensor:
-    """First weights (out, 3, ...) for other bands (out, B, ...): repeated, and scaled to answer equal bands alike.
+    """First weights (out, 3, ...) as weights for B bands (out, B, ...), as timm's adapt_input_conv makes them.
 
-    As timm's adapt_input_conv does.
+    They are repeated, and scaled so that B equal bands give the same output as three.
     """
     return colours.repeat(1, math.ceil(bands / 3), 1, 1)[:, :bands] * (3 / bands)
 
 
 def _imagenet(name: str) -> dict[str, Tensor]:
-    """torchvision's state dict, from its cache or the network."""
+    """The state dict that torchvision offers, from its cache or the network."""
     weights = models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
-        if not file.exists():  # before torch announces a download
+        if not file.exists():  # fails quickly, before torch prints that it downloads
             urlopen(weights.url, timeout=60).close()
         state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True)
         return state
@@ -91,11 +96,13 @@ def _small(dim: int, bands: int) -> nn.Module:
 
 
 def _load(encoder: nn.Module, path: Path) -> None:
-    """Load a state dict; a last layer of another shape keeps its random start, a first one of 3 bands is adapted."""
+    """Load a state dict. A last layer of another width keeps its random weights; a first one of 3 bands is adapted."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no exception of its own
-        reason = str(error).partition(". ")[0] or type(error).__name__  # more of it advises to load what it may run
+    except Exception as error:  # torch.load raises exceptions of many types
+        reason = (
+            str(error).partition(". ")[0] or type(error).__name__
+        )  # the rest advises loading with code execution allowed
         raise ValueError(f"weights: {path} holds no state dict that can be read: {reason}") from None
     own = encoder.state_dict()
     if not isinstance(state, dict) or state.keys() != own.keys():

@@ -1,8 +1,8 @@
 """The paper's three tasks on clean labels: K-NN classification, clustering and retrieval (section IV-A).
 
-Features are float32 rows of unit length on any device, for which falling cosine is growing Euclidean distance. Queries
-and database meet in tiles of QUERIES_PER_TILE × ROWS_PER_TILE similarities: nothing here holds B × N of anything.
-Products are as precise as PyTorch is set to make those of float32, whatever autocast says.
+Features are float32 rows of unit length on any device, for which falling cosine is growing Euclidean distance.
+Similarities are computed in tiles of QUERIES_PER_TILE × ROWS_PER_TILE, so that no B × N matrix is ever held. Autocast
+does not affect the products; PyTorch's setting for the precision of float32 products does.
 
 Shapes: B queries, N database images, M test images, D features, C classes, K neighbours, R retrieved images.
 """
@@ -25,13 +25,13 @@ QUERIES_PER_TILE = 512
 ROWS_PER_TILE = 2048
 BINS = 2000  # of the cosine, from 1 down to −1: 0.001 wide
 RECALL_STEPS = 100
-SMALLEST_DISTANCE = 1e-12  # of an exact copy; different rows of float32 are some 1e-8 apart
+SMALLEST_DISTANCE = 1e-12  # for exact copies; different float32 rows are at least about 1e-8 apart
 
 
 def nearest(queries: Tensor, database: Tensor, K: int) -> tuple[Tensor, Tensor]:
     """The K most similar database images of each query, by falling similarity; of equal ones the lower index first.
 
-    Copies of a row in different tiles may differ in the last bit of their similarity, as those of any two products.
+    Copies of a row in different tiles may differ in the last bit of their similarity: they come from two products.
 
     Args:
         queries: (B, D)
@@ -43,6 +43,11 @@ def nearest(queries: Tensor, database: Tensor, K: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError, ValueError: features are not float32 rows of unit length, do not match, or K is not in 1..N.
+
+    Example:
+        >>> database = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+        >>> nearest(torch.tensor([[0.0, 1.0]]), database, K=2)
+        (tensor([[1.0000, 0.8000]]), tensor([[2, 1]]))
     """
     _check_pair(queries, database)
     if not 1 <= K <= len(database):
@@ -64,7 +69,8 @@ def knn_predict(
     """Class (B,) with the largest sum of weights among the K nearest database images; of equal ones the lowest.
 
     Args:
-        queries, database: (B, D) and (N, D).
+        queries: (B, D)
+        database: (N, D)
         database_labels: (N,) classes from 0.
         weights: "vote", each neighbour 1 (the paper); "distance", 1 / Euclidean distance (the authors' code), where
             exact copies of a query outweigh all others; "softmax", exp(similarity / sigma) (Wu et al., ECCV 2018).
@@ -73,6 +79,11 @@ def knn_predict(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> database = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+        >>> knn_predict(torch.tensor([[0.0, 1.0]]), database, torch.tensor([0, 1, 1]), K=3)
+        tensor([1])
     """
     check_choice("weights", weights, ("vote", "distance", "softmax"))
     check_number("sigma", sigma, 0, math.inf)
@@ -98,7 +109,7 @@ def knn_accuracy(
     K: int = 10,
     sigma: float = 0.1,
 ) -> float:
-    """Share of the queries whose class `knn_predict` names; query_labels (B,). Arguments and errors as there."""
+    """Share of the queries whose class `knn_predict` predicts; query_labels (B,). Arguments and errors as there."""
     check_features("queries", queries)
     labels = check_classes("query_labels", query_labels, queries)
     return float((knn_predict(queries, database, database_labels, weights, K, sigma) == labels).float().mean())
@@ -135,6 +146,10 @@ def average_precision(hits: Tensor, relevant: Tensor) -> dict[str, Tensor]:
     Args:
         hits: (B, R) bool, δ: whether the r-th retrieved image is relevant.
         relevant: (B,) Q ≥ 1.
+
+    Example:
+        >>> average_precision(torch.tensor([[True, False, True, False]]), relevant=torch.tensor([5]))["hits"]
+        tensor([0.8333])
     """
     R = hits.size(1)
     precision = hits.cumsum(dim=1) / torch.arange(1, R + 1, device=hits.device)
@@ -154,8 +169,10 @@ def mean_average_precision(
     Images of a query's class are relevant; queries without any are left out. R above N retrieves all N.
 
     Args:
-        queries, query_labels: (B, D) and (B,) classes from 0.
-        database, database_labels: (N, D) and (N,) classes from 0.
+        queries: (B, D)
+        query_labels: (B,) classes from 0.
+        database: (N, D)
+        database_labels: (N,) classes from 0.
         R: at least 1.
 
     Raises:
@@ -205,7 +222,8 @@ def neighbour_shares(queries: Tensor, database: Tensor, database_labels: Tensor,
     Sums the neighbour probabilities p_ij (eq. 3) of all N database images by class; C is the highest label + 1.
 
     Args:
-        queries, database: (B, D) and (N, D).
+        queries: (B, D)
+        database: (N, D)
         database_labels: (N,) classes from 0.
         sigma: temperature σ > 0.
 
@@ -244,7 +262,7 @@ def retrieval_examples(queries: Tensor, database: Tensor, count: int, seed: int,
 
 
 def check_features(name: str, features: Tensor) -> None:
-    """TypeError or ValueError that names the features unless they are (n, D) float32 rows of unit length within 1 %."""
+    """TypeError or ValueError, with their name, unless features are (n, D) float32 rows of unit length within 1 %."""
     if not isinstance(features, Tensor) or features.dtype != torch.float32:
         found = features.dtype if isinstance(features, Tensor) else type(features).__name__
         raise TypeError(f"{name}: expected a float32 tensor, got {found}")
@@ -260,7 +278,7 @@ def check_features(name: str, features: Tensor) -> None:
 
 
 def check_classes(name: str, labels: Tensor, features: Tensor) -> Tensor:
-    """The labels as int64 on the features' device; errors that name them unless each row has a class from 0."""
+    """The labels as int64 on the features' device; ValueError with their name unless each row has a class from 0."""
     labels = as_labels(labels, name).to(features.device, torch.int64)
     if len(labels) != len(features):
         raise ValueError(f"{name}: expected one class for each of the {len(features)} images, got {len(labels)}")
@@ -285,36 +303,39 @@ def _tiles(block: Tensor, database: Tensor) -> Iterator[tuple[int, Tensor]]:
     start = 0
     for tile in database.split(ROWS_PER_TILE):
         similarity = block.new_empty(len(block), len(tile))
-        yield start, torch.mm(block, tile.t(), out=similarity)  # with `out`, autocast leaves the product alone
+        yield start, torch.mm(block, tile.t(), out=similarity)  # `out` keeps autocast from changing the product
         start += len(tile)
 
 
 def _keys(similarity: Tensor, start: int) -> Tensor:
-    """int64 (b, n) ordered as the similarities, and equal ones by falling index: all different, as topk needs it."""
+    """Keys, int64 (b, n), for topk: in the order of the similarities, and of equal ones the lower index is larger."""
     index = torch.arange(start, start + similarity.size(1), device=similarity.device)
-    # Adding 0 makes −0 a 0, which equals it and has other bits.
+    # Adding 0 turns −0 into 0: they are equal but differ in their bits.
     return _ordered(similarity.add_(0.0).view(torch.int32)).long().mul_(1 << 32).sub_(index)
 
 
 def _similarity_and_index(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """What `_keys` was given."""
+    """Inverse of `_keys`."""
     index = -keys & 0xFFFFFFFF
     return _ordered(((keys + index) >> 32).int()).view(torch.float32), index
 
 
 def _ordered(bits: Tensor) -> Tensor:
-    """Bits of float32 numbers to integers of the same order, and back: those of negative numbers fall as they rise."""
+    """Map the bits of float32 numbers to integers in the same order, and back.
+
+    The bits of negative numbers, read as integers, fall where the numbers rise, so all but the sign are inverted.
+    """
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _distances(queries: Tensor, database: Tensor, index: Tensor) -> Tensor:
-    """Euclidean distances (B, K) from the differences: √(2 − 2s) would lose those below about 3e-4."""
+    """Euclidean distances (B, K), from differences of rows: √(2 − 2s) would round those below about 3e-4 to 0."""
     blocks = zip(queries.split(QUERIES_PER_TILE), index.split(QUERIES_PER_TILE), strict=True)
     return torch.cat([torch.linalg.vector_norm(block.unsqueeze(1) - database[rows], dim=2) for block, rows in blocks])
 
 
 def _with_relevant(queries: Tensor, query_labels: Tensor, database_labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The queries whose class occurs in the database, their labels, and how many images are relevant to each."""
+    """The queries whose class occurs in the database, their labels, and the number of relevant images of each."""
     labels = check_classes("query_labels", query_labels, queries)
     relevant = torch.bincount(database_labels, minlength=int(labels.max()) + 1)[labels]
     kept = relevant > 0
@@ -329,6 +350,6 @@ def _histograms(block: Tensor, labels: Tensor, database: Tensor, database_labels
     first_bin = torch.arange(0, len(counts), 2 * BINS, device=block.device).unsqueeze(1)
     for start, similarity in _tiles(block, database):
         hit = labels.unsqueeze(1) == database_labels[start : start + similarity.size(1)]
-        place = similarity.neg_().add_(1).mul_(BINS / 2).long().clamp_(0, BINS - 1)
-        counts += torch.bincount((place + BINS * hit + first_bin).flatten(), minlength=len(counts))
+        bin = similarity.neg_().add_(1).mul_(BINS / 2).long().clamp_(0, BINS - 1)
+        counts += torch.bincount((bin + BINS * hit + first_bin).flatten(), minlength=len(counts))
     return counts.view(len(block), 2, BINS)

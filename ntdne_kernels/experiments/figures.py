@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from ntdne_kernels.experiments.finished import Run, column, columns, grouped, without_sweeps
+from ntdne_kernels.experiments.finished import Run, column_key, columns, grouped, without_sweeps
 from ntdne_kernels.experiments.paper import METHODS, published
 from ntdne_kernels.experiments.settings import RATELESS
 
@@ -44,19 +44,19 @@ OTHER = "#777777"
 MARKERS = dict(zip(METHODS, "o^sDv<>Ph", strict=True))
 DASHES = ("-", "--", ":", "-.", (0, (6, 1)), (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 FEW_CLASSES = ("#332288", "#DDCC77", "#CC6677", "#44AA99", "#882255", "#88CCEE", "#117733", "#AA4499", "#999933")
-MANY_CLASSES = [matplotlib.colormaps[name](place) for name in ("tab20", "tab20b", "tab20c") for place in range(20)]
+MANY_CLASSES = [matplotlib.colormaps[name](i) for name in ("tab20", "tab20b", "tab20c") for i in range(20)]
 
 Array = NDArray[Any]
 Styles = dict[str, dict[str, Any]]
-"""How matplotlib draws the lines of each name."""
+"""matplotlib's arguments for the lines of each name."""
 
 
 def line_styles(runs: Iterable[Run]) -> Styles:
-    """One style for each name, its loss's colour in it."""
+    """One style for each name, in its loss's colour."""
     styles: Styles = {}
     for same in grouped(columns(without_sweeps(runs)), lambda run: run.loss).values():
-        for place, run in enumerate(same):
-            variant = {"linestyle": DASHES[place % len(DASHES)], "markerfacecolor": "white"} if place else {}
+        for i, run in enumerate(same):
+            variant = {"linestyle": DASHES[i % len(DASHES)], "markerfacecolor": "white"} if i else {}
             styles[run.name] = _style(run.loss) | variant
     return styles
 
@@ -69,7 +69,7 @@ def knn_by_rate(runs: list[Run], styles: Styles) -> Figure | None:
         return None
     dataset, noise, _ = runs[0].cell
     theirs = {(method, rate): published("knn", dataset, noise, rate, method) for method in METHODS for rate in rates}
-    theirs = {place: 100 * share for place, share in theirs.items() if share}
+    theirs = {curve: 100 * share for curve, share in theirs.items() if share}
     figure, axes = _panels(1, 2 if theirs else 1, 4.6, 4.0, sharey="row")
     for name, same in grouped(runs, lambda run: run.name).items():
         by_rate = {rate: _percent_knn(seeds) for rate, seeds in grouped(same, lambda run: run.rate).items()}
@@ -107,11 +107,11 @@ def precision_recall(runs: list[Run], styles: Styles) -> Figure | None:
 
 
 def sensitivity_to_k(runs: list[Run], styles: Styles) -> Figure | None:
-    """K-NN accuracy over the threshold k, the mean over seeds; a horizontal line where k is no number."""
+    """K-NN accuracy over the threshold k, the mean over seeds; "auto" and "none" as horizontal lines."""
     runs = [run for run in runs if run.k is not None and "knn" in run.metrics]
     sweeps = {
         (rate, name): by_k
-        for (rate, name), same in grouped(runs, lambda run: (run.rate, f"{run.loss} {run.apart}".strip())).items()
+        for (rate, name), same in grouped(runs, lambda run: (run.rate, f"{run.loss} {run.distinction}".strip())).items()
         if len(by_k := grouped(same, lambda run: run.k)) > 1
     }
     if not sweeps:
@@ -122,14 +122,14 @@ def sensitivity_to_k(runs: list[Run], styles: Styles) -> Figure | None:
         axis, loss = axes[0, rates.index(rate)], next(iter(by_k.values()))[0].loss
         style = _style(loss) | {"marker": MARKERS.get(loss, "x")}
         means = {k: np.mean(_percent_knn(seeds)) for k, seeds in by_k.items()}
-        numbers = sorted(k for k in means if isinstance(k, float))
-        axis.plot(numbers, [means[k] for k in numbers], label=f"{name}, k a number", **style)
+        numeric = sorted(k for k in means if isinstance(k, float))
+        axis.plot(numeric, [means[k] for k in numeric], label=f"{name}, k a number", **style)
         for word, dash, meaning in (("auto", "--", "k = auto"), ("none", ":", "k = none (never pruned)")):
             if word in means:
                 axis.axhline(means[word], label=f"{name}, {meaning}", **_style(loss) | {"linestyle": dash})
         axis.set_xlabel("threshold k")
-    numbers = sorted({k for by_k in sweeps.values() for k in by_k if isinstance(k, float)})
-    axes[0, 0].set(ylabel="K-NN accuracy (%)", xticks=numbers)
+    numeric = sorted({k for by_k in sweeps.values() for k in by_k if isinstance(k, float)})
+    axes[0, 0].set(ylabel="K-NN accuracy (%)", xticks=numeric)
     _title_rates(axes, [run for run in runs if run.rate in rates])
     return _finish(figure, axes, runs)
 
@@ -186,7 +186,7 @@ def feature_maps(runs: list[Run], styles: Styles) -> Figure | None:
 
     def draw(axis: Axes, run: Run, features: Array, labels: Array) -> None:
         shown = np.linspace(0, len(labels) - 1, min(POINTS, len(labels))).astype(int)  # images come class by class
-        _scatter(axis, _plane(features[shown]), labels[shown], run.classes, size=5)
+        _scatter(axis, _in_plane(features[shown]), labels[shown], run.classes, size=5)
         if "knn" in run.metrics:
             axis.set_title(f"K-NN {100 * run.metrics['knn']:.1f} %", fontsize="small", loc="right", pad=2)
 
@@ -212,7 +212,7 @@ def before_and_after(runs: list[Run], styles: Styles) -> Figure | None:
 def retrieval_sheet(runs: list[Run], styles: Styles) -> Figure | None:
     """Queries with their five nearest training images, a row for each of a few losses. From runs of one rate."""
     runs = sorted(_first_seeds(without_sweeps(runs)), key=lambda run: run.loss not in SHEET_LOSSES)[:SHEET_ROWS]
-    found = _with_arrays(sorted(runs, key=column), "retrieval_images", "retrieval_labels")
+    found = _with_arrays(sorted(runs, key=column_key), "retrieval_images", "retrieval_labels")
     if not found:
         return None
     queries = min(SHEET_QUERIES, *(len(images) for _, images, _ in found))
@@ -236,27 +236,27 @@ def retrieval_sheet(runs: list[Run], styles: Styles) -> Figure | None:
     return figure
 
 
-class Kind(NamedTuple):
-    """A kind of figure, and what the page says of it."""
+class FigureKind(NamedTuple):
+    """A kind of figure, and how the page explains it."""
 
     slug: str
     title: str
     caption: str
     draw: Callable[[list[Run], Styles], Figure | None]
-    """From runs of one dataset and noise, and all names' styles; None where there is nothing to draw."""
+    """Draws runs of one dataset and noise, with the styles of all names; None where there is nothing to draw."""
     one_rate: bool = False
-    """Draws runs of one rate alone."""
+    """Whether it draws runs of one rate only."""
 
 
-KINDS = (
-    Kind(
+FIGURE_KINDS = (
+    FigureKind(
         "knn",
         "K-NN accuracy by noise rate",
         "Share of the test images whose class their 10 nearest training images name, over the share of training labels "
         "made wrong. Points are means over seeds, bars their standard deviation. A loss that bears noise stays level.",
         knn_by_rate,
     ),
-    Kind(
+    FigureKind(
         "pr",
         "Precision and recall",
         "Each test image searches the training images. Recall is the share of the images of its class that are found, "
@@ -264,14 +264,14 @@ KINDS = (
         "curve lies, the better. (The paper's fig. 4.)",
         precision_recall,
     ),
-    Kind(
+    FigureKind(
         "k",
         "Sensitivity to the threshold k",
         "Once pruning has begun, images whose score is k or less are not learned from. Means over seeds. Horizontal "
         "lines: a threshold that follows the scores (auto), or none. (The paper's fig. 6.)",
         sensitivity_to_k,
     ),
-    Kind(
+    FigureKind(
         "training",
         "Training by epoch",
         "From above: K-NN accuracy on validation images by true labels; the share of the training images that are not "
@@ -279,7 +279,7 @@ KINDS = (
         "neighbourhood that has its given label. Losses without scores have only the first.",
         training_curves,
     ),
-    Kind(
+    FigureKind(
         "scores",
         "Scores of right and wrong labels",
         "The score p of each training image's given label after training: the share of its neighbourhood, itself left "
@@ -288,7 +288,7 @@ KINDS = (
         "right label the wrong one scores lower.",
         score_histograms,
     ),
-    Kind(
+    FigureKind(
         "maps",
         "Maps of the test features",
         f"Each point is a test image, its colour its true class; at most {POINTS} images. t-SNE lays images of similar "
@@ -296,14 +296,14 @@ KINDS = (
         "make islands of one colour. (The paper's fig. 3.)",
         feature_maps,
     ),
-    Kind(
+    FigureKind(
         "before-after",
         "Features before and after training",
         "The two features of each test image, from the untrained encoder on the left and from the trained one on the "
         "right. Colours are true classes.",
         before_and_after,
     ),
-    Kind(
+    FigureKind(
         "retrieval",
         "Retrieved images",
         "Test images drawn at random, and the five training images nearest to each, the nearest first. Below each its "
@@ -351,26 +351,26 @@ def _curve(run: Run, key: str) -> tuple[list[float], list[float]]:
     return [row["epoch"] + 1 for row in rows], [100 * row[key] for row in rows]
 
 
-def _plane(features: Array) -> Array:
-    """Places (M, 2) of features (M, D)."""
+def _in_plane(features: Array) -> Array:
+    """Points (M, 2) of features (M, D): by t-SNE, or as they are where D is at most 2."""
     M, D = features.shape
-    if D <= 2 or not np.ptp(features, axis=0).any():  # t-SNE divides by the spread, and crashes without any
+    if D <= 2 or not np.ptp(features, axis=0).any():  # t-SNE divides by the spread: equal features crash it
         return np.pad(features[:, :2], ((0, 0), (0, max(2 - D, 0))))
     with threadpool_limits(1):  # its many short steps are no faster on several threads
-        places: Array = TSNE(perplexity=min(30, (M - 1) / 3), random_state=0).fit_transform(features)
-    return places
+        points: Array = TSNE(perplexity=min(30, (M - 1) / 3), random_state=0).fit_transform(features)
+    return points
 
 
-def _scatter(axis: Axes, places: Array, labels: Array, classes: list[str], size: float) -> None:
+def _scatter(axis: Axes, points: Array, labels: Array, classes: list[str], size: float) -> None:
     colours = FEW_CLASSES if len(classes) <= len(FEW_CLASSES) else MANY_CLASSES
     for label in np.unique(labels):
         colour = colours[label % len(colours)]
-        x, y = places[labels == label].T
+        x, y = points[labels == label].T
         axis.scatter(x, y, s=size, color=colour, linewidths=0, label=classes[label])
 
 
 def _panels(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Figure, Array]:
-    """A figure with panels (rows, columns) of that size in inches; a lone column is wider."""
+    """A figure with panels (rows, columns) of that size in inches; a single column is wider."""
     width = max(width, 5.0 / columns)
     figure = Figure(figsize=(width * columns, height * rows + 0.6), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
@@ -413,17 +413,17 @@ def _by_loss_and_rate(
 
 
 def _finish(figure: Figure, axes: Array, runs: list[Run]) -> Figure:
-    """Title, and one legend for all panels below them."""
+    """Add the title, and below the panels one legend for all."""
     entries: dict[str, Any] = {}
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     labels = sorted(entries, key=lambda label: METHODS.index(label) if label in METHODS else len(METHODS))
     handles = [entries[label] for label in labels]
-    across = max(1, int(figure.get_figwidth() / 1.7))
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=across, fontsize="small", frameon=False)
+    per_row = max(1, int(figure.get_figwidth() / 1.7))
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=per_row, fontsize="small", frameon=False)
     for handle in legend.legend_handles:
-        if isinstance(handle, PathCollection):  # points of a map, too small for their colour to be told
+        if isinstance(handle, PathCollection):  # points of a map are too small to show their colour
             handle.set_sizes([25])
     figure.suptitle(_title(runs))
     return figure

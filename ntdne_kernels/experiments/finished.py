@@ -22,12 +22,12 @@ from ntdne_kernels.experiments.settings import RATELESS
 
 NOISES = {
     "none": "all training labels are right",
-    "uniform": "a wrong label is any other class, all alike",
+    "uniform": "a wrong label is any other class, each as likely",
     "label-dependent": "a wrong label is one of a few classes that resemble the true one",
     "matrix": "wrong labels by a given matrix of probabilities",
 }
-PLACE = ("loss", "loss_options", "noise", "rate", "seed")  # settings that the row and column of a table tell
-SWEEP = 3  # values of k
+TABLE_SETTINGS = ("loss", "loss_options", "noise", "rate", "seed")  # shown by the row and column of a table
+MIN_SWEEP = 3  # values of k
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -36,8 +36,8 @@ Key = TypeVar("Key", bound=Hashable)
 class Run:
     """A finished run: what its results.json holds, and where it lies.
 
-    `rate` is 0 where the noise has none. `apart` names the settings in which runs of one dataset, noise, rate, loss and
-    variant differ.
+    `rate` is 0 where the noise has none. `distinction` names the settings in which this run differs from others of the
+    same dataset, noise, rate, loss and variant, as "epochs=3".
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class Run:
     history: list[dict[str, float]]
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
-    apart: str = ""
+    distinction: str = ""
 
     @property
     def cell(self) -> tuple[str, str, float]:
@@ -64,8 +64,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The column of the tables: loss, variant and what sets the run apart."""
-        return f"{self.loss} {', '.join(filter(None, [self.variant, self.apart]))}".strip()
+        """The column of the tables: loss, variant and distinction."""
+        return f"{self.loss} {', '.join(filter(None, [self.variant, self.distinction]))}".strip()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -75,11 +75,11 @@ class Run:
 
     @property
     def k(self) -> float | str | None:
-        """Threshold of a run that is the plain loss, or differs from it in k alone; None for any other."""
+        """The threshold k of a run whose variant is plain or names k alone; None for other runs."""
         match = re.fullmatch("k=([^,]+)", self.variant)
         if not match and (self.variant or "k" not in self.options):
             return None
-        k = match[1] if match else text(self.options["k"])
+        k = match[1] if match else as_text(self.options["k"])
         return float(k) if re.fullmatch(r"\d*\.?\d+(e-?\d+)?", k) else k
 
     def array(self, name: str) -> NDArray[Any] | None:
@@ -103,22 +103,22 @@ def read_runs(root: Path) -> list[Run]:
     paths = sorted(root.rglob(RESULTS))
     if not paths:
         raise ValueError(f"runs: no {RESULTS} in {root} or its folders, so no run has finished there")
-    runs = _set_apart([_read(path) for path in paths])
+    runs = _with_distinctions([_read(path) for path in paths])
     for same in grouped(runs, lambda run: (run.cell, run.name, run.seed)).values():
         if len(same) > 1:
             raise ValueError(f"runs: {same[0].folder} and {same[1].folder} hold the same run; report on one of them")
     noises = list(NOISES)
-    return sorted(runs, key=lambda run: (run.dataset, noises.index(run.noise), run.rate, column(run), run.seed))
+    return sorted(runs, key=lambda run: (run.dataset, noises.index(run.noise), run.rate, column_key(run), run.seed))
 
 
-def column(run: Run) -> tuple[Any, ...]:
-    """What columns of tables are sorted by: the paper's losses, their variants, others."""
+def column_key(run: Run) -> tuple[Any, ...]:
+    """Sorts runs as the columns of tables: the paper's losses, then their variants, then others."""
     known = METHODS.index(run.loss) if run.loss in METHODS else len(METHODS)
     return run.variant != "" or run.loss not in METHODS, known, run.name
 
 
 def grouped(runs: Iterable[Run], key: Callable[[Run], Key]) -> dict[Key, list[Run]]:
-    """The runs by key, in the order in which they come."""
+    """The runs by key, in their order."""
     groups: dict[Key, list[Run]] = {}
     for run in runs:
         groups.setdefault(key(run), []).append(run)
@@ -127,30 +127,30 @@ def grouped(runs: Iterable[Run], key: Callable[[Run], Key]) -> dict[Key, list[Ru
 
 def columns(runs: Iterable[Run]) -> list[Run]:
     """The first run of each name, in the order of the tables."""
-    return sorted((same[0] for same in grouped(runs, lambda run: run.name).values()), key=column)
+    return sorted((same[0] for same in grouped(runs, lambda run: run.name).values()), key=column_key)
 
 
-def place(cell: tuple[str, str, float]) -> list[str]:
-    """A row's dataset, noise and rate as words; no rate where the noise has none."""
+def row_labels(cell: tuple[str, str, float]) -> list[str]:
+    """Dataset, noise and rate of a row as text; "" for the rate where the noise has none."""
     dataset, noise, rate = cell
     return [dataset, noise, "" if noise in RATELESS else f"{rate:g}"]
 
 
 def without_sweeps(runs: Iterable[Run]) -> list[Run]:
-    """Leave out a loss's numeric values of k where a cell has three or more of them beside the plain loss."""
+    """The runs but those of a sweep: of a loss with three or more numeric k in a cell beside the plain loss."""
     runs = list(runs)
     swept = set()
     for same in grouped(runs, lambda run: (run.cell, run.loss)).values():
         names = {run.name for run in same if run.variant and isinstance(run.k, float)}
-        if len(names) >= SWEEP and any(not run.variant for run in same):
+        if len(names) >= MIN_SWEEP and any(not run.variant for run in same):
             swept |= {(same[0].cell, name) for name in names}
     return [run for run in runs if (run.cell, run.name) not in swept]
 
 
 def flat_settings(run: Run) -> dict[str, str]:
-    """Settings that no place in a table tells, as text, with the loss's options one by one."""
-    settings = {name: value for name, value in run.settings.items() if name not in PLACE}
-    return {name: text(value) for name, value in (settings | loss_settings(run.options)).items()}
+    """The settings that rows and columns of tables do not show, as text; the loss's options one by one."""
+    settings = {name: value for name, value in run.settings.items() if name not in TABLE_SETTINGS}
+    return {name: as_text(value) for name, value in (settings | loss_settings(run.options)).items()}
 
 
 def loss_settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -158,39 +158,44 @@ def loss_settings(options: dict[str, Any]) -> dict[str, Any]:
     return {f"loss {name}": value for name, value in options.items()}
 
 
-def text(value: Any) -> str:
-    """A setting as a person reads it."""
+def as_text(value: Any) -> str:
+    """A setting as a report shows it.
+
+    Example:
+        >>> as_text({"k": None, "sigma": 0.1})
+        'k=none, sigma=0.1'
+    """
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        value = ", ".join(f"{name}={text(each)}" for name, each in value.items())
+        value = ", ".join(f"{name}={as_text(each)}" for name, each in value.items())
     elif isinstance(value, list):
-        value = ", ".join(map(text, value)) or "all"  # of classes or bands
+        value = ", ".join(map(as_text, value)) or "all"  # no classes or bands named: all
     return "none" if value in (None, "") else str(value)
 
 
 def differing(settings: list[dict[str, str]]) -> list[str]:
-    """Names under which the settings are not all the same, in their order."""
+    """Names of the settings that are not the same in all, in their order."""
     names = dict.fromkeys(name for each in settings for name in each)
     return [name for name in names if len({each.get(name) for each in settings}) > 1]
 
 
-def _set_apart(runs: list[Run]) -> list[Run]:
-    """Name in `apart` the settings that differ between runs which tables would else take for one run's seeds."""
-    apart: dict[tuple[str, str], dict[str, None]] = {}
+def _with_distinctions(runs: list[Run]) -> list[Run]:
+    """The runs, with a `distinction` where tables would otherwise take runs of other settings for seeds of one run."""
+    names_of: dict[tuple[str, str], dict[str, None]] = {}
     for (_, loss, variant), same in grouped(runs, lambda run: (run.cell, run.loss, run.variant)).items():
-        apart.setdefault((loss, variant), {}).update(dict.fromkeys(differing([flat_settings(run) for run in same])))
+        names_of.setdefault((loss, variant), {}).update(dict.fromkeys(differing([flat_settings(run) for run in same])))
 
-    def named(run: Run) -> Run:
+    def distinct(run: Run) -> Run:
         settings = flat_settings(run)
-        names = [f"{name}={settings.get(name, 'default')}" for name in apart[run.loss, run.variant]]
-        return dataclasses.replace(run, apart=", ".join(names))
+        names = [f"{name}={settings.get(name, 'default')}" for name in names_of[run.loss, run.variant]]
+        return dataclasses.replace(run, distinction=", ".join(names))
 
-    return [named(run) for run in runs]
+    return [distinct(run) for run in runs]
 
 
 NUMBER = (int, float)
-CONTENT: dict[str, Any] = {
+CONTENT: dict[str, Any] = {  # of results.json
     "dataset": str,
     "loss": str,
     "variant": str,
@@ -215,8 +220,15 @@ def _read(path: Path) -> Run:
         raise ValueError(f"{path}: expected the results of a run, got {type(found).__name__}")
     for name, kind in CONTENT.items():
         if not isinstance(found.get(name), kind):
-            kinds = "number" if kind is NUMBER else kind.__name__
-            raise ValueError(f"{path}: expected {name} of type {kinds}, got {found.get(name)!r}")
+            expected = "number" if kind is NUMBER else kind.__name__
+            raise ValueError(f"{path}: expected {name} of type {expected}, got {found.get(name)!r}")
+    _check_values(path, found)
+    optional = {name: found[name] for name in ("seconds", "versions") if name in found}
+    rate = 0.0 if found["noise"] in RATELESS else float(found["rate"])
+    return Run(path.parent, **({name: found[name] for name in CONTENT} | {"rate": rate} | optional))
+
+
+def _check_values(path: Path, found: dict[str, Any]) -> None:
     if found["noise"] not in NOISES:
         raise ValueError(f"{path}: expected noise to be one of {', '.join(NOISES)}, got {found['noise']!r}")
     for part in ("counts", "metrics"):
@@ -228,6 +240,3 @@ def _read(path: Path) -> Run:
             raise ValueError(f"{path}: expected {name} in counts, got {', '.join(found['counts']) or 'nothing'}")
     if not all(isinstance(row, dict) and "epoch" in row for row in found["history"]):
         raise ValueError(f"{path}: expected an epoch in each row of history")
-    optional = {name: found[name] for name in ("seconds", "versions") if name in found}
-    rate = 0.0 if found["noise"] in RATELESS else float(found["rate"])
-    return Run(path.parent, **({name: found[name] for name in CONTENT} | {"rate": rate} | optional))

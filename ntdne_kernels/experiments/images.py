@@ -1,4 +1,4 @@
-"""Image files as pixels: the one place where a file is decoded, for training, embedding and the pages alike.
+"""Decodes image files into pixels: for training, for embedding and for the pages.
 
 Shapes: H × W pixels of B bands.
 """
@@ -20,11 +20,18 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit, against files that are made to fill the memory
+MAX_PIXELS = 178_956_970  # Pillow's own limit, against files made to fill the memory
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".hif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 PLUGIN_MODULES = ("pillow_heif.HeifImagePlugin", "pillow_jxl")
-NEED_MORE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows and cannot read by itself
-DISPLAYED = (2, 98)  # percentiles that become black and white on a page
+NEED_PLUGINS = {
+    "BUFR",
+    "EPS",
+    "GRIB",
+    "HDF5",
+    "MPEG",
+    "WMF",
+}  # formats that Pillow identifies but cannot read by itself
+DISPLAY_RANGE = (2, 98)  # percentiles that become black and white on a page
 ORIENTATION, NO_DATA = 274, 42113  # tags of EXIF and TIFF, and of GDAL
 Pixels = NDArray[Any]
 
@@ -33,8 +40,8 @@ class Unreadable(ValueError):
     """Why a file gives no pixels, and what it is."""
 
 
-class _Kind(NamedTuple):
-    """What a file says of itself."""
+class _Header(NamedTuple):
+    """What a file's header says."""
 
     bands: int
     bits: int
@@ -47,69 +54,71 @@ class _Kind(NamedTuple):
 
 
 class _Samples(NamedTuple):
-    """What a file holds, as it is stored."""
+    """The samples of a file, as they are stored."""
 
     pixels: Pixels
     """(H, W, B)."""
     alpha: int = 0
-    """Whether the last band is transparency, as TIFF counts: 0 no, 1 multiplied into the others, 2 not."""
+    """Whether the last band is opacity, as TIFF counts: 0 no, 1 multiplied into the others, 2 not multiplied."""
     orientation: int = 1
     """As in EXIF."""
 
 
 @cache
 def suffixes() -> frozenset[str]:
-    """Those of the files that can be read, in lower case: all that Pillow and its plugins read."""
+    """Suffixes of files that can be read, in lower case: all that Pillow and its plugins read."""
     for module in PLUGIN_MODULES:
         with suppress(ImportError):
             importlib.import_module(module)
     Image.init()
     known = Image.registered_extensions()
-    return frozenset(suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in NEED_MORE)
+    return frozenset(suffix for suffix, name in known.items() if name in Image.OPEN and name not in NEED_PLUGINS)
 
 
 def decode(path: str | Path, bands: Sequence[int] = (), max_pixels: int = MAX_PIXELS, smallest: int = 0) -> Pixels:
     """The pixels of an image file, (H, W, B), upright.
 
     Files of 8 bits give uint8, those of up to 16 bits uint16 in full range, all others float32 as stored (integers
-    beyond 2^24 rounded). Grey becomes three equal bands. What is transparent, holds GDAL's value for no data, or is not
-    finite, is laid over black, which is 0. The first picture of several is read; pages of a TIFF that are alike and of
-    one band each are bands. AVIF and HEIF of more than 8 bits have 8, as Pillow decodes them.
+    beyond 2^24 rounded). Grey becomes three equal bands. Pixels that are transparent, hold GDAL's value for no data, or
+    are not finite become black, which is 0. Of several pictures the first is read; pages of a TIFF that are alike and
+    of one band each are bands. AVIF and HEIF of more than 8 bits give 8, as Pillow decodes them.
 
     Args:
-        bands: those to take, counted from 1 and as the file stores them: no grey is repeated, and a band of
-            transparency is one like any other. All by default.
-        max_pixels: H·W that is still read.
-        smallest: a JPEG may be decoded at a fraction of its size, of no fewer pixels a side than this. 0: at its own.
+        path: the file.
+        bands: those to take, counted from 1, as the file stores them: grey is not repeated, and transparency is a band
+            like any other. All by default.
+        max_pixels: files of more pixels H·W are not read.
+        smallest: a JPEG may be decoded at a fraction of its size, but with at least this many pixels a side. 0: at full
+            size.
 
     Raises:
         Unreadable: the file is no image, is broken, larger than max_pixels, has no such band, or has more depth than
             can be kept.
         OSError: the file cannot be opened.
     """
-    suffixes()  # registers plugins
+    suffixes()  # registers the plugins
     data = Path(path).read_bytes()
     try:
-        kind, read = _identify(data, smallest)
+        header, read = _identify(data, smallest)
     except UnidentifiedImageError:
         raise Unreadable("not an image") from None
-    except Exception as error:  # of a broken header: Pillow raises SyntaxError, struct.error, KeyError, and more
-        raise Unreadable(f"not an image that can be read: {_said(error)}") from None
-    if kind.width * kind.height > max_pixels:
-        raise Unreadable(f"{kind}, more than the {max_pixels} pixels that --max-pixels admits")
+    except Exception as error:  # Pillow raises SyntaxError, struct.error, KeyError, and more for broken headers
+        raise Unreadable(f"not an image that can be read: {_reason(error)}") from None
+    if header.width * header.height > max_pixels:
+        raise Unreadable(f"{header}, more than the {max_pixels} pixels that --max-pixels admits")
     try:
         samples = read()
         pixels = _upright(_plain_type(samples.pixels), samples.orientation)
     except UnidentifiedImageError:
-        raise Unreadable(f"not an image that Pillow can read ({kind})") from None
+        raise Unreadable(f"not an image that Pillow can read ({header})") from None
     except ImportError as error:
-        raise Unreadable(f"{kind}, to read which needs {error.name}: pip install 'ntdne_kernels[geo]'") from None
+        raise Unreadable(f"{header}, to read which needs {error.name}: pip install 'ntdne_kernels[geo]'") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, and more
-        raise Unreadable(f"{_said(error)} ({kind})") from None
+        raise Unreadable(f"{_reason(error)} ({header})") from None
     B = pixels.shape[-1]
     if bands:
         if max(bands) > B:
-            raise Unreadable(f"there is no band {max(bands)} ({kind})")
+            raise Unreadable(f"there is no band {max(bands)} ({header})")
         return np.ascontiguousarray(pixels[..., [band - 1 for band in bands]])
     if samples.alpha:
         pixels = _over_black(pixels, samples.alpha)
@@ -135,44 +144,44 @@ def as_picture(pixels: Pixels) -> Pixels:
     if pixels.dtype == np.uint8 and pixels.shape[-1] == 3:
         return pixels
     shown = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, axis=-1)
-    low, high = np.percentile(shown, DISPLAYED, axis=(-3, -2, -1), keepdims=True).astype(np.float32)
+    low, high = np.percentile(shown, DISPLAY_RANGE, axis=(-3, -2, -1), keepdims=True).astype(np.float32)
     stretched = (shown - low) / np.where(high > low, high - low, 1)
     return np.asarray(255 * stretched.clip(0, 1)).round().astype(np.uint8)
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# What a file is, and who reads it
+# What a file is, and which library reads it
 
 
-def _identify(data: bytes, smallest: int) -> tuple[_Kind, Callable[[], _Samples]]:
-    """What the bytes of a file hold, and the function that reads it: Pillow's where that keeps all there is."""
+def _identify(data: bytes, smallest: int) -> tuple[_Header, Callable[[], _Samples]]:
+    """The header of a file, and the function that reads its samples: with Pillow where that keeps bits and bands."""
     if pages := _tiff_pages(data):
-        kind, whole = _tiff_kind(pages)
-        if not whole:
-            return kind, partial(_by_tifffile, data, kind, pages[0])
-        return kind, lambda: _by_pillow(_open(data), smallest, pages[0].get(NO_DATA))
+        header, by_pillow = _tiff_header(pages)
+        if not by_pillow:
+            return header, partial(_by_tifffile, data, header, pages[0])
+        return header, lambda: _by_pillow(_open(data), smallest, pages[0].get(NO_DATA))
     if (at := _jpeg2000(data)) >= 0:
-        kind = _jpeg2000_kind(data, at)
-        if kind.bands > 4 or (kind.bands > 1 and kind.bits > 8):
-            return kind, partial(_jpeg2000_by_imagecodecs, data, kind)
-        return kind, lambda: _by_pillow(_open(data), smallest)
+        header = _jpeg2000_header(data, at)
+        if header.bands > 4 or (header.bands > 1 and header.bits > 8):
+            return header, partial(_jpeg2000_by_imagecodecs, data, header)
+        return header, lambda: _by_pillow(_open(data), smallest)
     image = _open(data)
-    kind = _Kind(len(image.getbands()), _bits(image), *image.size)
-    if image.format == "PNG" and kind.bits == 16 and (image.mode != "I;16" or image.has_transparency_data):
-        return kind, partial(_png_by_imagecodecs, data, image)
-    if kind.bits > 8 and image.mode[0] not in "IF":
-        return kind, partial(_by_nobody, kind)
-    return kind, partial(_by_pillow, image, smallest)
+    header = _Header(len(image.getbands()), _bits(image), *image.size)
+    if image.format == "PNG" and header.bits == 16 and (image.mode != "I;16" or image.has_transparency_data):
+        return header, partial(_png_by_imagecodecs, data, image)
+    if header.bits > 8 and image.mode[0] not in "IF":
+        return header, partial(_by_nobody, header)
+    return header, partial(_by_pillow, image, smallest)
 
 
 _opening = threading.Lock()
 
 
 def _open(data: bytes) -> Image.Image:
-    with _opening:  # Pillow's limit is one for the process, and `decode` has one that can be set
+    with _opening:  # Pillow's limit is global and raises; `decode` checks its own instead
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             return Image.open(io.BytesIO(data))
@@ -181,7 +190,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _bits(image: Image.Image) -> int:
-    """Bits of a sample in the file, which may be more than Pillow's mode tells."""
+    """Bits of a sample in the file; Pillow's mode may have fewer."""
     if image.mode[0] in "IF":
         return 16 if image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I") else 32
     tiles = getattr(image, "tile", ())
@@ -211,25 +220,26 @@ def _tiff_pages(data: bytes) -> list[ImageFileDirectory_v2]:
     return pages
 
 
-def _tiff_kind(pages: list[ImageFileDirectory_v2]) -> tuple[_Kind, bool]:
-    """What a TIFF holds, and whether Pillow reads all of it."""
+def _tiff_header(pages: list[ImageFileDirectory_v2]) -> tuple[_Header, bool]:
+    """The header of a TIFF, and whether Pillow reads all of its samples."""
     tags = pages[0]
     samples, bits = tags.get(277, 1), max(tags.get(258, (1,)))
     colours = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}.get(tags.get(262, 1))  # of each photometric interpretation
     complete = samples == colours or (samples - 1 == colours and tags.get(338, (0,))[0] in (1, 2))
-    numbers = set(tags.get(339, (1,)))  # 1: unsigned, 2: signed, 3: floats
-    deep_grey = samples == 1 and tags.get(262, 1) == 1 and (bits, *numbers) in {(16, 1), (16, 2), (32, 2), (32, 3)}
-    shallow = (bits <= 8 and numbers == {1}) or deep_grey
+    formats = set(tags.get(339, (1,)))  # 1: unsigned, 2: signed, 3: floats
+    deep_grey = samples == 1 and tags.get(262, 1) == 1 and (bits, *formats) in {(16, 1), (16, 2), (32, 2), (32, 3)}
+    shallow = (bits <= 8 and formats == {1}) or deep_grey
     if bands_last := _rows_as_pages(pages):
         height, width, bands = bands_last
-        return _Kind(bands, bits, width, height), False
-    return _Kind(samples * len(pages), bits, tags[256], tags[257]), len(pages) == 1 and complete and shallow
+        return _Header(bands, bits, width, height), False
+    return _Header(samples * len(pages), bits, tags[256], tags[257]), len(pages) == 1 and complete and shallow
 
 
 def _rows_as_pages(pages: list[ImageFileDirectory_v2]) -> list[int]:
-    """(H, W, B) of an array that tifffile wrote as H pages, as it does unless told of the bands; [] of other files.
+    """(H, W, B) of an array that tifffile wrote as H pages; [] for other files.
 
-    It notes the shape of what it was given; where the last axis is the shortest, that is the bands.
+    Unless told of the bands, tifffile writes each row as a page, and notes the array's shape. The last axis holds the
+    bands where it is the shortest.
     """
     try:
         shape: list[int] = json.loads(pages[0].get(270, ""))["shape"]
@@ -239,17 +249,17 @@ def _rows_as_pages(pages: list[ImageFileDirectory_v2]) -> list[int]:
 
 
 def _jpeg2000(data: bytes) -> int:
-    """Where the sizes of a JPEG 2000 codestream begin, or −1."""
+    """Where a JPEG 2000 codestream begins, or −1."""
     at = data.find(b"\xff\x4f\xff\x51")
     return at if at >= 0 and (at == 0 or data[4:8] == b"jP  ") else -1
 
 
-def _jpeg2000_kind(data: bytes, at: int) -> _Kind:
-    """ISO/IEC 15444-1, A.5.1: the marker segment SIZ."""
+def _jpeg2000_header(data: bytes, at: int) -> _Header:
+    """The sizes in the marker segment SIZ (ISO/IEC 15444-1, A.5.1)."""
     right, bottom, left, top = struct.unpack_from(">4I", data, at + 8)
     (components,) = struct.unpack_from(">H", data, at + 40)
     bits = max(data[at + 42 + 3 * component] % 128 + 1 for component in range(components))
-    return _Kind(components, bits, right - left, bottom - top)
+    return _Header(components, bits, right - left, bottom - top)
 
 
 # The readers
@@ -272,7 +282,7 @@ def _by_pillow(image: Image.Image, smallest: int, no_data: str | None = None) ->
     return _Samples(pixels, 2 if mode.endswith("A") else 0, _orientation(image))
 
 
-def _by_tifffile(data: bytes, kind: _Kind, tags: ImageFileDirectory_v2) -> _Samples:
+def _by_tifffile(data: bytes, header: _Header, tags: ImageFileDirectory_v2) -> _Samples:
     from tifffile import TiffFile
 
     if tags.get(262, 1) not in (0, 1, 2):
@@ -280,30 +290,30 @@ def _by_tifffile(data: bytes, kind: _Kind, tags: ImageFileDirectory_v2) -> _Samp
     with TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
         pixels, axes = series.asarray(squeeze=False), series.get_axes(squeeze=False)
-    if (kind.height, kind.width) == (tags[257], tags[256]):
+    if (header.height, header.width) == (tags[257], tags[256]):
         pixels = np.moveaxis(pixels, (axes.index("Y"), axes.index("X")), (0, 1))
     else:
-        pixels = pixels.reshape(kind.height, kind.width, kind.bands)
+        pixels = pixels.reshape(header.height, header.width, header.bands)
     others = [n for n in pixels.shape[2:] if n > 1]
     if len(others) > 1:
         raise ValueError(f"a stack of {math.prod(others) // tags.get(277, 1)} pages of {tags.get(277, 1)} bands")
     pixels = _without_no_data(pixels.reshape(*pixels.shape[:2], -1), tags.get(NO_DATA))
     if pixels.dtype.kind == "u":
-        pixels = _in_full_range(pixels, kind.bits)
+        pixels = _in_full_range(pixels, header.bits)
         pixels = np.iinfo(pixels.dtype).max - pixels if tags.get(262, 1) == 0 else pixels  # 0 is white
-    alpha = tags.get(338, (0,))[-1] if kind.bands == tags.get(277, 1) else 0
+    alpha = tags.get(338, (0,))[-1] if header.bands == tags.get(277, 1) else 0
     return _Samples(pixels, alpha if alpha in (1, 2) else 0, tags.get(ORIENTATION, 1))
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # a broken EXIF, for which Pillow has many exceptions, spoils no picture
+    except Exception:  # a broken EXIF raises many exceptions, and the picture is fine without it
         return 1
 
 
 def _png_by_imagecodecs(data: bytes, image: Image.Image) -> _Samples:
-    """A PNG of 16 bits, of which Pillow keeps 8 unless it is grey and opaque."""
+    """A PNG of 16 bits; Pillow keeps 8 of them unless it is grey and opaque."""
     from imagecodecs import png_decode
 
     pixels = png_decode(data)
@@ -311,24 +321,24 @@ def _png_by_imagecodecs(data: bytes, image: Image.Image) -> _Samples:
     return _Samples(pixels, 2 if pixels.shape[-1] in (2, 4) else 0, _orientation(image))
 
 
-def _jpeg2000_by_imagecodecs(data: bytes, kind: _Kind) -> _Samples:
-    """A JPEG 2000 of more than 8 bits in several bands, of which Pillow keeps 8, or of more than 4 bands."""
+def _jpeg2000_by_imagecodecs(data: bytes, header: _Header) -> _Samples:
+    """A JPEG 2000 of several bands of more than 8 bits, of which Pillow keeps 8, or of more than 4 bands."""
     from imagecodecs import jpeg2k_decode
 
     pixels = jpeg2k_decode(data)
-    pixels = _in_full_range(pixels, kind.bits) if pixels.dtype.kind == "u" else pixels
-    return _Samples(pixels, 2 if kind.bands in (2, 4) else 0)
+    pixels = _in_full_range(pixels, header.bits) if pixels.dtype.kind == "u" else pixels
+    return _Samples(pixels, 2 if header.bands in (2, 4) else 0)
 
 
-def _by_nobody(kind: _Kind) -> _Samples:
-    raise ValueError(f"Pillow would keep 8 of the {kind.bits} bits; PNG and TIFF are read whole")
+def _by_nobody(header: _Header) -> _Samples:
+    raise ValueError(f"Pillow would keep 8 of the {header.bits} bits; PNG and TIFF are read whole")
 
 
 # Values
 
 
 def _in_full_range(pixels: Pixels, bits: int) -> Pixels:
-    """Unsigned integers of so many bits, as 12, over all values of their type."""
+    """Unsigned integers of fewer bits than their type, as 12 of 16, scaled to its full range."""
     if bits >= 8 * pixels.dtype.itemsize:
         return pixels
     largest = np.iinfo(pixels.dtype).max
@@ -336,7 +346,7 @@ def _in_full_range(pixels: Pixels, bits: int) -> Pixels:
 
 
 def _without_no_data(pixels: Pixels, no_data: str | None) -> Pixels:
-    """Black where GDAL's tag says that there is nothing."""
+    """Pixels with 0 in place of the value of GDAL's tag for no data."""
     try:
         value = float(str(no_data).strip("\0 "))
     except ValueError:
@@ -366,7 +376,7 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _over_black(pixels: Pixels, alpha: int) -> Pixels:
-    """Colours (H, W, B − 1) without the transparency, which is the last band."""
+    """Colours (H, W, B − 1) over black; the last band of the pixels is their opacity."""
     colours, opacity = pixels[..., :-1], pixels[..., -1:]
     if alpha == 1:
         return colours

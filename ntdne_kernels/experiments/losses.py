@@ -1,21 +1,19 @@
-"""The losses of the paper's tables under one interface: `make_loss(name, labels, dim, **options)`.
+"""The losses that the paper compares NTDNE with, and how its authors' code prunes.
 
 Each is a module with `forward(features, index)`, `update_bank(features, index)` and `set_epoch(epoch)`, as NTDNELoss
-has them, and with parameters where the loss has a classifier or prototypes. Its keyword arguments are its options.
+has them, and with parameters where the loss has a classifier or prototypes. Its keyword arguments are its options;
+`loss_registry.make_loss` makes a loss by its name.
 
 Shapes: B images of a batch, N images of the archive, D features, C classes.
 
-Here f_i are features, u_i = f_i/‖f_i‖, y_i given labels. z = W f + b are the C logits of a linear classifier, CE is the
-cross-entropy of their softmax, and s_c the c-th softmax probability. Losses are means over the batch unless they say
-otherwise.
+In the formulas f_i are features, u_i = f_i/‖f_i‖, y_i given labels. z = W f + b are the C logits of a linear
+classifier, CE is the cross-entropy of their softmax, and s_c the c-th softmax probability. Losses are means over the
+batch unless they say otherwise.
 """
 
-import difflib
-import inspect
 import math
-from collections.abc import Iterable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from pytorch_metric_learning import losses, miners
@@ -36,7 +34,7 @@ REFRESH_EVERY = 10  # epochs, in the authors' code
 
 
 class BatchLoss(nn.Module):
-    """A loss that sees the batch alone: the archive's labels, float32 arithmetic, and hooks for a bank it has not.
+    """A loss of the batch alone, with the interface of the losses that have a bank: their hooks do nothing here.
 
     Args:
         labels: (N,) integer class of each archive image, from 0.
@@ -58,7 +56,7 @@ class BatchLoss(nn.Module):
             raise ValueError(f"dim: expected an integer of at least 1, got {dim!r}")
         self.dim = dim
         self.classes = int(labels.max()) + 1
-        # Not in checkpoints, which would otherwise replace the labels that the archive has now.
+        # Not in checkpoints: loading one must not replace the labels that the archive has now.
         self.register_buffer("labels", labels.detach().clone(), persistent=False)
 
     def forward(self, features: Tensor, index: Tensor) -> Tensor:
@@ -72,8 +70,8 @@ class BatchLoss(nn.Module):
             The loss, float32, or float64 for float64 features; 0 for an empty batch.
 
         Raises:
-            TypeError, ValueError, IndexError: an argument is not as described. The values of `index` are looked at on a
-                CPU alone.
+            TypeError, ValueError, IndexError: an argument is not as described. The values of `index` are checked only
+                on a CPU.
         """
         index = as_index(index)
         if features.shape != (len(index), self.dim):
@@ -102,9 +100,9 @@ class BatchLoss(nn.Module):
 class DCNNLoss(BatchLoss):
     """D-CNN: CE + λ J2, J2 the mean over pairs of max(0, τ1 − y_ij (τ2 − ‖u_i − u_j‖²)), y_ij = 1 in a class, else −1.
 
-    J2 weighs the pairs of a class and the pairs across classes alike: ½ (mean of the ones + mean of the others), over
-    all pairs of the batch, those of loss 0 included. The authors sample as many of the ones as of the others, which
-    makes that the mean over all; among the pairs of a batch those of a class are few.
+    J2 gives the pairs within classes the same weight as the pairs across classes: it is ½ (mean of the former + mean of
+    the latter) over all pairs of the batch, those of loss 0 included. The authors sample equal numbers of both, so that
+    theirs is the mean over all pairs; in a batch the pairs within classes are few.
 
     Source: Cheng, Yang, Yao, Guo, Han, "When Deep Learning Meets Metric Learning", TGRS 2018. τ1 = 0.05, and the halved
     sum of two means, are in the authors' released Caffe layer; τ2 = 0.44 and λ = 0.05 in a PyTorch reimplementation.
@@ -121,12 +119,13 @@ class DCNNLoss(BatchLoss):
         super().__init__(labels, dim)
         self.weight = weight
         self.classifier = nn.Linear(dim, self.classes)
-        # τ1 − (τ2 − d²) in a class, τ1 + (τ2 − d²) across; the reducer's two means are added.
+        # Terms are τ1 − (τ2 − d²) within a class, τ1 + (τ2 − d²) across; the library adds the means of both.
         self.pairs = losses.ContrastiveLoss(
             pos_margin=tau2 - tau1, neg_margin=tau2 + tau1, distance=LpDistance(power=2), reducer=MeanReducer()
         )
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """CE + λ J2."""
         pairs: Tensor = self.pairs(features, labels) / 2
         return F.cross_entropy(self.classifier(features), labels) + self.weight * pairs
 
@@ -135,10 +134,10 @@ class TripletLoss(BatchLoss):
     """Triplet: ‖u_a − u_p‖² − ‖u_a − u_n‖² + margin, the mean over the semi-hard triplets of the batch.
 
     These are all triplets with y_p = y_a ≠ y_n and ‖u_a − u_p‖² < ‖u_a − u_n‖² ≤ ‖u_a − u_p‖² + margin. Without any the
-    loss is 0. Memory grows with B³.
+    loss is 0. Its memory grows with B³.
 
     Source: Schroff, Kalenichenko, Philbin, "FaceNet", CVPR 2015, eq. 3 and 4; its margin is 0.2. The paper picks one
-    negative for each pair; the mean over all those it picks from needs no draw.
+    negative at random for each pair; the mean over all candidates needs no draw.
 
     Options: margin > 0.
     """
@@ -151,8 +150,9 @@ class TripletLoss(BatchLoss):
         self.triplets = losses.TripletMarginLoss(margin=margin, distance=distance, reducer=MeanReducer())
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the semi-hard triplets."""
         loss: Tensor = self.triplets(features, labels, self.miner(features, labels))
-        return loss + 0 * features.sum()  # the miner leaves out features that are not finite; they must show
+        return loss + 0 * features.sum()  # keeps NaN in the loss: the miner leaves out features that are not finite
 
 
 class NSLLoss(BatchLoss):
@@ -172,6 +172,7 @@ class NSLLoss(BatchLoss):
         )
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Mean of −log p."""
         loss: Tensor = self.softmax(features, labels)
         return loss
 
@@ -196,6 +197,7 @@ class ArcFaceLoss(BatchLoss):
         )
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy with the margin on the given class."""
         loss: Tensor = self.softmax(features, labels)
         return loss
 
@@ -212,6 +214,7 @@ class MAELoss(BatchLoss):
         self.classifier = nn.Linear(dim, self.classes)
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Mean of 2 (1 − s_y)."""
         return 2 * _misses(self.classifier(features), labels).mean()
 
 
@@ -237,6 +240,7 @@ class SCELoss(BatchLoss):
         self.classifier = nn.Linear(dim, self.classes)
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """α CE + β RCE."""
         logits = self.classifier(features)
         reverse = -self.log_zero * _misses(logits, labels).mean()
         return self.alpha * F.cross_entropy(logits, labels) + self.beta * reverse
@@ -277,19 +281,21 @@ class TRNSLLoss(NSLLoss):
         self.epoch = 0
         # Images seen in this epoch, and those of them with p ≤ k.
         self.register_buffer("counts", torch.zeros(2, device=labels.device), persistent=False)
-        self._truncating_much_was_said = False
+        self._warned_of_truncation = False
 
     @property
     def truncating(self) -> bool:
+        """Whether the warm-up is over."""
         return self.epoch >= self.warmup_epochs
 
     @property
     def truncated_share(self) -> float:
-        """Of the images seen in this epoch, the share whose loss is truncated. Synchronises."""
+        """Share of the images seen in this epoch whose loss is truncated. Synchronises with the device."""
         seen, low = self.counts.tolist()
         return low / seen if self.truncating and seen else 0.0
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Mean of (1 − p^q)/q, truncated from epoch `warmup_epochs` on; counts the images with p ≤ k."""
         log_p = -F.cross_entropy(self.softmax.get_logits(features), labels, reduction="none")
         self.counts += torch.stack([torch.ones_like(log_p), (log_p <= math.log(self.k)).to(log_p)]).detach().sum(dim=1)
         return ntdne(log_p, self.q, self.k if self.truncating else None).mean()
@@ -297,11 +303,11 @@ class TRNSLLoss(NSLLoss):
     def set_epoch(self, epoch: int) -> None:
         """Tell the loss which epoch begins, from 0; from epoch `warmup_epochs` on it truncates.
 
-        Warns, once, where it truncated nearly everything in the epoch before.
+        Warns, once, where the epoch before truncated nearly all images.
         """
         share = self.truncated_share
-        if share > NEARLY_ALL and not self._truncating_much_was_said:
-            self._truncating_much_was_said = True
+        if share > NEARLY_ALL and not self._warned_of_truncation:
+            self._warned_of_truncation = True
             warn_user(
                 f"{100 * share:.0f} % of the images had p of at most k = {self.k} in epoch {self.epoch} and did not "
                 "train the encoder; try a lower k or more warmup_epochs"
@@ -310,9 +316,11 @@ class TRNSLLoss(NSLLoss):
         self.epoch = epoch
 
     def get_extra_state(self) -> dict[str, int]:
+        """The epoch, for checkpoints."""
         return {"epoch": self.epoch}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
+        """The epoch of a checkpoint."""
         self.epoch = state["epoch"]
 
 
@@ -333,6 +341,7 @@ class ContrastiveLoss(BatchLoss):
         self.margin = margin
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the pairs."""
         d = torch.pdist(features)
         i, j = torch.triu_indices(len(labels), len(labels), offset=1, device=labels.device)
         pairs = torch.where(labels[i] == labels[j], d, F.relu(self.margin - d)) ** 2
@@ -340,14 +349,14 @@ class ContrastiveLoss(BatchLoss):
 
 
 class NTDNEBroadcastLoss(NTDNELoss):
-    """A diagnostic, not for use: NTDNE as the authors' published code prunes, which is not what the paper says.
+    """A diagnostic, not for use: NTDNE with the pruning of the authors' published code, which differs from the paper.
 
     The code multiplies L (B,) with an indicator w (B, 1). The product is (B, B), so its mean over i and j of w_j L_i is
     mean(L) · mean(w): every image keeps a gradient, scaled by the share of the batch that is kept.
 
     w = [p > k] is stored for each image and refreshed every 10 epochs: before epoch e, from 0, where e + 1 ≥
-    `warmup_epochs` and 10 divides e + 1. The code scores the archive anew for that; here each image's last score is
-    taken. Until then w is 1.
+    `warmup_epochs` and 10 divides e + 1. The code scores the whole archive again for that; here it is each image's last
+    score. Until then w is 1.
 
     Source: the authors' code for Kang et al., "Noise-Tolerant Deep Neighborhood Embedding for Remotely Sensed Images
     With Label Noise", JSTARS 2021. It subtracts mean(w) (1 − k^q)/q, which has no gradient and is left out here. The
@@ -373,9 +382,9 @@ class NTDNEBroadcastLoss(NTDNELoss):
         check_number("k", k, 0, 1)
         super().__init__(labels, dim, sigma=sigma, q=q, k=None, warmup_epochs=warmup_epochs, momentum=momentum)
         self.stored_k = k  # of w; NTDNELoss's own k stays None
-        # One place more than there are images: that of index −1.
+        # The extra last slot is that of index −1: features outside the archive.
         self.register_buffer("w", torch.ones(len(labels) + 1, device=labels.device))
-        # The epoch of the last refresh. Loading a checkpoint sets its epoch before its scores are there.
+        # The epoch of the last refresh, so that loading a checkpoint, which sets its epoch, does not refresh again.
         self.register_buffer("refreshed", torch.tensor(-1, device=labels.device))
 
     def forward(
@@ -406,85 +415,14 @@ class NTDNEBroadcastLoss(NTDNELoss):
         super().set_epoch(epoch)
 
     def _note_pruned_share(self) -> None:
-        """Nothing: here every image goes on training the encoder."""
-
-
-Criterion: TypeAlias = BatchLoss | NTDNELoss | SNCALoss
-
-LOSSES: dict[str, type[Criterion]] = {
-    "D-CNN": DCNNLoss,
-    "Triplet": TripletLoss,
-    "NSL": NSLLoss,
-    "SNCA": SNCALoss,
-    "ArcFace": ArcFaceLoss,
-    "MAE": MAELoss,
-    "SCE": SCELoss,
-    "t-RNSL": TRNSLLoss,
-    "NTDNE": NTDNELoss,
-    "Contrastive": ContrastiveLoss,
-    "NTDNE-broadcast": NTDNEBroadcastLoss,
-}
-
-# Arguments of NTDNELoss and SNCALoss that say how to compute the loss, not which.
-NOT_OPTIONS = {
-    *("reduction", "fused", "validate", "generator"),
-    *("device", "dtype", "process_group", "storage", "path"),
-}
-
-
-def loss_name(name: str) -> str:
-    """The loss's name as in `LOSSES`, from a name in any case; ValueError, with the names, where there is none."""
-    names = {known.lower(): known for known in LOSSES}
-    found = names.get(str(name).lower())
-    if found is None:
-        raise ValueError(f"loss: no loss {name!r}{_closest(str(name), LOSSES)}; the losses are {', '.join(LOSSES)}")
-    return found
-
-
-def loss_options(name: str) -> dict[str, Any]:
-    """Options of a loss and their defaults; ValueError where there is no such loss."""
-    parameters = inspect.signature(LOSSES[loss_name(name)]).parameters.values()
-    return {
-        parameter.name: parameter.default
-        for parameter in parameters
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in NOT_OPTIONS
-    }
-
-
-def make_loss(name: str, labels: Tensor, dim: int, **options: Any) -> Criterion:
-    """The loss of that name for an archive.
-
-    Args:
-        name: one of `LOSSES`, in any case.
-        labels: (N,) given class of each training image, from 0 to C − 1.
-        dim: D, features per image.
-        options: as the loss's class describes them; `loss_options(name)` are the defaults.
-
-    Raises:
-        ValueError: no such loss; no such option of it; labels, dim or an option of wrong type or outside its range.
-    """
-    name = loss_name(name)
-    known = loss_options(name)
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        listed = ", ".join(f"{option} = {default!r}" for option, default in known.items()) or "none"
-        raise ValueError(f"{name}: no option {unknown[0]!r}{_closest(unknown[0], known)}; its options are {listed}")
-    try:
-        return LOSSES[name](labels, dim, **options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _closest(word: str, known: Iterable[str]) -> str:
-    names = {name.lower(): name for name in known}
-    matches = difflib.get_close_matches(word.lower(), names, n=1)
-    return f" (did you mean {names[matches[0]]!r}?)" if matches else ""
+        """Nothing: here every image keeps training the encoder."""
 
 
 def _prototypes(dim: int) -> partial[Tensor]:
-    """Starts prototypes uniform within ±1/√D, so with norms of about 0.6.
+    """Initial prototypes, uniform within ±1/√D: their norms are about 0.6.
 
-    A prototype w turns by 1/‖w‖² of a step: the library's start, normal with norms of about √D, turns 3D times slower.
+    A step turns a prototype w by an angle that falls as 1/‖w‖². The library's own start has norms of about √D, so its
+    prototypes would turn 3D times slower.
     """
     return partial(nn.init.uniform_, a=-(dim**-0.5), b=dim**-0.5)
 
@@ -492,3 +430,6 @@ def _prototypes(dim: int) -> partial[Tensor]:
 def _misses(logits: Tensor, labels: Tensor) -> Tensor:
     """1 − s_y (B,) of logits (B, C)."""
     return 1 - logits.softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
+
+
+Criterion: TypeAlias = BatchLoss | NTDNELoss | SNCALoss

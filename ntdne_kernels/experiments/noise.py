@@ -39,6 +39,12 @@ def uniform(C: int, rate: float) -> Tensor:
 
     Raises:
         TypeError, ValueError: the rate is no number from 0 to 1, or there is no second class to flip to.
+
+    Example:
+        >>> uniform(3, rate=0.5)
+        tensor([[0.5000, 0.2500, 0.2500],
+                [0.2500, 0.5000, 0.2500],
+                [0.2500, 0.2500, 0.5000]], dtype=torch.float64)
     """
     _check_rate(rate)
     if C < 2 and rate > 0:
@@ -70,6 +76,10 @@ def targets_by_name(classes: Sequence[str], targets: Mapping[str, str]) -> list[
 
     Raises:
         ValueError: `targets` names something that is no class.
+
+    Example:
+        >>> targets_by_name(["lake", "pond", "river"], {"lake": "pond"})
+        [1, 1, 2]
     """
     unknown = sorted({*targets.keys(), *targets.values()} - set(classes))
     if unknown:
@@ -98,8 +108,8 @@ def authors_map(classes: Sequence[str], rate: float) -> Tensor:
     fifths = {_key(source): {_key(target): n for target, n in row.items()} for source, row in _maps()[dataset].items()}
     keys = [_key(name) for name in classes]
     W = torch.tensor([[fifths[source].get(target, 0) for target in keys] for source in keys], dtype=torch.float64)
-    # Multinomial draws depend on the last bit. The authors wrote AID's diagonal as decimals and computed the other as
-    # 1 − η; at η = 0.7 these are two numbers, and the same one for both would not give their labels again.
+    # Multinomial draws depend on the last bit of the matrix. The authors wrote AID's diagonal as decimals and computed
+    # the other archive's as 1 − η; at η = 0.7 these differ, and only their own numbers give their labels.
     kept = round(1 - rate, 12) if dataset == "AID" else 1 - rate
     return kept * torch.eye(len(classes), dtype=torch.float64) + rate * W / 5
 
@@ -153,7 +163,7 @@ def check_matrix(matrix: Tensor | NDArray[np.generic], C: int) -> Tensor:
             )
         row = int((sums - 1).abs().argmax())
         raise ValueError(f"matrix: expected rows that sum to 1, got {float(sums[row]):.6g} in row {row}")
-    # A scaled row is another row in its last bits; those of the functions above are left as they are.
+    # Scaling changes the last bits of a row, on which draws depend, so rows that sum to 1 already stay as they are.
     return torch.where((sums - 1).abs() > 1e-12, matrix / sums, matrix)
 
 
@@ -166,13 +176,19 @@ def corrupt(labels: Tensor, matrix: Tensor | NDArray[np.generic], seed: int, dra
         seed: of NumPy's RandomState.
         draw: "multinomial" draws each label on its own, in the order given. With images in class order and seed 42 the
             labels are the authors'. "exact" gives each class of n images n·P[y, z] labels z, rounded by the largest
-            remainder, so that only who gets which label is random.
+            remainder, so that only the choice of images is random.
 
     Returns:
         The labels, which of them are wrong, and the matrix; on the CPU.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Example:
+        >>> import torch
+        >>> noisy = corrupt(torch.arange(2).repeat_interleave(10), uniform(2, rate=0.3), seed=0, draw="exact")
+        >>> int(noisy.flipped.sum())
+        6
     """
     check_choice("draw", draw, ("multinomial", "exact"))
     matrix = check_matrix(matrix, len(matrix))
@@ -188,7 +204,7 @@ def _multinomial(
     labels: NDArray[np.int64], matrix: NDArray[np.float64], random: np.random.RandomState
 ) -> NDArray[np.int64]:
     given = np.empty_like(labels)
-    # Images of one class that follow each other are drawn by one call, which consumes the random numbers of one by one.
+    # One call for a stretch of images of one class draws the same random numbers as a call for each image.
     for start, end in pairwise([*np.flatnonzero(np.diff(labels, prepend=-1)), len(labels)]):
         given[start:end] = random.multinomial(1, matrix[labels[start]], size=end - start).argmax(1)
     return given
@@ -203,20 +219,21 @@ def _exact(labels: NDArray[np.int64], matrix: NDArray[np.float64], random: np.ra
 
 
 def _apportion(n: int, shares: NDArray[np.float64], first: int) -> NDArray[np.int64]:
-    """n·shares in whole numbers of sum n, by the largest remainder; equal ones from class `first` on, cyclically.
+    """Whole numbers near n·shares with sum n, by the largest remainder.
 
-    Without the cycle, uniform noise would favour the first classes in every row.
+    Equal remainders are rounded up from class `first` on, cyclically: otherwise uniform noise would favour the first
+    classes in every row.
     """
     counts = np.floor(n * shares).astype(np.int64)
     remainders = np.round(n * shares - counts, 9)
-    places_after = (np.arange(len(shares)) - first) % len(shares)
-    counts[np.lexsort((places_after, -remainders))[: n - counts.sum()]] += 1
+    rank_among_equal = (np.arange(len(shares)) - first) % len(shares)
+    counts[np.lexsort((rank_among_equal, -remainders))[: n - counts.sum()]] += 1
     return counts
 
 
 @cache
 def _maps() -> dict[str, dict[str, dict[str, int]]]:
-    """Fifths of η by archive, class and wrong label."""
+    """The authors' maps: by archive, class and wrong label, fifths of η."""
     text = files(__package__).joinpath("label_dependent.yaml").read_text(encoding="utf-8")
     maps: dict[str, dict[str, dict[str, int]]] = yaml.safe_load(text)
     return maps
@@ -227,7 +244,7 @@ def _key(name: str) -> str:
 
 
 def _difference(classes: Sequence[str]) -> str:
-    """Why the classes are those of no archive with a map, told against the nearest of them."""
+    """How the classes differ from those of the archive with a map that has the most of them."""
     given = {_key(name): name for name in classes}
     maps = {dataset: {_key(name): name for name in fifths} for dataset, fifths in _maps().items()}
     nearest = max(maps, key=lambda dataset: len(given.keys() & maps[dataset].keys()))
@@ -241,9 +258,9 @@ def _difference(classes: Sequence[str]) -> str:
     )
 
 
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(map(repr, names[:most])) or "none") + more
+def _listed(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(map(repr, names[:limit])) or "none") + more
 
 
 def _check_rate(rate: float) -> None:
@@ -253,5 +270,7 @@ def _check_rate(rate: float) -> None:
 def _check_classes(name: str, labels: Tensor, C: int) -> None:
     wrong = (labels < 0) | (labels >= C)
     if wrong.any():
-        place = int(wrong.nonzero()[0])
-        raise ValueError(f"{name}: expected classes from 0 to {C - 1}, got {int(labels[place])} at position {place}")
+        position = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name}: expected classes from 0 to {C - 1}, got {int(labels[position])} at position {position}"
+        )

@@ -1,6 +1,7 @@
 """The numbers the paper prints in Tables I to IV, for tables that show ours beside them.
 
-paper_results.csv has them in percent: a row per metric, dataset, noise and rate, a column per method. With care:
+paper_results.csv has them in percent: a row per metric, dataset, noise and rate, a column per method. To be read with
+care:
 
 - "map20": eq. 18 divides the average precision at R = 20 by all relevant images, of which a class has hundreds. That
   caps it near 0.09; Table IV has 0.40 to 0.97, so another normaliser was used (the hits among the 20, or 20 at most).
@@ -8,7 +9,7 @@ paper_results.csv has them in percent: a row per metric, dataset, noise and rate
   81.92), which looks like a misprint.
 - MAE with label-dependent noise has the same four values in Table IV for both datasets.
 
-Table I for NWPU-RESISC45 with label-dependent noise from 0.3 up, and Table IV for NTDNE, were not to be had.
+Missing are Table I for NWPU-RESISC45 with label-dependent noise from 0.3 up, and Table IV for NTDNE.
 """
 
 import csv
@@ -26,7 +27,11 @@ def published(metric: str, dataset: str, noise: str, rate: float, method: str) -
         dataset: "AID" or "NWPU-RESISC45".
         noise: "uniform" or "label-dependent".
         rate: noise rate η; the paper has 0.1, 0.3, 0.5 and 0.7.
-        method: as the paper writes it, "D-CNN" or "NTDNE" say.
+        method: as the paper writes it, for instance "D-CNN" or "NTDNE".
+
+    Example:
+        >>> published("knn", "AID", "uniform", 0.5, "NTDNE")
+        0.9025
     """
     percent = _rows().get((metric, dataset, noise, rate), {}).get(method)
     return round(float(percent) / 100, 4) if percent else None

@@ -1,4 +1,4 @@
-"""The learning problem that settings describe: which images, and which labels, some of them wrong.
+"""The learning problem that settings describe: its images, and their labels, some of them made wrong.
 
 Shapes: N training images, C classes that are trained on.
 """
@@ -12,55 +12,55 @@ import yaml
 from torch import Tensor
 
 from ntdne_kernels.experiments import noise
-from ntdne_kernels.experiments.archive import (
-    Archive,
-    ImageDataset,
-    Normalisation,
-    normalisation,
-    open_archive,
-    split,
-    transform,
-)
+from ntdne_kernels.experiments.archive import Archive, open_archive
 from ntdne_kernels.experiments.noise import NoisyLabels
+from ntdne_kernels.experiments.samples import ImageDataset, Normalisation, normalisation, transform
 from ntdne_kernels.experiments.settings import Settings
+from ntdne_kernels.experiments.splits import split
 
 AUTHORS_NOISE_SEED = 42
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Positions of images in the archive, in the parts that a run uses."""
+    """An archive's images, in the parts that a run uses, as positions in the archive.
+
+    Attributes:
+        archive: where the images are.
+        classes: the C classes trained on.
+        labels: true label of each image of the archive in 0..C − 1; −1 where its class is kept out of training.
+        train: (N,) training images.
+        validation: validation images.
+        test: test images.
+        unseen: all images of the classes that are kept out.
+        noisy: the labels (N,) given to the training images, and which of them are wrong.
+        normalisation: of the bands, from the training images.
+    """
 
     archive: Archive
     classes: list[str]
-    """The C classes trained on."""
     labels: Tensor
-    """True label of each image of the archive in 0..C − 1; −1 where its class is kept out of training."""
     train: Tensor
-    """(N,) images, and so on."""
     validation: Tensor
     test: Tensor
     unseen: Tensor
-    """All images of the classes that are kept out."""
     noisy: NoisyLabels
-    """The labels (N,) given to the training images, and which of them are wrong."""
     normalisation: Normalisation
-    """Of the bands, by the training images."""
 
     def dataset(self, images: Tensor, augment_by: int | None = None) -> ImageDataset:
-        """Samples (image, true label, position in `images`), augmented by a seed or not at all."""
+        """Samples (image, true label, position in `images`); the seed `augment_by` augments them, None does not."""
         augmentation = transform(augment_by is not None, self.normalisation)
         return ImageDataset(self.archive, images, self.labels[images], augmentation, augment_by)
 
     @property
     def fingerprint(self) -> str:
-        """Of the training images and their given labels: another one is another problem."""
+        """A hash of the training images and their given labels: it tells problems apart."""
         files = [self.archive.files[image] for image in self.train.tolist()]
         return hashlib.sha256(repr((files, self.classes, self.noisy.labels.tolist())).encode()).hexdigest()
 
 
 def make_problem(settings: Settings, cache: Path | None = None, download: bool = False) -> Problem:
-    """Open the archive, split it and make labels wrong, all as the settings say.
+    """Open the archive, split it and make some labels wrong, as the settings say.
 
     Raises:
         ArchiveError, ValueError: the archive or a setting is bad.

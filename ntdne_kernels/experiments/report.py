@@ -8,19 +8,19 @@ from typing import Any
 import matplotlib
 from tqdm import tqdm
 
-from ntdne_kernels.experiments.figures import KINDS, line_styles
-from ntdne_kernels.experiments.finished import NOISES, Run, grouped, place, read_runs, text
-from ntdne_kernels.experiments.page import as_html, as_markdown
+from ntdne_kernels.experiments.figures import FIGURE_KINDS, line_styles
+from ntdne_kernels.experiments.finished import NOISES, Run, as_text, grouped, read_runs, row_labels
+from ntdne_kernels.experiments.page import render
 from ntdne_kernels.experiments.paper import published
 from ntdne_kernels.experiments.tables import (
     METRICS,
     beside_the_paper,
     common_settings,
     data_table,
+    differences_from_paper,
     metric_table,
     missing_cells,
     run_table,
-    unlike_the_paper,
 )
 
 GUIDE = (
@@ -33,7 +33,7 @@ GUIDE_TO_PAPER = (
     "is taken from its authors' code. Where ours differ:"
 )
 DPI = 110
-LEADING = "scores"  # kind of figure
+LEADING = "scores"  # slug of the figure that the report of a single run begins with
 
 
 def write_report(root: Path, output: Path) -> list[Path]:
@@ -54,36 +54,36 @@ def write_report(root: Path, output: Path) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     page, tables, values = (output / name for name in ("report.html", "tables.md", "results.csv"))
     sections, pictures = _draw(runs, output)
-    if len(runs) == 1:  # which leads with what it says of labels
-        sections.sort(key=lambda section: section["kind"].slug != LEADING)
+    if len(runs) == 1:
+        sections.sort(key=lambda section: section["figure"].slug != LEADING)
     content = {
         "runs": runs,
         "guide": GUIDE,
         "guide_to_paper": GUIDE_TO_PAPER,
-        "unlike": unlike_the_paper(runs, beside_the_paper(runs)),
+        "differences": differences_from_paper(runs, beside_the_paper(runs)),
         "metrics": [table for metric in METRICS if (table := metric_table(metric, runs))],
         "missing": missing_cells(runs),
         "data": data_table(runs),
         "noises": {noise: NOISES[noise] for noise in dict.fromkeys(run.noise for run in runs)},
         "table_of_runs": run_table(runs),
         "settings": common_settings(runs),
-        "versions": sorted({f"made with {text(run.versions)}" for run in runs if run.versions}),
+        "versions": sorted({f"made with {as_text(run.versions)}" for run in runs if run.versions}),
         "sections": sections,
     }
-    page.write_text(as_html(content), encoding="utf-8")
-    tables.write_text(as_markdown(content), encoding="utf-8")
+    page.write_text(render("report.html", content), encoding="utf-8")
+    tables.write_text(render("tables.md", content), encoding="utf-8")
     _write_values(runs, values)
     return [page, tables, values, *pictures]
 
 
 def _draw(runs: list[Run], output: Path) -> tuple[list[dict[str, Any]], list[Path]]:
-    """Draw all figures: what the page shows of them, by kind, and their files."""
+    """Draw all figures into files; returns what the page shows of them, kind by kind, and the files."""
     styles = line_styles(runs)
     sections: list[dict[str, Any]] = []
     paths: list[Path] = []
-    for kind in tqdm(KINDS, "Drawing", unit="kind", disable=None):
+    for kind in tqdm(FIGURE_KINDS, "Drawing", unit="figure", disable=None):
         pictures = []
-        for where, same in _by_place(runs, parts=3 if kind.one_rate else 2).items():
+        for where, same in _by_dataset_and_noise(runs, parts=3 if kind.one_rate else 2).items():
             with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):  # a name may hold a $
                 figure = kind.draw(same, styles)
                 if figure is None:
@@ -91,16 +91,16 @@ def _draw(runs: list[Run], output: Path) -> tuple[list[dict[str, Any]], list[Pat
                 path = output / f"{_file_name('-'.join([kind.slug, *where]))}.png"
                 figure.savefig(path, dpi=DPI)
             data = base64.b64encode(path.read_bytes()).decode()
-            pictures.append({"data": data, "place": ", ".join(where), "file": path.name})
+            pictures.append({"data": data, "name": ", ".join(where), "file": path.name})
             paths.append(path)
         if pictures:
-            sections.append({"kind": kind, "pictures": pictures})
+            sections.append({"figure": kind, "pictures": pictures})
     return sections, paths
 
 
-def _by_place(runs: list[Run], parts: int) -> dict[tuple[str, ...], list[Run]]:
-    """The runs by dataset and noise, or by dataset, noise and rate."""
-    return grouped(runs, lambda run: tuple(filter(None, place(run.cell)[:parts])))
+def _by_dataset_and_noise(runs: list[Run], parts: int) -> dict[tuple[str, ...], list[Run]]:
+    """The runs by the first two or three of dataset, noise and rate."""
+    return grouped(runs, lambda run: tuple(filter(None, row_labels(run.cell)[:parts])))
 
 
 def _file_name(name: str) -> str:
@@ -116,7 +116,7 @@ def _write_values(runs: list[Run], path: Path) -> None:
             ["dataset", "noise", "rate", "loss", "variant", "seed", "epochs", "metric", "value", "paper_value"]
         )
         for run in runs:
-            variant = ", ".join(filter(None, [run.variant, run.apart]))
+            variant = ", ".join(filter(None, [run.variant, run.distinction]))
             for key, value in run.metrics.items():
                 theirs = published(paper.get(key, ""), *run.cell, run.loss) if run.name in compared else None
-                writer.writerow([*place(run.cell), run.loss, variant, run.seed, run.epochs, key, value, theirs])
+                writer.writerow([*row_labels(run.cell), run.loss, variant, run.seed, run.epochs, key, value, theirs])

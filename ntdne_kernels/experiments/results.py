@@ -1,4 +1,4 @@
-"""What a finished run has learned: its metrics, and the data of its figures, on clean labels.
+"""The results of a finished run: its metrics, and the data of its figures, on clean labels.
 
 Shapes: N training images, M test images, D features, C classes.
 """
@@ -20,12 +20,12 @@ from tqdm import tqdm
 import ntdne_kernels
 from ntdne_kernels import NTDNELoss
 from ntdne_kernels.experiments import evaluation, tasks
-from ntdne_kernels.experiments.archive import ImageDataset
 from ntdne_kernels.experiments.encoders import make_encoder
 from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.images import as_picture
 from ntdne_kernels.experiments.noise import dataset_of
 from ntdne_kernels.experiments.problem import Problem
+from ntdne_kernels.experiments.samples import ImageDataset
 from ntdne_kernels.experiments.settings import Settings
 from ntdne_kernels.experiments.training import NEIGHBOURS
 
@@ -33,7 +33,7 @@ RESULTS = "results.json"
 FIGURES = "figures.npz"
 FIGURE_POINTS = 2000  # of the t-SNE
 RETRIEVAL_QUERIES = 6
-FEW_SHOT_QUERIES = 15  # of each class; with the shots, the images a class must have for the task
+FEW_SHOT_QUERIES = 15  # of each class; a class needs as many images beside its examples
 
 
 @torch.no_grad()
@@ -66,9 +66,18 @@ def evaluate(
     variant: str,
     device: str,
 ) -> dict[str, Any]:
-    """Judge a trained encoder; write results.json and figures.npz into its folder.
+    """Evaluate a trained encoder; write results.json and figures.npz into its folder.
 
     The database is the training set with its true labels, the queries are the test set (section IV-A).
+
+    Args:
+        encoder: the trained network.
+        settings: of the run.
+        problem: of the run.
+        history: a row of metrics for each epoch.
+        folder: of the run.
+        variant: what reports call a run that differs from the preset by options of its loss.
+        device: where features are computed.
 
     Returns:
         What results.json holds.
@@ -104,7 +113,7 @@ def evaluate(
         test, train, RETRIEVAL_QUERIES, settings.seed, K=min(5, len(train))
     )
     shown = torch.cat([problem.test[query.cpu(), None], problem.train[neighbour.cpu()]], dim=1)
-    # The parts are class by class.
+    # The parts are sorted by class, so the points are drawn at random.
     points = torch.randperm(len(test), generator=torch.Generator().manual_seed(settings.seed))[:FIGURE_POINTS]
     figures: dict[str, Any] = {
         "test_features": test.cpu()[points],
@@ -116,7 +125,7 @@ def evaluate(
         "retrieval_images": as_picture(problem.archive.images[shown.numpy()]),
         "retrieval_labels": problem.labels[shown],
     }
-    if settings.dim == 2:  # shown as they are, before and after training
+    if settings.dim == 2:  # the features themselves are shown, before and after training
         torch.manual_seed(settings.seed)
         untrained = make_encoder(settings.encoder, 2, settings.weights, len(problem.normalisation.mean))
         sample = problem.dataset(problem.test[points])
@@ -160,7 +169,7 @@ def evaluate(
 def _unseen_metrics(
     unseen: Tensor, test: Tensor, train: Tensor, train_labels: Tensor, settings: Settings, problem: Problem
 ) -> dict[str, float]:
-    """The tasks on classes that were kept out of training: few-shot classification, and being recognised as unknown."""
+    """Metrics on classes kept out of training: few-shot classification, and recognising them as unknown."""
     labels = problem.archive.labels[problem.unseen].to(unseen.device)
     smallest = int(labels.unique(return_counts=True)[1].min())
     metrics: dict[str, float] = {}

@@ -1,15 +1,15 @@
-"""A run in its folder: settings.json, last.ckpt and TensorBoard's files from training, results.json and figures.npz.
+"""A run in its folder, where it is trained, continued and evaluated.
 
-{output}/settings.json   what the run is; another run is refused
+{output}/settings.yaml   what the run is; the folder is refused to other runs
 {output}/last.ckpt       after each epoch
-{output}/results.json    when it is finished
+{output}/results.json    when it is finished, with figures.npz
 """
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -17,10 +17,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from ntdne_kernels.experiments import results
-from ntdne_kernels.experiments.archive import IMAGENET, Normalisation
 from ntdne_kernels.experiments.encoders import make_encoder
 from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.problem import make_problem
+from ntdne_kernels.experiments.samples import IMAGENET, Normalisation
 from ntdne_kernels.experiments.settings import RATELESS, Settings
 from ntdne_kernels.experiments.training import CHECKPOINT, train
 
@@ -29,7 +29,15 @@ SETTINGS = "settings.yaml"
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run takes place; its result should not depend on it."""
+    """What a run needs of the machine; its result should not depend on it.
+
+    Attributes:
+        cache: folder of decoded images; None: in the user's cache folder.
+        download: let torchvision or torchgeo download an archive.
+        workers: processes that load images for each device.
+        accelerator: "auto", "cpu" or "gpu".
+        devices: GPUs or processes to train on.
+    """
 
     cache: Path | None = None
     download: bool = False
@@ -39,14 +47,18 @@ class Machine:
 
     @property
     def evaluation_device(self) -> str:
+        """The device that features are computed on: "cuda" or "cpu"."""
         return "cuda" if self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def run(settings: Settings, variant: str, folder: Path, machine: Machine) -> dict[str, Any] | None:
-    """Train and evaluate, from wherever the folder's run got to.
+    """Train and evaluate a run, from where it was stopped.
 
     Args:
+        settings: what the run is.
         variant: what reports call a run that differs from the preset by options of its loss, as "k=auto".
+        folder: of the run.
+        machine: where it takes place.
 
     Returns:
         The results; None in processes of devices other than the first.
@@ -59,7 +71,7 @@ def run(settings: Settings, variant: str, folder: Path, machine: Machine) -> dic
         return finished
     problem = make_problem(settings, machine.cache, machine.download)
     _announce(settings, variant, folder)
-    _say(problem.archive.notes)
+    _print(problem.archive.notes)
     trained = train(
         settings,
         problem,
@@ -76,7 +88,7 @@ def run(settings: Settings, variant: str, folder: Path, machine: Machine) -> dic
 
 
 def evaluate(folder: Path, machine: Machine) -> dict[str, Any]:
-    """Evaluate anew the encoder that a run has trained so far.
+    """Evaluate once more the encoder of a run, as far as it is trained.
 
     Raises:
         ValueError: the folder holds no trained run.
@@ -88,8 +100,19 @@ def evaluate(folder: Path, machine: Machine) -> dict[str, Any]:
     )
 
 
-def trained(folder: Path) -> tuple[Settings, str, nn.Module, list[dict[str, float]], Normalisation]:
-    """Settings, variant, encoder, history and normalisation of a run, as far as it is trained.
+class TrainedRun(NamedTuple):
+    """What a run has left in its folder, as far as it is trained."""
+
+    settings: Settings
+    variant: str
+    encoder: nn.Module
+    history: list[dict[str, float]]
+    """A row of metrics for each epoch."""
+    normalisation: Normalisation
+
+
+def trained(folder: Path) -> TrainedRun:
+    """The run in a folder, as far as it is trained.
 
     Raises:
         ValueError: the folder holds no trained run, or a file of it is broken.
@@ -105,8 +128,8 @@ def trained(folder: Path) -> tuple[Settings, str, nn.Module, list[dict[str, floa
         bands = Normalisation(**checkpoint["normalisation"]) if "normalisation" in checkpoint else IMAGENET
         encoder = make_encoder(settings.encoder, settings.dim, bands=len(bands.mean))
         encoder.load_state_dict({key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)})
-        return settings, variant, encoder, checkpoint["history"], bands
-    except Exception as error:  # torch.load has no exception of its own
+        return TrainedRun(settings, variant, encoder, checkpoint["history"], bands)
+    except Exception as error:  # torch.load raises exceptions of many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"run: {path} is no checkpoint of this run that can be read: {reason}") from None
 
@@ -132,7 +155,7 @@ def finished_results(settings: Settings, folder: Path) -> dict[str, Any] | None:
 
 @rank_zero_only
 def _announce(settings: Settings, variant: str, folder: Path) -> None:
-    """Write what the run is, and say it."""
+    """Write settings.yaml, and print what the run is."""
     folder.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(settings) | {"variant": variant}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -143,7 +166,7 @@ def _announce(settings: Settings, variant: str, folder: Path) -> None:
 
 
 @rank_zero_only
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     if text:
         print(text, flush=True)
 

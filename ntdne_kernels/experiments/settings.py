@@ -1,4 +1,4 @@
-"""What defines a run, and the presets it starts from."""
+"""The settings of a run, and the presets they start from."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 
 from ntdne_kernels.experiments.images import MAX_PIXELS
-from ntdne_kernels.experiments.losses import LOSSES, loss_name
+from ntdne_kernels.experiments.loss_registry import LOSSES, loss_name
 
 PRESETS = ("paper", "authors", "scratch")
-RATELESS = ("none", "matrix")  # noise that the rate says nothing of
-SMALLEST_IMAGE = 4  # pixels: what the pooling of every encoder leaves something of
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
+RATELESS = ("none", "matrix")  # noise that has no rate
+SMALLEST_IMAGE = 4  # pixels: less would be pooled away by the encoders
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
 
 
 def _setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -23,7 +23,7 @@ def _setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a run's result depends on. A run that is continued must have the same.
+    """Everything that the result of a run depends on. A run can be continued only with the same settings.
 
     `data` and each field's help are the arguments of `ntdne train`.
 
@@ -80,15 +80,15 @@ class Settings:
     def __post_init__(self) -> None:
         for setting in dataclasses.fields(self):
             value, choices = getattr(self, setting.name), setting.metadata.get("choices")
-            kind = type(setting.default) if setting.metadata else type(value)
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise ValueError(f"{setting.name}: expected {_KINDS[kind]}, got {value!r}")
+            expected = type(setting.default) if setting.metadata else type(value)
+            if type(value) is not expected and not (expected is float and type(value) is int):
+                raise ValueError(f"{setting.name}: expected {_TYPE_NAMES[expected]}, got {value!r}")
             if choices and value not in choices:
                 raise ValueError(f"{setting.name}: expected one of {', '.join(choices)}, got {value!r}")
         for name in ("dim", "epochs", "batch_size", "lr_step", "max_pixels"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        good = all(type(band) is int and band >= 1 for band in self.bands)
-        self._check("bands", good, "whole numbers from 1, as 4,3,2")
+        valid = all(type(band) is int and band >= 1 for band in self.bands)
+        self._check("bands", valid, "whole numbers from 1, as 4,3,2")
         self._check("image_size", self.image_size >= SMALLEST_IMAGE, f"at least {SMALLEST_IMAGE}")
         for name in ("unseen_classes", "seed", "weight_decay"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
@@ -97,8 +97,8 @@ class Settings:
         self._check("rate", 0 <= self.rate <= 1, "a number from 0 to 1")
         self._check("momentum", 0 < self.momentum < 1, "a number between 0 and 1")
 
-    def _check(self, name: str, good: bool, expected: str) -> None:
-        if not good:
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
             raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
 

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from ntdne_kernels.experiments.finished import (
     Run,
+    as_text,
     columns,
     differing,
     flat_settings,
     grouped,
     loss_settings,
-    place,
-    text,
+    row_labels,
     without_sweeps,
 )
 from ntdne_kernels.experiments.paper import METHODS, published
@@ -28,18 +28,18 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table, ready to be written down."""
+    """A table of text, ready for a template."""
 
     title: str
     caption: str
     header: list[str]
     rows: list[Row]
-    words: int
-    """The first columns, which hold words rather than numbers."""
+    text_columns: int
+    """How many of the first columns hold text rather than numbers."""
 
 
 class Metric(NamedTuple):
-    """A metric of results.json, and what the report says of it."""
+    """A metric of results.json, and how the report explains it."""
 
     key: str
     title: str
@@ -47,7 +47,7 @@ class Metric(NamedTuple):
     paper: str = ""
     """As `paper.published` calls it."""
     doubt: str = ""
-    """Why the paper's number may be of another kind."""
+    """Why the paper's number may not be comparable."""
     decimals: int = 1
 
 
@@ -155,7 +155,10 @@ COUNTS: dict[str, Callable[[Run], float]] = {
 
 
 def metric_table(metric: Metric, runs: list[Run]) -> Table | None:
-    """A metric by dataset, noise and rate, a column for each loss; under ours the paper's. None where no run has it."""
+    """A metric by dataset, noise and rate, a column for each loss; the paper's numbers below ours.
+
+    None where no run has the metric.
+    """
     compared = beside_the_paper(runs)
     runs = [run for run in runs if metric.key in run.metrics]
     losses = columns(runs)
@@ -163,27 +166,33 @@ def metric_table(metric: Metric, runs: list[Run]) -> Table | None:
     for cell, in_cell in grouped(runs, lambda run: run.cell).items():
         by_name = grouped(in_cell, lambda run: run.name)
         means = {name: round(_mean(metric, same), metric.decimals) for name, same in by_name.items()}
-        best = frozenset(4 + at for at, run in enumerate(losses) if means.get(run.name) == max(means.values()))
+        best = frozenset(i for i, run in enumerate(losses, start=4) if means.get(run.name) == max(means.values()))
         ours = [_mean_and_spread(metric, by_name[run.name]) if run.name in by_name else "–" for run in losses]
-        rows.append(Row([*place(cell), "ours", *ours], best))
+        rows.append(Row([*row_labels(cell), "ours", *ours], best))
         theirs = [published(metric.paper, *cell, run.loss) if run.name in compared else None for run in losses]
         if any(theirs):
-            doubts = ["other settings" if unlike_the_paper(in_cell, compared) else "", metric.doubt]
+            doubts = ["other settings" if differences_from_paper(in_cell, compared) else "", metric.doubt]
             doubt = ", ".join(filter(None, doubts))
             numbers = [f"{100 * share:.2f}" if share else "" for share in theirs]
             rows.append(Row(["", "", "", f"paper ({doubt})" if doubt else "paper", *numbers], paper=True))
     header = ["dataset", "noise", "rate η", "whose", *(run.name for run in losses)]
-    return Table(f"{metric.title} (%)", metric.caption, header, rows, words=4) if rows else None
+    return Table(f"{metric.title} (%)", metric.caption, header, rows, text_columns=4) if rows else None
 
 
 def data_table(runs: list[Run]) -> Table:
-    """What was learned from: images, and how many labels were wrong."""
+    """The images of each row, and how many of their labels were wrong."""
     rows = [
-        Row([*place(cell), *(_span([count(run) for run in same]) for count in COUNTS.values()), str(len(same))])
+        Row(
+            [
+                *row_labels(cell),
+                *(_range_text([count(run) for run in same]) for count in COUNTS.values()),
+                str(len(same)),
+            ]
+        )
         for cell, same in grouped(runs, lambda run: run.cell).items()
     ]
     caption = "Ranges are over runs: a seed draws its own split and its own wrong labels."
-    return Table("Data", caption, ["dataset", "noise", "rate η", *COUNTS, "runs"], rows, words=3)
+    return Table("Data", caption, ["dataset", "noise", "rate η", *COUNTS, "runs"], rows, text_columns=3)
 
 
 def run_table(runs: list[Run]) -> Table:
@@ -193,7 +202,7 @@ def run_table(runs: list[Run]) -> Table:
     rows = [
         Row(
             [
-                *(*place(run.cell), run.name, str(run.seed), text(run.options) if run.options else "defaults"),
+                *(*row_labels(run.cell), run.name, str(run.seed), as_text(run.options) if run.options else "defaults"),
                 *(each.get(name, "–") for name in names),
                 f"{run.seconds / 60:.0f}" if run.seconds else "–",
             ]
@@ -201,7 +210,9 @@ def run_table(runs: list[Run]) -> Table:
         for run, each in zip(runs, settings, strict=True)
     ]
     header = ["dataset", "noise", "rate η", "loss", "seed", "options of the loss", *names, "minutes"]
-    return Table("Runs", "Each run, with the settings that are not the same in all.", header, rows, words=len(header))
+    return Table(
+        "Runs", "Each run, with the settings that are not the same in all.", header, rows, text_columns=len(header)
+    )
 
 
 def common_settings(runs: list[Run]) -> str:
@@ -212,13 +223,13 @@ def common_settings(runs: list[Run]) -> str:
 
 
 def missing_cells(runs: list[Run]) -> list[str]:
-    """What a dataset's grid of losses and noise lacks, a line for each row, and the paper's losses that no run has."""
+    """The runs that a dataset's grid of losses and noise lacks, a line for each row, and the paper's losses not run."""
     lines = []
     for in_dataset in grouped(without_sweeps(runs), lambda run: run.dataset).values():
         names = [run.name for run in columns(in_dataset)]
         for cell, same in grouped(in_dataset, lambda run: run.cell).items():
             if absent := [name for name in names if name not in {run.name for run in same}]:
-                lines.append(f"{', '.join(filter(None, place(cell)))}: {', '.join(absent)}")
+                lines.append(f"{', '.join(filter(None, row_labels(cell)))}: {', '.join(absent)}")
     losses = {run.loss for run in runs}
     if never := [method for method in METHODS if method not in losses]:
         lines.append(f"everywhere, of the paper's losses: {', '.join(never)}")
@@ -226,13 +237,13 @@ def missing_cells(runs: list[Run]) -> list[str]:
 
 
 def beside_the_paper(runs: list[Run]) -> set[str]:
-    """The columns that the paper's numbers stand in: of each loss the one with the fewest differences."""
+    """Names of the columns that show the paper's numbers: of each loss the one closest to the paper's recipe."""
     losses = grouped(columns(runs), lambda run: run.loss).values()
     return {min(same, key=lambda run: len(_differences(run))).name for same in losses}
 
 
-def unlike_the_paper(runs: list[Run], compared: set[str]) -> list[str]:
-    """How runs that are compared with a number of the paper differ from its recipe, as "epochs 12 (paper: 100)"."""
+def differences_from_paper(runs: list[Run], compared: set[str]) -> list[str]:
+    """How the runs that are compared with the paper differ from its recipe, as "epochs 12 (paper: 100)"."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for run in runs:
         if run.name in compared and any(published(metric.paper, *run.cell, run.loss) for metric in METRICS):
@@ -246,7 +257,7 @@ def _differences(run: Run) -> list[tuple[str, str, str]]:
     recipe = read_preset("paper") | {"weights": "imagenet"}  # open in the paper; its authors' code has these
     recipe |= loss_settings(recipe.pop("losses").get(run.loss, {}))
     ours = flat_settings(run)
-    theirs = {name: text(value) for name, value in recipe.items()}
+    theirs = {name: as_text(value) for name, value in recipe.items()}
     return [(name, ours[name], value) for name, value in theirs.items() if ours.get(name, value) != value]
 
 
@@ -255,7 +266,7 @@ def _mean(metric: Metric, runs: list[Run]) -> float:
 
 
 def _mean_and_spread(metric: Metric, runs: list[Run]) -> str:
-    """Mean ± standard deviation over seeds; of a single run its own interval where it has one."""
+    """Mean ± standard deviation over seeds; for a single run ± its own interval where it has one."""
     value = f"{_mean(metric, runs):.{metric.decimals}f}"
     interval = runs[0].metrics.get(f"{metric.key}_ci")
     if len(runs) > 1:
@@ -264,7 +275,7 @@ def _mean_and_spread(metric: Metric, runs: list[Run]) -> str:
     return value if interval is None else f"{value}{NBSP}±{NBSP}{100 * interval:.{metric.decimals}f}"
 
 
-def _span(values: list[float]) -> str:
+def _range_text(values: list[float]) -> str:
     return "–".join(dict.fromkeys(f"{end:,}" for end in (min(values), max(values))))
 
 

@@ -1,4 +1,4 @@
-"""What ecologists ask of embeddings besides: to tell apart classes never trained on, and to see that a class is new.
+"""Two further tasks on classes kept out of training: few-shot classification, and recognising them as unknown.
 
 Features as in `evaluation`. Shapes: B queries, N database images, M images of unseen classes, D features.
 """
@@ -16,18 +16,19 @@ from ntdne_kernels.experiments.evaluation import check_classes, check_features, 
 def few_shot(
     features: Tensor, labels: Tensor, shots: int, seed: int, ways: int = 5, queries: int = 15, episodes: int = 600
 ) -> tuple[float, float]:
-    """Accuracy of naming images of unseen classes after a few examples, and half the width of its 95 % interval.
+    """Accuracy of classifying images of unseen classes by a few examples, and half the width of its 95 % interval.
 
     An episode draws `ways` classes, and of each `shots` examples and `queries` other images. A query is given the class
-    whose examples' mean has the highest cosine with it: prototypical networks (Snell et al., NeurIPS 2017) with cosines
+    whose mean example has the highest cosine with it: prototypical networks (Snell et al., NeurIPS 2017) with cosines
     for distances. The interval is 1.96 standard errors of the mean over the episodes.
 
     Args:
         features: (M, D)
         labels: (M,) classes from 0.
-        shots, queries: images of a class in an episode, each at least 1.
+        shots: examples of each class in an episode, at least 1.
         seed: of the episodes.
         ways: classes in an episode, at least 2; where fewer occur, all of them.
+        queries: images of each class in an episode that are classified, at least 1.
         episodes: at least 2.
 
     Raises:
@@ -52,13 +53,15 @@ def few_shot(
     accuracies = torch.empty(episodes, dtype=torch.float64)
     for episode in range(episodes):
         drawn = [
-            images[place][torch.randperm(len(images[place]), generator=generator)[: shots + queries]]
-            for place in torch.randperm(len(images), generator=generator)[:ways].tolist()
+            images[c][torch.randperm(len(images[c]), generator=generator)[: shots + queries]]
+            for c in torch.randperm(len(images), generator=generator)[:ways].tolist()
         ]
         examples, others = features[torch.stack(drawn).to(features.device)].split([shots, queries], dim=1)
         cosines = cosine_similarity(others.unsqueeze(2), examples.mean(dim=1), dim=3)  # class, query, prototype
-        named = cosines.argmax(dim=2)
-        accuracies[episode] = (named == torch.arange(len(drawn), device=named.device).unsqueeze(1)).float().mean()
+        predicted = cosines.argmax(dim=2)
+        accuracies[episode] = (
+            (predicted == torch.arange(len(drawn), device=predicted.device).unsqueeze(1)).float().mean()
+        )
     return float(accuracies.mean()), 1.96 * float(accuracies.std()) / math.sqrt(episodes)
 
 
@@ -70,14 +73,16 @@ def unknown_auroc(
     sigma: float = 0.1,
     K: int = 10,
 ) -> dict[str, float]:
-    """How well low scores tell queries of no class in the database from the others: AUROC by score.
+    """How well low scores separate queries of classes outside the database from the others: AUROC by score.
 
     "agreement" is the largest share of a class among a query's neighbours (`neighbour_shares`: the score p of eq. 4 for
     a query without a label), "similarity" the mean cosine of its K nearest.
 
     Args:
-        known_queries, unknown_queries: (B, D) each, B may differ.
-        database, database_labels: (N, D) and (N,) classes from 0.
+        known_queries: (B, D) images of classes in the database.
+        unknown_queries: (B, D) images of other classes; B may differ.
+        database: (N, D)
+        database_labels: (N,) classes from 0.
         sigma: temperature σ > 0 of "agreement".
         K: from 1 to N.
 

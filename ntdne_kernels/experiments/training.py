@@ -1,9 +1,9 @@
-"""Training with Lightning: one run from first weights to last, killed and continued at will.
+"""Training with Lightning: one run, which may be killed and continued at any time.
 
-A run that is killed at any moment continues from the end of its last whole epoch and, on the same machine, gives the
-same numbers as one that never was (on a GPU as far as PyTorch's kernels repeat themselves): an epoch's batches and
-augmentations follow from the seed and the epoch alone, and the checkpoint, written under another name and then renamed,
-holds encoder, loss (bank and scores included), optimiser, schedule and history.
+A killed run continues from the end of its last complete epoch. On the same machine it gives the same numbers as a run
+that was never killed (on a GPU as far as PyTorch's kernels are deterministic), since batches and augmentations depend
+only on the seed and the epoch, and the checkpoint holds encoder, loss (with bank and scores), optimiser, schedule and
+history. It is written under another name and then renamed, so it is always complete.
 
 Shapes: b images of a batch in B bands, N training images, D features, C classes.
 """
@@ -35,7 +35,8 @@ from ntdne_kernels import NTDNELoss, SNCALoss
 from ntdne_kernels.experiments.encoders import make_encoder
 from ntdne_kernels.experiments.evaluation import knn_accuracy
 from ntdne_kernels.experiments.files import write_whole
-from ntdne_kernels.experiments.losses import Criterion, TRNSLLoss, make_loss
+from ntdne_kernels.experiments.loss_registry import make_loss
+from ntdne_kernels.experiments.losses import Criterion, TRNSLLoss
 from ntdne_kernels.experiments.problem import Problem
 from ntdne_kernels.experiments.settings import Settings
 
@@ -45,12 +46,12 @@ QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 class Training(LightningModule):
-    """Encoder and loss of a run, and what is logged of it.
+    """Encoder and loss of a run, with its metrics.
 
     Attributes:
         encoder: images (b, B, H, W) to features (b, D).
         criterion: one of the losses.
-        history: a row of metrics for each whole epoch.
+        history: a row of metrics for each complete epoch.
     """
 
     train_features: Tensor
@@ -68,15 +69,15 @@ class Training(LightningModule):
         self.bank_momentum: dict[int, float] = momentum if isinstance(momentum, dict) else {}
         self.history: list[dict[str, float]] = []
         self.first_epoch = 0
-        # Each image's feature when it was last trained on: what validation searches, at no further pass.
+        # Each image's feature when it was last trained on. Validation searches these, which saves a pass.
         self.register_buffer("train_features", torch.zeros(len(problem.train), settings.dim), persistent=False)
         self._validation: list[tuple[Tensor, Tensor]] = []
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Made anew for each epoch (see `train`), all its randomness from the seed and the epoch.
+        """The loader of an epoch (`train` has Lightning ask for one each epoch), random by the seed and the epoch only.
 
-        Nothing here may depend on how often it is asked for or iterated: at the start of a continued run Lightning does
-        both twice, once while its epoch still counts as 0.
+        It must not depend on how often it is asked for or iterated: at the start of a continued run Lightning does both
+        twice, once while the epoch is still 0.
         """
         seed = 1_000_003 * self.settings.seed + max(self.current_epoch, self.first_epoch)
         dataset = self.problem.dataset(self.problem.train, augment_by=seed if self.settings.augment else None)
@@ -91,11 +92,13 @@ class Training(LightningModule):
         )
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
+        """The loader of the validation images, if there are any."""
         if len(self.problem.validation) == 0:  # an archive of tiny classes
             return []
         return [DataLoader(self.problem.dataset(self.problem.validation), self.batch_size, num_workers=self.workers)]
 
     def configure_optimizers(self) -> Any:
+        """SGD and the schedule of the settings."""
         settings = self.settings
         optimizer = torch.optim.SGD(
             self.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay, nesterov=True
@@ -107,12 +110,13 @@ class Training(LightningModule):
             )
         else:
             decay = settings.lr_decay if settings.schedule == "step" else 1.0
-            falls = settings.lr_step * self.steps_per_epoch
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay ** (step // falls))
-        # By step: Lightning takes an epoch's scheduler step after the epoch's checkpoint.
+            interval = settings.lr_step * self.steps_per_epoch
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay ** (step // interval))
+        # By step, since Lightning steps an epoch's schedule only after the epoch's checkpoint.
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_epoch_start(self) -> None:
+        """Tell the loss the epoch, and set its momentum."""
         self.criterion.set_epoch(self.current_epoch)
         if self.bank_momentum:
             self.criterion.momentum = self.bank_momentum[max(e for e in self.bank_momentum if e <= self.current_epoch)]
@@ -121,28 +125,32 @@ class Training(LightningModule):
         self._epoch_began = time.perf_counter()
 
     def training_step(self, batch: list[Tensor]) -> dict[str, Tensor]:
+        """The loss of a batch, with its features for the update of the bank."""
         images, _, index = batch
         features = self.encoder(images.contiguous(memory_format=torch.channels_last))
-        with self._divergence_named():
+        with self._naming_divergence():
             loss = self.criterion(features, index)
         return {"loss": loss, "features": features.detach(), "index": index}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Update the bank after the optimiser's step: on every rank with features and scores of all, so banks agree."""
+        """Update the bank after the optimiser's step.
+
+        Each rank updates its bank with the features and scores of all ranks, so that the banks stay equal.
+        """
         features, index = outputs["features"].float(), outputs["index"]
         if self.trainer.world_size > 1:
             features, index = self._of_all_ranks(features), self._of_all_ranks(index)
             if isinstance(self.criterion, NTDNELoss | SNCALoss):
                 memory = self.criterion.memory
                 memory.record_(self._of_all_ranks(memory.last_log_p[outputs["index"]]), index)
-        with self._divergence_named():
+        with self._naming_divergence():
             self.criterion.update_bank(features, index)
         self.train_features[index] = normalize(features, dim=1)
         self._losses.append(outputs["loss"].detach())
 
     @contextmanager
-    def _divergence_named(self) -> Iterator[None]:
-        """Features without a direction are those of an encoder whose weights are no longer finite."""
+    def _naming_divergence(self) -> Iterator[None]:
+        """Say that training diverged where the bank finds features that are not finite."""
         try:
             yield
         except ValueError as error:
@@ -156,17 +164,19 @@ class Training(LightningModule):
         return torch.flatten(gathered, 0, 1)
 
     def validation_step(self, batch: list[Tensor]) -> None:
+        """Keep the unit features of a batch for the end of the epoch."""
         images, labels, _ = batch
         features = self.encoder(images.contiguous(memory_format=torch.channels_last)).float()
         self._validation.append((normalize(features, dim=1), labels))
 
     def on_train_epoch_end(self) -> None:
+        """Log a row of metrics; ValueError where the loss is not finite."""
         loss = self.trainer.strategy.reduce(torch.stack(self._losses).mean(), reduce_op="mean")
         if not math.isfinite(loss):
             raise ValueError(
                 f"the loss of epoch {self.current_epoch + 1} is {float(loss)}: training diverged; try a lower --lr"
             )
-        row = {"loss": float(loss), "lr": self._lr}  # the epoch's first learning rate
+        row = {"loss": float(loss), "lr": self._lr}  # the learning rate at the beginning of the epoch
         row |= self._validation_metrics() | self._score_metrics()
         row["seconds"] = time.perf_counter() - self._epoch_began
         self.log_dict(row, rank_zero_only=True)
@@ -175,7 +185,7 @@ class Training(LightningModule):
             self._print_last_row()
 
     def _print_last_row(self) -> None:
-        """A line for each epoch reads as well in a log file as on a terminal."""
+        """Print the epoch's metrics in one line, which suits log files and terminals."""
         row = self.history[-1]
         line = f"epoch {row['epoch'] + 1}/{self.settings.epochs}  loss {row['loss']:.4f}"
         if "val_knn" in row:
@@ -200,7 +210,7 @@ class Training(LightningModule):
         }
 
     def _score_metrics(self) -> dict[str, float]:
-        """Quantiles of the leave-one-out scores p, the share that is pruned, and AUROC of low p for wrong labels."""
+        """Quantiles of the leave-one-out scores p, the pruned share, and the AUROC of low p for wrong labels."""
         if isinstance(self.criterion, TRNSLLoss):
             return {"pruned_share": self.criterion.truncated_share}
         if not isinstance(self.criterion, NTDNELoss | SNCALoss):
@@ -218,16 +228,19 @@ class Training(LightningModule):
         return row
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the history, and what identifies the problem."""
         checkpoint |= {"history": self.history, "problem": self.problem.fingerprint}
         checkpoint["normalisation"] = dataclasses.asdict(self.problem.normalisation)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the history."""
         self.history = checkpoint["history"]
 
 
 class Batches(Sampler[list[int]]):
-    """Batches of B in the order of a sampler; a last one of a single image, of which BatchNorm has no variance, is
-    joined to the one before.
+    """Batches of B in the order of a sampler; a last one of a single image is joined to the one before.
+
+    BatchNorm cannot normalise a single image, as it has no variance.
     """
 
     def __init__(self, order: Sampler[int] | range, B: int) -> None:
@@ -244,26 +257,27 @@ class Batches(Sampler[list[int]]):
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are whole whatever moment a run is killed at.
+    """Checkpoints that are complete whenever a run is killed.
 
-    Lightning's own go through the system's folder for temporary files, which may lie on another disk, where a rename
-    becomes a copy.
+    Lightning writes its own in the system's folder for temporary files. That may lie on another disk, so that moving
+    the file copies it, which can be interrupted.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write the checkpoint under another name, then rename it."""
         write_whole(Path(path), lambda file: torch.save(checkpoint, file))
 
 
 def make_criterion(settings: Settings, labels: Tensor) -> Criterion:
-    """The loss of some settings for given labels (N,); ValueError where an option is bad.
+    """The loss that settings describe, for given labels (N,); ValueError where an option is bad.
 
     A bank's momentum may be a number, or {epoch: momentum from then on} with an epoch 0.
     """
     options = dict(settings.loss_options)
     momentum = options.get("momentum")
     if isinstance(momentum, dict):
-        numbers = [isinstance(m, float | int) and 0 <= m <= 1 for m in momentum.values()]
-        if 0 not in momentum or not all(numbers) or not all(type(epoch) is int for epoch in momentum):
+        valid = all(isinstance(m, float | int) and 0 <= m <= 1 for m in momentum.values())
+        if 0 not in momentum or not valid or not all(type(epoch) is int for epoch in momentum):
             raise ValueError(f"momentum: expected {{0: number in [0, 1], later epoch: number, ...}}, got {momentum}")
         options["momentum"] = momentum[0]
     return make_loss(settings.loss, labels, settings.dim, **options)
@@ -278,13 +292,15 @@ def train(
     accelerator: str = "auto",
     devices: int = 1,
 ) -> Training | None:
-    """Train a run in its folder, or continue it where it was killed, or return it where it is finished.
+    """Train a run in its folder, continue it where it was killed, or return it where it is finished.
 
     Args:
+        settings: what the run is.
+        problem: the images and labels that the settings describe.
         folder: gets last.ckpt and TensorBoard's event files.
         workers: processes that load images for each device.
-        accelerator, devices: as Lightning names them. On several devices each trains on its share of a batch with a
-            bank of its own, and all banks get all features.
+        accelerator: as Lightning names it.
+        devices: how many. Each trains on its share of a batch with a bank of its own, and all banks get all features.
 
     Returns:
         The trained run; None in the processes of devices other than the first.
@@ -314,7 +330,7 @@ def train(
         ],
         enable_progress_bar=sys.stderr.isatty(),
         plugins=[WholeCheckpoints()],
-        use_distributed_sampler=False,  # training has its own, and every rank validates with all images
+        use_distributed_sampler=False,  # training has one, and every rank validates with all images
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
@@ -323,17 +339,17 @@ def train(
     )
     continued = checkpoint.exists()
     if continued:
-        there = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
-        if there["problem"] != problem.fingerprint:
+        saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+        if saved["problem"] != problem.fingerprint:
             raise ValueError(f"data: the run in {folder} had other images or given labels; give another --output")
-        training.first_epoch = len(there["history"])
+        training.first_epoch = len(saved["history"])
     trainer.fit(training, ckpt_path=checkpoint if continued else None, weights_only=True)
-    trainer.strategy.barrier()  # Gloo's threads must be done with their tensors before a process ends
+    trainer.strategy.barrier()  # a process must not end while Gloo's threads use its tensors
     return training if trainer.is_global_zero else None
 
 
 def _quiet() -> None:
-    """Leave out what Lightning says of itself; its warnings about users' mistakes stay."""
+    """Silence what Lightning says of itself; its warnings about users' mistakes stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
     warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")

@@ -1,4 +1,4 @@
-"""Tiny archives, and the command as a person would give it."""
+"""Fixtures of the experiments: tiny archives, made-up runs and their report, and the command `ntdne`."""
 
 from pathlib import Path
 
@@ -8,9 +8,10 @@ import tifffile
 from PIL import Image
 
 from ntdne_kernels.experiments import cli
-
-QUICK = ["--preset", "scratch", "--encoder", "small", "--image-size", "8", "--epochs", "2", "--batch-size", "16"]
-QUICK += ["--split", "seeded", "--precision", "32-true", "--no-augment"]
+from ntdne_kernels.experiments.archive import Archive, open_archive
+from ntdne_kernels.experiments.report import write_report
+from ntdne_kernels.experiments.sources import Decoding
+from tests.experiments.helpers import write_archive, write_run
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> Path:
-    """A folder of two class folders with 20 TIFFs each, of 5 bands in 12 of 16 bits; the fourth tells the classes."""
+    """A folder of two class folders with 20 TIFFs each, of 5 bands of 16 bits; the fourth band tells the classes."""
     source = np.random.default_rng(0)
     for name, level in (("forest", 2500), ("water", 300)):
         (tmp_path / "scenes" / name).mkdir(parents=True)
@@ -53,3 +54,54 @@ def ntdne(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             return int(ended.code or 0)
 
     return run
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_archive(tmp_path / "scenes", {"Beach": 3, "Forest": 4})
+
+
+@pytest.fixture
+def archive(folder: Path, cache: Path) -> Archive:
+    return open_archive(str(folder), 4, cache=cache)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that were decoded."""
+    names: list[str] = []
+    decode = Decoding.read
+
+    def noting(decoding: Decoding, path: str) -> object:
+        names.append(Path(path).name)
+        return decode(decoding, path)
+
+    monkeypatch.setattr(Decoding, "read", noting)
+    return names
+
+
+@pytest.fixture(scope="session")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two losses × two rates, a sweep of k at one of them, and a Siamese one of D = 2; a long name in each."""
+    root = tmp_path_factory.mktemp("runs")
+    everywhere = {"noise_file": "/a/folder/of_a_long_name/" * 5 + "noise.yaml"}
+    for rate in (0.1, 0.5):
+        write_run(root, "SNCA", rate, settings=everywhere)
+        write_run(root, "NTDNE", rate, settings=everywhere | {"loss_options": {"k": 0.3}})
+    for k in ("0.1", "0.2", "0.4", "auto", "none"):
+        write_run(root, "NTDNE", 0.5, variant=f"k={k}", settings=everywhere)
+    arrays = {"untrained_features": np.eye(12, 2), "test_features": np.random.default_rng(0).normal(size=(12, 2))}
+    write_run(root, "Contrastive", 0.5, noise="none", dataset="digits", settings=everywhere, arrays=arrays)
+    return root
+
+
+@pytest.fixture(scope="session")
+def report(grid: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """The folder of the grid's report, and its files."""
+    output = tmp_path_factory.mktemp("report") / "of" / "runs"
+    return output, write_report(grid, output)

@@ -108,7 +108,7 @@ def test_nearest_is_the_same_under_autocast_and_for_features_that_require_grad()
 @pytest.mark.parametrize(("weights", "sklearn_name"), [("vote", "uniform"), ("distance", "distance")])
 @pytest.mark.parametrize("seed", range(5))
 def test_knn_predicts_what_scikit_learn_does(weights, sklearn_name, seed, device):
-    queries, query_labels, database, labels = problem(B=200, N=150, seed=seed)
+    queries, query_labels, database, labels = problem(B=60, N=60, seed=seed)
     database[:30] = queries[:30]
     reference = KNeighborsClassifier(10, weights=sklearn_name, algorithm="kd_tree").fit(database, labels)
     arguments = [x.to(device) for x in (queries, database, labels)]
@@ -187,7 +187,7 @@ def test_average_precision_of_the_whole_database_is_that_of_scikit_learn():
     queries, query_labels, database, labels = problem()
     pairs = zip(cosines(queries, database), query_labels, strict=True)
     expected = np.mean([average_precision_score((labels == label).numpy(), line) for line, label in pairs])
-    for R in (60, 1000):  # more than there are is all
+    for R in (60, 1000):  # R beyond the database retrieves all of it
         found = mean_average_precision(queries, query_labels, database, labels, R)
         assert found["total"] == pytest.approx(expected, abs=1e-6)
 
@@ -195,7 +195,7 @@ def test_average_precision_of_the_whole_database_is_that_of_scikit_learn():
 @pytest.mark.usefixtures("small_tiles")
 def test_map_averages_over_the_queries_with_relevant_images(device):
     queries, query_labels, database, labels = problem()
-    query_labels[:5] = torch.tensor([4, 9, 4, 100, 4])  # classes the database has not
+    query_labels[:5] = torch.tensor([4, 9, 4, 100, 4])  # classes that the database does not have
     total, hits_only, smaller = [], [], []
     for line, label in list(zip(cosines(queries, database), query_labels.tolist(), strict=True))[5:]:
         hits = [int(labels[j]) == label for j in ranking(line)[:20]]
@@ -217,7 +217,7 @@ def interpolated(precision: list[float], recall: list[float]) -> list[float]:
 def test_precision_recall_curve_retrieves_bin_by_bin(device, monkeypatch):
     monkeypatch.setattr(evaluation, "BINS", 16)
     queries, query_labels, database, labels = problem()
-    query_labels[:5] = 4  # a class the database has not
+    query_labels[:5] = 4  # a class that the database does not have
     curves = []
     for line, label in list(zip(cosines(queries, database), query_labels.tolist(), strict=True))[5:]:
         Q = labels.tolist().count(label)
@@ -244,14 +244,14 @@ def test_precision_recall_curve_is_exact_where_no_two_images_share_a_bin():
     curves = []
     for label in range(3):
         precision, recall, _ = sklearn_curve((labels == label).numpy(), score)
-        curves.append(interpolated(precision[:-1], recall[:-1]))  # the last is of retrieving nothing
+        curves.append(interpolated(precision[:-1], recall[:-1]))  # the last point retrieves nothing
     _, precision = precision_recall_curve(queries, query_labels, database, labels)
     np.testing.assert_allclose(precision.numpy(), np.mean(curves, axis=0), atol=1e-6)
 
 
 def test_opposite_and_equal_rows_fall_into_the_outer_bins():
     query = rows(1, D=100)
-    database = torch.cat([-query, query, -query])  # cosines of 1 and −1, give or take their rounding
+    database = torch.cat([-query, query, -query])  # cosines of 1 and −1 up to rounding
     _, precision = precision_recall_curve(query, torch.tensor([1]), database, torch.tensor([0, 1, 1]))
     np.testing.assert_allclose(precision.numpy(), [1] * 51 + [2 / 3] * 50, atol=1e-6)
 

@@ -17,13 +17,13 @@ from PIL import Image, ImageOps
 from ntdne_kernels.experiments.images import Unreadable, as_picture, decode, resized, suffixes
 
 RNG = np.random.default_rng(0)
-DEEP = RNG.integers(0, 3000, (16, 19, 13), np.uint16)  # of a camera of 12 bits, as most are
+DEEP = RNG.integers(0, 3000, (16, 19, 13), np.uint16)  # values of a 12-bit camera in 16 bits
 SHALLOW = RNG.integers(0, 256, (16, 19, 13), np.uint8)
 NO_DATA = 42113
 
 
 def tiff(path: Path, pixels: np.ndarray, **options: object) -> Path:
-    """A TIFF of bands (H, W, B), which are no colours unless that is said."""
+    """A TIFF of bands (H, W, B), which are not colours unless the options say so."""
     options = {"photometric": "minisblack", "planarconfig": "contig"} | options
     tifffile.imwrite(path, pixels, **options)
     return path
@@ -60,8 +60,8 @@ def test_colours_of_16_bits_keep_every_level(tmp_path, kind):
     found = decode(path)
     assert found.dtype == np.uint16
     assert np.array_equal(found, colours)
-    if kind != "planar":  # of which Pillow makes noise
-        assert len(np.unique(np.asarray(Image.open(path)))) <= 8  # of 1,848 levels
+    if kind != "planar":  # Pillow reads noise from such files
+        assert len(np.unique(np.asarray(Image.open(path)))) <= 8  # Pillow keeps 8 of 1,848 levels
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm", "jp2"])
@@ -143,7 +143,7 @@ def test_a_broken_exif_spoils_no_picture(tmp_path):
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "deep RGBA", "deep LA", "deep tif", "multiplied tif"])
 def test_transparency_is_laid_over_black(tmp_path, kind):
-    """Whatever colours hide below it."""
+    """The colours of transparent pixels do not show."""
     deep = kind not in ("RGBA", "LA", "P")
     opacity = np.array([[0, 0, 128, 255]]) * (257 if deep else 1)
     colour = np.full((1, 4), 200) * (257 if deep else 1)
@@ -189,7 +189,7 @@ def test_no_data_is_black(tmp_path):
     assert decode(tmp_path / "a.tif").tolist() == [[[0, 1.5], [2, 0], [0, 0.5]]]
     tifffile.imwrite(tmp_path / "b.tif", DEEP[..., 0] // 1500, extratags=[(NO_DATA, "s", 0, "1", True)])
     assert decode(tmp_path / "b.tif").max() == 0
-    counts = np.array([[[55537, 7]]], np.uint16)  # −9999 in 16 bits, which no tag means
+    counts = np.array([[[55537, 7]]], np.uint16)  # 55537 has the bits of −9999, but is another number
     tiff(tmp_path / "c.tif", counts, extratags=[(NO_DATA, "s", 0, "-9999", True)])
     assert np.array_equal(decode(tmp_path / "c.tif"), counts)
 
@@ -232,7 +232,7 @@ def test_bands_are_chosen_as_they_are_stored(tmp_path):
     assert np.array_equal(decode(path, (4, 3, 2)), DEEP[..., [3, 2, 1]])
     assert np.array_equal(decode(path, (13,)), DEEP[..., 12:])
     assert said(path, (4, 14)) == "there is no band 14 (13 bands of 16 bits, 19 × 16 pixels)"
-    Image.fromarray(SHALLOW[..., :4]).save(tmp_path / "a.png")  # near infrared that calls itself transparency
+    Image.fromarray(SHALLOW[..., :4]).save(tmp_path / "a.png")  # near infrared stored as transparency
     assert np.array_equal(decode(tmp_path / "a.png", (4, 1)), SHALLOW[..., [3, 0]])
     Image.fromarray(SHALLOW[..., 0]).save(tmp_path / "grey.png")
     assert np.array_equal(decode(tmp_path / "grey.png", (1,)), SHALLOW[..., :1])
@@ -296,7 +296,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, module, name):
 
 
 def test_the_limit_of_pixels_is_ours_and_can_be_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's, of which 304 pixels would be an error
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's own limit, which 304 pixels would exceed
     Image.fromarray(SHALLOW[..., :3]).save(tmp_path / "a.png")
     for path in (tmp_path / "a.png", tiff(tmp_path / "a.tif", DEEP)):
         assert "19 × 16 pixels, more than the 303 pixels that --max-pixels admits" in said(path, max_pixels=303)

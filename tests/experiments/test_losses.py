@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntdne_kernels import NTDNELoss, SNCALoss
-from ntdne_kernels.experiments.losses import LOSSES, loss_name, loss_options, make_loss
+from ntdne_kernels.experiments.loss_registry import LOSSES, loss_name, loss_options, make_loss
 
 N, D, B, C = 40, 6, 12, 4
 BANKS = ["SNCA", "NTDNE", "NTDNE-broadcast"]
@@ -35,7 +35,7 @@ def batch(seed: int = 1, size: int = B) -> tuple[Tensor, Tensor]:
 
 
 def made(name: str, seed: int = 0, **options):
-    """The loss in double precision, from a start of its own."""
+    """The loss in double precision, its parameters drawn from the seed."""
     torch.manual_seed(seed)
     return make_loss(name, labels_of(), D, **options).double()
 
@@ -195,7 +195,7 @@ def test_arcface_formula_is_tested_on_both_sides_of_pi_less_the_margin():
 
 
 def test_arcface_gradient_is_finite_for_a_feature_along_its_prototype():
-    """The angle's derivative is not."""
+    """The derivative of the angle is infinite there."""
     criterion = make_loss("ArcFace", torch.tensor([0, 1]), 2, scale=1.0)
     with torch.no_grad():
         criterion.softmax.W.copy_(torch.eye(2))
@@ -215,7 +215,7 @@ def test_trnsl_truncates_from_the_epoch_after_the_warm_up():
 
 
 def test_trnsl_truncates_each_image_for_itself():
-    """A truncated image has exactly no gradient; another's does not depend on how many were truncated."""
+    """A truncated image's gradient is exactly 0; the others' do not depend on how many were truncated."""
     features, index = batch()
     gradients = []
     for k in (0.01, 0.4, 0.8):
@@ -295,7 +295,7 @@ def test_broadcast_refreshes_its_indicator_every_ten_epochs_from_the_warm_up_on(
         criterion.set_epoch(epoch)
         if not torch.equal(criterion.w, before):
             refreshed.append(epoch)
-    assert refreshed == [29, 39]  # and at 19, to the ones that it starts with
+    assert refreshed == [29, 39]  # also at 19, where it becomes 1 everywhere, as it was
     criterion.memory.last_log_p.fill_(-math.inf)
     criterion.set_epoch(39)
     assert criterion.w.all()
@@ -303,7 +303,7 @@ def test_broadcast_refreshes_its_indicator_every_ten_epochs_from_the_warm_up_on(
     assert not criterion.w[:-1].any()
 
 
-def test_broadcast_keeps_images_that_were_never_scored_and_features_outside_the_archive():
+def test_broadcast_keeps_what_was_never_scored_and_what_is_outside_the_archive():
     criterion = make_loss("NTDNE-broadcast", labels_of(), D, k=0.5, warmup_epochs=0)
     criterion.memory.last_log_p[:10] = math.log(0.5)  # p = k is pruned
     criterion.set_epoch(9)
@@ -412,7 +412,7 @@ def test_any_integer_dtype_of_index(name):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("size", [0, 1, 2])
 def test_tiny_batches(name, size):
-    """Nothing to compare with, or hardly: a finite loss that can be backpropagated."""
+    """With no or few images to compare, the loss is finite and can be backpropagated."""
     criterion = make_loss(name, labels_of(), D)
     features, index = batch(size=size)
     given = features.float().requires_grad_()
@@ -442,7 +442,7 @@ def test_batches_of_one_class_have_no_pairs_across(size):
 
 @pytest.mark.parametrize("name", ["D-CNN", "Triplet", "Contrastive"])
 def test_equal_features_have_a_finite_gradient(name):
-    """The derivative of their distance does not exist."""
+    """Their distance is 0, where it has no derivative."""
     features = torch.ones(30, D, requires_grad=True)
     make_loss(name, labels_of(), D)(features, torch.arange(30)).backward()
     assert features.grad.isfinite().all()
@@ -450,7 +450,7 @@ def test_equal_features_have_a_finite_gradient(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_features_that_are_not_finite_show_in_the_loss(name):
-    """A diverged encoder must not train on in silence: the losses with a bank name the row, as its update does."""
+    """A diverged encoder must not keep training in silence; losses with a bank raise and name the row."""
     features, index = batch()
     features[2, 1] = torch.nan
     criterion = make_loss(name, labels_of(), D)

@@ -133,7 +133,7 @@ def test_the_authors_map_has_fifths_of_the_rate():
 
 
 @pytest.mark.parametrize("dataset", CLASSES)
-def test_at_rate_0_7_of_the_authors_maps_ten_classes_have_a_wrong_label_as_their_commonest(dataset: str):
+def test_at_rate_0_7_ten_classes_of_the_authors_maps_have_mostly_a_wrong_label(dataset: str):
     labels = training_labels(dataset)
     given = corrupt(labels, authors_map(CLASSES[dataset], 0.7), 42, "exact").labels
     commonest = [int(given[labels == c].bincount().argmax()) for c in range(len(CLASSES[dataset]))]
@@ -206,7 +206,7 @@ def test_what_is_no_transition_matrix_is_refused(matrix: list, message: str):
         check_matrix(torch.tensor(matrix, dtype=torch.float64), 2)
 
 
-def test_a_transposed_matrix_passes_after_transposing_and_a_doubly_stochastic_one_as_it_is():
+def test_a_matrix_passes_once_transposed_and_a_doubly_stochastic_one_as_it_is():
     cleanlab = torch.tensor([[0.9, 0.3], [0.1, 0.7]], dtype=torch.float64)
     assert torch.equal(check_matrix(cleanlab.T, 2), cleanlab.T)
     assert torch.equal(check_matrix(uniform(4, 0.3).T, 4), uniform(4, 0.3))
@@ -311,7 +311,11 @@ def test_exact_draws_are_spread_over_the_images_of_a_class():
 def test_the_largest_remainders_are_rounded_up():
     matrix = torch.tensor([[0.56, 0.28, 0.16], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
     given = corrupt(torch.zeros(10, dtype=torch.int64), matrix, 0, "exact").labels
-    assert given.bincount().tolist() == [6, 3, 1]  # 5.6, 2.8 and 1.6 less 8 whole: up goes 0.8, then the first 0.6
+    assert given.bincount().tolist() == [
+        6,
+        3,
+        1,
+    ]  # of 5.6, 2.8 and 1.6 the largest remainders are 0.8 and the first 0.6
 
 
 def test_exact_uniform_noise_favours_no_class():

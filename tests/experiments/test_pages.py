@@ -9,10 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ntdne_kernels.experiments.auditing import write_audit
-from ntdne_kernels.experiments.auditing.inputs import Source
+from ntdne_kernels.experiments.auditing import AuditOptions, Source, write_audit
 from ntdne_kernels.experiments.report import write_report
-from tests.experiments.test_report import write_run
+from tests.experiments.helpers import write_run
 
 webdriver = pytest.importorskip("selenium.webdriver")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -63,25 +62,19 @@ def audited(folder: Path, *, bad: bool = False) -> Path:
     picture = Image.fromarray(source.integers(256, size=(32, 32, 3), dtype=np.uint8))
     paths = [f"a_folder_of_a_long_name/{'and_a_file_of_a_very_long_name_' * 3}{i}.png" for i in range(60)]
     found = Source("a_source_of_a_rather_long_name_for_a_heading", features, names[labels], paths, lambda _: picture)
-    return write_audit(found, folder)[1][0]
-
-
-def reported(folder: Path, runs: int) -> Path:
-    losses = ["NTDNE", "SNCA", "D-CNN", "NSL", "t-RNSL"]
-    for loss in losses[:runs]:
-        write_run(folder, loss, settings={"noise_file": "/a/folder/of_a_long_name/" * 5 + "noise.yaml"})
-    return write_report(folder, folder / "report")[0]
+    return write_audit(found, folder, AuditOptions())[1][0]
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pages(report: tuple[Path, list[Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pages")
+    write_run(folder / "one", "NTDNE")
     return {
         "audit": audited(folder / "audit"),
         "audit in doubt": audited(folder / "doubt", bad=True),
-        "report": reported(folder / "report", 5),
-        "report of one run": reported(folder / "one", 1),
+        "report": report[0] / "report.html",
+        "report of one run": write_report(folder / "one", folder / "one" / "report")[0],
     }
 
 
@@ -131,7 +124,7 @@ def test_the_report_of_one_run_leads_with_its_picture(browser, pages):
     assert picture.location["y"] < 900 < table.location["y"]
     assert "Missing" not in seen(browser, "h2")
     open_page(browser, pages["report"], 1280)
-    assert seen(browser, "h1") == ["Learning with wrong labels: report of 5 runs"]
+    assert seen(browser, "h1") == ["Learning with wrong labels: report of 10 runs"]
     assert "Missing" in seen(browser, "h2")
 
 

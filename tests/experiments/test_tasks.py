@@ -57,12 +57,13 @@ def test_few_shot_of_features_without_classes_is_chance_within_its_interval():
 
 
 def test_few_shot_never_asks_for_an_example():
-    # All images are orthogonal, so only an example itself would have a cosine above 0; else the first class is named.
+    # All images are orthogonal: an image has a cosine above 0 only with itself. Queries are no examples, so all their
+    # cosines are 0, and the first class is predicted.
     features, labels = torch.eye(60), torch.arange(60) % 3
     assert few_shot(features, labels, 5, seed=0, ways=3, episodes=50) == (pytest.approx(1 / 3), pytest.approx(0))
 
 
-def test_few_shot_follows_its_seed_and_takes_all_classes_where_there_are_fewer_than_ways():
+def test_few_shot_follows_its_seed_and_takes_all_classes_where_there_are_few():
     features, labels = clusters(C=3, per_class=20, spread=1)
     expected = few_shot(features, labels, 1, seed=0, ways=3, episodes=20)
     assert few_shot(features, 10 + 7 * labels, 1, seed=0, ways=5, episodes=20) == expected

@@ -3,54 +3,42 @@
 import sys
 from pathlib import Path
 
-import torch
-
 from ntdne_kernels.audit import LabelAudit, audit_bank, feature_bank
 from ntdne_kernels.experiments.auditing.inputs import Source, encode_folder, read_features
+from ntdne_kernels.experiments.auditing.options import AuditOptions
 from ntdne_kernels.experiments.auditing.outputs import (
     CORRECTED,
     PAGE,
     check_output,
-    left_over,
+    earlier_outputs,
     write_corrected,
     write_table,
 )
-from ntdne_kernels.experiments.auditing.page import as_html
+from ntdne_kernels.experiments.auditing.page import audit_page
 from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.labels import encode_labels
 
-__all__ = ["Source", "check_output", "encode_folder", "left_over", "read_features", "write_audit"]
+__all__ = [
+    "AuditOptions",
+    "Source",
+    "check_output",
+    "earlier_outputs",
+    "encode_folder",
+    "read_features",
+    "write_audit",
+]
 
 
-def write_audit(
-    source: Source,
-    folder: Path,
-    *,
-    sigma: float | None = None,
-    method: str | float = "rate",
-    top: int = 10,
-    neighbours: int = 5,
-    worst: int = 8,
-    format: str = "csv",
-    fix: bool = False,
-    force: bool = False,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    scratch: Path | None = None,
-) -> tuple[LabelAudit, list[Path]]:
+def write_audit(source: Source, folder: Path, options: AuditOptions) -> tuple[LabelAudit, list[Path]]:
     """Audit labels, and write the table, the page and, for `fix`, the corrected list into a folder.
 
-    Where the features cannot carry a noise rate (`LabelAudit.doubt`), no label is called a suspect or corrected.
+    Where the features cannot carry a noise rate (`LabelAudit.doubt`), no label is called a suspect or corrected, unless
+    `force` says so.
 
     Args:
         source: what is audited.
         folder: see `check_output`.
-        sigma: temperature; None: that of the source.
-        method: of choosing the suspects, see `LabelAudit.suspects`.
-        top, device, dtype, scratch: as in `audit_labels`.
-        neighbours, worst: as in `as_html`.
-        format: of the table: csv or parquet.
-        force: treat the features as if they could carry a rate.
+        options: how labels are judged and what is written.
 
     Returns:
         The audit, and the files, the page first.
@@ -59,17 +47,25 @@ def write_audit(
         TypeError, ValueError, OSError: as `audit_labels`, or a file cannot be written.
     """
     progress = sys.stderr.isatty()
-    codes, classes = encode_labels(source.labels)
-    bank = feature_bank(source.features, codes, device=device, dtype=dtype, scratch=scratch, progress=progress)
-    sigma = source.sigma if sigma is None else sigma
-    audit = audit_bank(bank, sigma=sigma, top=top, progress=progress, classes=classes)
-    judging = force or not audit.doubt
-    text = as_html(audit, bank, source, method=method if judging else None, worst=worst, neighbours=neighbours)
+    labels, classes = encode_labels(source.labels)
+    bank = feature_bank(
+        source.features,
+        labels,
+        device=options.device,
+        dtype=options.dtype,
+        scratch=options.scratch,
+        progress=progress,
+    )
+    sigma = source.sigma if options.sigma is None else options.sigma
+    audit = audit_bank(bank, sigma=sigma, top=options.top, progress=progress, classes=classes)
+    method = options.method if options.force or not audit.doubt else None
+    html = audit_page(audit, bank, source, method=method, worst=options.worst, neighbours=options.neighbours)
     folder.mkdir(parents=True, exist_ok=True)
-    table, fixed, html = (folder / name for name in (f"audit.{format}", CORRECTED, PAGE))
-    write_table(audit, source, method if judging else None, table)
-    fix = fix and judging
-    if fix:
-        write_corrected(audit, source, method, fixed)
-    write_whole(html, lambda file: file.write(text.encode(errors="replace")))
-    return audit, [html, table, *([fixed] if fix else [])]
+    table, corrected, page = (folder / name for name in (f"audit.{options.format}", CORRECTED, PAGE))
+    write_table(audit, source, method, table)
+    written = [page, table]
+    if options.fix and method is not None:
+        write_corrected(audit, source, method, corrected)
+        written.append(corrected)
+    write_whole(page, lambda file: file.write(html.encode(errors="replace")))
+    return audit, written

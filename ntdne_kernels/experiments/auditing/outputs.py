@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ntdne_kernels.audit import LabelAudit
-from ntdne_kernels.experiments.auditing.inputs import Source, readable
+from ntdne_kernels.experiments.auditing.inputs import Source, as_utf8
 from ntdne_kernels.experiments.files import check_folder, write_whole
 from ntdne_kernels.interchange import to_frame
 
@@ -21,7 +21,7 @@ PAGE, CORRECTED = "audit.html", "corrected.csv"
 
 
 def check_output(folder: Path, inputs: list[Path], archive: Path | None, format: str) -> None:
-    """Say early what would else go wrong at the end.
+    """Check before the audit what would otherwise fail after it.
 
     Args:
         folder: for the outputs.
@@ -45,16 +45,16 @@ def check_output(folder: Path, inputs: list[Path], archive: Path | None, format:
             raise ValueError(f"a table as .{format} needs {module}: pip install 'ntdne_kernels[audit]'") from None
 
 
-def left_over(folder: Path, written: list[Path]) -> list[Path]:
-    """Files of an earlier audit, which say something else than those that were written."""
+def earlier_outputs(folder: Path, written: list[Path]) -> list[Path]:
+    """Files that an earlier audit left in the folder and that were not replaced by those written now."""
     paths = [folder / name for name in ("audit.csv", "audit.parquet", CORRECTED)]
     return [path for path in paths if path.exists() and path not in written]
 
 
 def write_table(audit: LabelAudit, source: Source, method: str | float | None, path: Path) -> None:
-    """The table of `to_frame`, with a first column `image`, into a .csv or .parquet.
+    """Write the table of `to_frame`, with a first column `image`, as .csv or .parquet.
 
-    For None no suspects are chosen, and `is_label_issue` is missing.
+    Without a method no suspects are chosen, and `is_label_issue` holds missing values.
     """
     frame = to_frame(audit, paths=source.paths, **({} if method is None else {"method": method}))
     if method is None:
@@ -63,13 +63,13 @@ def write_table(audit: LabelAudit, source: Source, method: str | float | None, p
     if path.suffix == ".csv":
         _write_csv(frame, path)
         return
-    if source.paths is not None:  # Parquet's text is UTF-8
-        frame["path"] = list(map(readable, source.paths))
+    if source.paths is not None:  # Parquet stores text as UTF-8
+        frame["path"] = list(map(as_utf8, source.paths))
     write_whole(path, lambda file: frame.to_parquet(file, index=False))
 
 
-def write_corrected(audit: LabelAudit, source: Source, method: str | float, path: Path) -> int:
-    """A list (path or image, label) of all images, in which suspects have the suggested label; how many changed."""
+def write_corrected(audit: LabelAudit, source: Source, method: str | float, path: Path) -> None:
+    """Write a list (path or image, label) of all images, in which suspects have the suggested label."""
     import pandas as pd
 
     labels = audit.corrected(method)
@@ -79,7 +79,6 @@ def write_corrected(audit: LabelAudit, source: Source, method: str | float, path
     else:
         frame.insert(0, "path", pd.Series(source.paths, dtype=object))
     _write_csv(frame, path)
-    return int((labels != audit.labels).sum())
 
 
 def _write_csv(frame: "pd.DataFrame", path: Path) -> None:

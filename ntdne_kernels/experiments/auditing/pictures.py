@@ -19,13 +19,13 @@ from tqdm import tqdm
 from ntdne_kernels.audit import LabelAudit
 
 THUMBNAIL = 96  # pixels
-TINY = 32  # pixels, of which JPEG would leave little
+TINY = 32  # pixels; JPEG would blur such small pictures
 BINS = 50
-SUSPECT, OTHER, NUMBER = "#D55E00", "#BBBBBB", "#777777"
+SUSPECT, NOT_SUSPECT, DIAGONAL = "#D55E00", "#BBBBBB", "#777777"
 BY_CLASS = ("auto",)  # methods whose threshold differs from class to class
-MOST_DRAWN_CLASSES = 40  # of a heat map that can still be read
-MOST_NUMBERED_CLASSES = 16
-LONGEST_NAME = 24
+MAX_DRAWN_CLASSES = 40  # beyond, a heat map cannot be read
+MAX_CLASSES_WITH_NUMBERS = 16
+MAX_NAME_LENGTH = 24
 DPI = 110
 
 
@@ -38,23 +38,23 @@ def thumbnails(picture: Callable[[int], Image.Image], images: Iterable[int]) -> 
         return {image: uri for image, uri in zip(wanted, progress, strict=True) if uri}
 
 
-def _thumbnail(picture: Callable[[int], Image.Image], number: int) -> str:
+def _thumbnail(picture: Callable[[int], Image.Image], image: int) -> str:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of odd metadata
-            shown = picture(number)
-    except (ValueError, OSError, MemoryError):  # it is no image that can be read
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata
+            shown = picture(image)
+    except (ValueError, OSError, MemoryError):  # no image that can be read
         return ""
     shown.thumbnail((THUMBNAIL, THUMBNAIL))
-    file, kind = io.BytesIO(), "png" if max(shown.size) <= TINY else "jpeg"
-    shown.save(file, kind, quality=80)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    file, format = io.BytesIO(), "png" if max(shown.size) <= TINY else "jpeg"
+    shown.save(file, format, quality=80)
+    return f"data:image/{format};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def quality_histogram(audit: LabelAudit, suspects: Tensor, method: str | float) -> str:
-    """How many labels are of each quality, the suspects apart, and the threshold where it is one number. As a data URI.
+    """Histogram of the labels' quality, suspects apart, with the threshold where it is one number, as a data URI.
 
-    Of a threshold k on the score, the scores instead.
+    Where the method is a threshold k on the score, it is a histogram of the scores.
     """
     by_score = not isinstance(method, str)
     values = (audit.score if by_score else audit.quality)[audit.judged].numpy()
@@ -65,7 +65,7 @@ def quality_histogram(audit: LabelAudit, suspects: Tensor, method: str | float) 
         [values[wrong], values[~wrong]],
         bins=np.linspace(0, 1, BINS + 1).tolist(),
         stacked=True,
-        color=[SUSPECT, OTHER],
+        color=[SUSPECT, NOT_SUSPECT],
         hatch=["////", ""],
         edgecolor="white",
         linewidth=0.3,
@@ -90,7 +90,7 @@ def quality_histogram(audit: LabelAudit, suspects: Tensor, method: str | float) 
 def transition_map(audit: LabelAudit) -> str:
     """P(given label | true class) as a heat map, as a data URI; "" where there are too many classes to read it."""
     C = len(audit.classes)
-    if not 2 <= C <= MOST_DRAWN_CLASSES:
+    if not 2 <= C <= MAX_DRAWN_CLASSES:
         return ""
     percent = 100 * audit.transition.numpy()
     wrong = np.where(np.eye(C, dtype=bool), np.nan, percent)
@@ -99,15 +99,17 @@ def transition_map(audit: LabelAudit) -> str:
     axis = figure.subplots()
     axis.set_facecolor("#E8E8E8")  # the diagonal
     image = axis.imshow(wrong, cmap="Oranges", vmin=0, vmax=max(np.nanmax(wrong), 1))
-    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in map(str, audit.classes)]
+    names = [
+        name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…" for name in map(str, audit.classes)
+    ]
     axis.set(xlabel="label given", ylabel="class it is thought to be", xticks=range(C), yticks=range(C))
     axis.set_xticklabels(names, rotation=90, fontsize="small")
     axis.set_yticklabels(names, fontsize="small")
-    if C <= MOST_NUMBERED_CLASSES:
+    if C <= MAX_CLASSES_WITH_NUMBERS:
         dark = max(np.nanmax(wrong), 1) / 2
         for (row, column), value in np.ndenumerate(percent):
             if value >= 0.5:
-                colour = "white" if row != column and value > dark else "black" if row != column else NUMBER
+                colour = "white" if row != column and value > dark else "black" if row != column else DIAGONAL
                 axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize="x-small", color=colour)
     figure.colorbar(image, label="percent of the class", shrink=0.7)
     return _drawn(figure)
@@ -116,6 +118,6 @@ def transition_map(audit: LabelAudit) -> str:
 def _drawn(figure: Figure) -> str:
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of scripts that matplotlib's font does not have
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib's font lacks some scripts
         figure.savefig(file, dpi=DPI)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,301 @@
+"""What the command `ntdne` takes: its help and its arguments."""
+
+import argparse
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import yaml
+
+from ntdne_kernels.audit import METHODS as AUDIT_METHODS
+from ntdne_kernels.experiments.images import MAX_PIXELS
+from ntdne_kernels.experiments.loss_registry import LOSSES, loss_options
+from ntdne_kernels.experiments.paper import METHODS
+from ntdne_kernels.experiments.settings import PRESETS, Settings
+
+T = TypeVar("T")
+
+WORDS = ("eurosat", "resisc45", "digits", "imagenet")  # archives and weights: never paths, whatever the folder holds
+
+DESCRIPTION = """\
+Train image encoders on archives with wrong labels, with NTDNE and the losses it is compared with, and judge them.
+
+  ntdne train photos/ --preset scratch --rate 0.5     one run: wrong labels in, a trained encoder and its metrics out
+  ntdne evaluate runs/photos/...                      the metrics of a run once more
+  ntdne reproduce photos/ --rates 0.1 0.5             a grid of losses and noise, as in the paper; runs what is missing
+  ntdne report runs/photos                            tables, figures and a page of all runs in a folder
+  ntdne audit features.npy --labels labels.npy        which labels of an archive are probably wrong
+
+photos/ holds a folder of images for each class. The labels found there count as right; wrong ones are made, so that it
+is known which they are. Only audit makes none: it looks for those that are there. A command that was killed is started
+again the same way; training goes on where it was.
+"""
+
+
+AUDIT = """\
+from a folder of images for each class, with the encoder of a run:
+  ntdne train photos/ --preset scratch --noise none --output runs/photos
+  ntdne audit photos/ --checkpoint runs/photos
+
+from features of your own encoder (in Python: numpy.save("features.npy", features), (N, D) floats; labels as integers,
+-1 for none, or as names, "" for none), with or without the names of the images' files, for the pictures on the page:
+  ntdne audit features.npy --labels labels.npy --paths files.txt --images photos/
+  ntdne audit archive.npz              arrays features, labels and, if you like, paths
+  ntdne audit archive.parquet          columns features (lists of floats), label and, if you like, path
+
+Written: audit.html, a page with the worst images of each class beside their neighbours; audit.csv, a row for each
+image; with --fix corrected.csv. Where the features cannot tell how many labels are wrong, that is said first, labels
+are ranked, and none is called a suspect or corrected unless --force says so.
+
+What was read stays as it is. Features in a .npy file may be larger than memory: they are read part by part, and
+--scratch has the copy that the audit works with on a disk.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with 2."""
+        self.exit(2, f"ntdne: {' '.join(message.split())}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    main = Parser("ntdne", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = main.add_subparsers(dest="command", required=True, metavar="command")
+
+    def add(command: str, help: str, epilog: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(
+            command, help=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    losses = _losses_and_options()
+    _add_train(add("train", "train one encoder on noisy labels and evaluate it", losses))
+    _add_evaluate(add("evaluate", "evaluate a trained run anew"))
+    _add_reproduce(add("reproduce", "run what is missing of a grid of losses and noise", losses))
+    _add_report(add("report", "tables, figures and one HTML page of the runs in a folder"))
+    _add_audit(add("audit", "rank the labels of an archive by how little each image's neighbours agree", AUDIT))
+    return main
+
+
+def class_folders(data: str) -> Path | None:
+    """The folder of class folders that the archive is; None for an archive of another kind."""
+    folder = Path(data).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    _add_settings(command, exclude=set())
+    command.add_argument(
+        "--output", type=Path, help="folder of the run (default: runs/ARCHIVE/NOISE-RATE/LOSS/seed-SEED)"
+    )
+    _add_machine(command)
+
+
+def _add_evaluate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=Path, help="folder of the run")
+    _add_machine(command, trains=False)
+
+
+def _add_reproduce(command: argparse.ArgumentParser) -> None:
+    _add_settings(command, exclude={"loss", "noise", "rate", "seed"})
+    grid = command.add_argument_group("grid", "a run for each combination")
+    grid.add_argument("--losses", nargs="+", default=METHODS, metavar="LOSS", help=f"default: {', '.join(METHODS)}")
+    noises = next(setting for setting in dataclasses.fields(Settings) if setting.name == "noise").metadata["choices"]
+    grid.add_argument("--noises", nargs="+", choices=noises, help="default: that of the preset, else uniform")
+    grid.add_argument(
+        "--rates", nargs="+", type=float, help="noise rates; default: that of the preset, else the paper's"
+    )
+    grid.add_argument("--seeds", nargs="+", type=int, help="default: that of the preset, else 0")
+    grid.add_argument(
+        "--k", nargs="+", type=parse_value, help="NTDNE once for each of these thresholds: numbers, auto, none (fig. 6)"
+    )
+    command.add_argument("--output", type=Path, help="folder of the runs (default: runs/ARCHIVE)")
+    _add_machine(command)
+
+
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.add_argument("runs", type=Path, help="folder with runs at any depth")
+    command.add_argument("--output", type=Path, help="folder for the report (default: report/ in RUNS)")
+
+
+def _losses_and_options() -> str:
+    """What --loss-option can say, for the help."""
+    lines = ["losses and their options, where the preset says nothing else:"]
+    for loss in LOSSES:
+        options = ", ".join(f"{name}={default}" for name, default in loss_options(loss).items())
+        lines.append(f"  {loss:<16} {options}")
+    return "\n".join(lines)
+
+
+def _add_settings(command: argparse.ArgumentParser, exclude: set[str]) -> None:
+    command.add_argument(
+        "data",
+        help="folder of class folders; or eurosat, resisc45 (libraries' archives); digits (scikit-learn's scans); "
+        "made:NxC (N made images in C classes, to try things out)",
+    )
+    command.add_argument(
+        "--preset", default="paper", help=f"settings to start from: {', '.join(PRESETS)}, or a YAML file (paper)"
+    )
+    command.add_argument(
+        "--loss-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the loss from the list below, as k=auto or k=none; for one of several LOSS.NAME=VALUE; "
+        "may be repeated",
+    )
+    group = command.add_argument_group("settings", "each overrides the preset; without either: the value in brackets")
+    for setting in dataclasses.fields(Settings):
+        if setting.name in exclude or not setting.metadata:
+            continue
+        default, choices = setting.default, setting.metadata["choices"]
+        options: dict[str, Any] = {"default": None, "help": setting.metadata["help"].replace("%", "%%")}
+        if default not in ("", ()):
+            shown = ("yes" if default else "no") if isinstance(default, bool) else default
+            options["help"] += f" ({shown})"
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif setting.name == "bands":
+            options |= {"type": _bands, "metavar": "B,B,..."}
+        elif isinstance(default, tuple):
+            options |= {"nargs": "+", "metavar": "CLASS"}
+        else:
+            options |= {"type": type(default), "metavar": type(default).__name__.upper()}
+            if setting.name == "loss":
+                options |= {"metavar": "LOSS", "help": f"{', '.join(choices)}, in any case ({default})"}
+            elif choices:
+                options |= {"choices": choices, "metavar": None}
+        group.add_argument(f"--{setting.name.replace('_', '-')}", **options)
+
+
+def _add_machine(command: argparse.ArgumentParser, trains: bool = True) -> None:
+    group = command.add_argument_group("machine")
+    group.add_argument("--cache", type=Path, help="folder for decoded images (default: in the user's cache folder)")
+    group.add_argument("--download", action="store_true", help="let torchvision or torchgeo download its archive")
+    group.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="where to train (auto)")
+    if trains:
+        group.add_argument("--workers", type=int, default=0, help="processes that load images (0)")
+        group.add_argument("--devices", type=int, default=1, help="GPUs or processes to train on (1)")
+
+
+def _add_audit(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "data", help="features: .npy, .npz or .parquet; or images, as for ntdne train, and --checkpoint"
+    )
+    files = command.add_argument_group("what is read")
+    files.add_argument(
+        "--checkpoint", type=Path, metavar="RUN", help="run of ntdne train, or its last.ckpt, that encodes the images"
+    )
+    files.add_argument(
+        "--labels", type=Path, metavar="FILE", help=".npy, .npz, .parquet, .csv, or .txt with one a line"
+    )
+    files.add_argument("--paths", type=Path, metavar="FILE", help="names of the images' files, as --labels")
+    files.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="folder that these names are relative to (this one)"
+    )
+    files.add_argument(
+        "--max-pixels", type=_count, metavar="INT", help=f"files of more are not read ({MAX_PIXELS}; that of RUN)"
+    )
+    for content, default in (("features", "features"), ("label", "label, labels"), ("path", "path, paths")):
+        files.add_argument(
+            f"--{content}-column", metavar="NAME", help=f"column of .csv or .parquet, or array of .npz ({default})"
+        )
+    judged = command.add_argument_group("how it is judged")
+    judged.add_argument(
+        "--sigma", type=_positive, help="temperature of the neighbourhood (that of the checkpoint's loss, else 0.1)"
+    )
+    judged.add_argument(
+        "--threshold",
+        type=_threshold,
+        default="rate",
+        metavar="METHOD",
+        help=f"how suspects are chosen: {', '.join(AUDIT_METHODS)}, or a number k: a score of k or less (rate)",
+    )
+    judged.add_argument(
+        "--top", type=_count, default=10, metavar="M", help="classes kept of each image's neighbours (10)"
+    )
+    written = command.add_argument_group("what is written")
+    written.add_argument("--output", type=Path, metavar="FOLDER", help="default: audit/NAME")
+    written.add_argument("--format", choices=("csv", "parquet"), default="csv", help="of the table (csv)")
+    written.add_argument("--fix", action="store_true", help="write corrected.csv too: suspects get the suggested label")
+    written.add_argument(
+        "--force", action="store_true", help="name and fix suspects also where the features cannot carry a noise rate"
+    )
+    written.add_argument("--worst", type=_count, default=8, metavar="N", help="images of a class on the page (8)")
+    written.add_argument("--neighbours", type=_count, default=5, metavar="K", help="shown beside an image (5)")
+    machine = command.add_argument_group("machine")
+    machine.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
+    machine.add_argument(
+        "--dtype", choices=("float64", "float32", "float16", "bfloat16"), default="float32", help="(float32)"
+    )
+    machine.add_argument(
+        "--scratch", type=Path, metavar="FOLDER", help="on a disk, for a copy of features that are larger than memory"
+    )
+    machine.add_argument("--cache", type=Path, help="folder for decoded images (default: in the user's cache folder)")
+    machine.add_argument("--download", action="store_true", help="let torchvision or torchgeo download its archive")
+
+
+# Types of arguments
+
+
+def _positive(text: str) -> float:
+    return _checked(float, text, lambda value: 0 < value < math.inf, "a positive number")
+
+
+def _count(text: str) -> int:
+    return _checked(int, text, lambda value: value >= 1, "a whole number from 1")
+
+
+def _bands(text: str) -> tuple[int, ...]:
+    bands = text.split(",")
+    return _checked(
+        lambda _: tuple(map(int, bands)), text, lambda found: min(found) >= 1, "numbers of bands from 1, as 4,3,2"
+    )
+
+
+def _threshold(text: str) -> str | float:
+    expected = f"{', '.join(AUDIT_METHODS)}, or a number between 0 and 1"
+    return text if text in AUDIT_METHODS else _checked(float, text, lambda value: 0 < value < 1, expected)
+
+
+def _device(text: str) -> str:
+    def device(text: str) -> str:
+        try:
+            torch.empty(0, device=text)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError from error
+        return text
+
+    return _checked(device, text, bool, "a device of this machine, as cpu")
+
+
+def _checked(parse: Callable[[str], T], text: str, valid: Callable[[T], bool], expected: str) -> T:
+    """The value that a text of the command line stands for; argparse's error unless it is valid."""
+    try:
+        value = parse(text)
+        if valid(value):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+
+def parse_value(text: str) -> Any:
+    """None for "none", a number, or whatever else YAML makes of the text; ValueError where it is not YAML.
+
+    Example:
+        >>> parse_value("none"), parse_value("1e-3"), parse_value("auto")
+        (None, 0.001, 'auto')
+    """
+    if text.lower() == "none":
+        return None
+    try:
+        return float(text) if re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", text, re.IGNORECASE) else yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--loss-option: expected a number, auto or none, got {text!r}") from None

@@ -1,0 +1,208 @@
+"""Columns of files: features, labels and paths out of .npy, .npz, .parquet, .csv and .txt.
+
+Nothing is unpickled, and no file is written to.
+
+Shapes: N images, D features.
+"""
+
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ntdne_kernels.audit import free_memory
+
+MAGIC = {".npy": b"\x93NUMPY", ".npz": b"PK", ".parquet": b"PAR1"}  # how these files begin
+NUMPY_ERRORS = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)  # raised for a broken file
+
+
+def read_matrix(path: Path, names: Sequence[str]) -> NDArray[Any]:
+    """Features (N, D) of float16, float32 or float64; a .npy file is mapped into memory.
+
+    Args:
+        path: .npy, .npz or .parquet.
+        names: the column has one of these.
+
+    Raises:
+        ValueError: the file is broken, lacks the column, or does not hold such features.
+        OSError: the file cannot be read.
+    """
+    column = _column(path, "features", names)
+    features = column if isinstance(column, np.ndarray) else _matrix(path, column)
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(f"{path}: expected features of shape (images, values), got {features.shape}")
+    if features.dtype.kind != "f" or features.dtype.itemsize > 8:
+        raise ValueError(f"{path}: expected features as float16, float32 or float64, got {features.dtype}")
+    return features
+
+
+def read_values(path: Path, content: str, names: Sequence[str]) -> list[Any]:
+    """A value of Python's own types for each image.
+
+    Args:
+        path: .npy, .npz, .parquet, .csv or .txt.
+        content: what a value is, for messages: "label" or "path".
+        names: the column has one of these.
+
+    Raises:
+        ValueError: the file is broken, lacks the column, or the column is no list.
+        OSError: the file cannot be read.
+    """
+    values = _column(path, content, names)
+    if isinstance(values, list):
+        return values
+    if not isinstance(values, np.ndarray):
+        return list(values.to_pylist())
+    if values.ndim != 1:
+        raise ValueError(f"{path}: expected a list of {content}s, got an array of shape {values.shape}")
+    if values.dtype.kind == "S":
+        values = np.char.decode(values, "utf-8", "surrogateescape")
+    return list(values.tolist())
+
+
+def has_column(path: Path, names: Iterable[str]) -> bool:
+    """Whether a .csv, .parquet or .npz has a column of one of the names; errors as `read_values`."""
+    return not set(names).isdisjoint(_column_names(path))
+
+
+def _column(path: Path, content: str, names: Sequence[str]) -> Any:
+    """The column that has one of the names; of .npy and .txt, which have no names, all there is.
+
+    An array, a list of texts, or pyarrow's column.
+    """
+    _check_beginning(path)
+    if path.suffix == ".npy":
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except NUMPY_ERRORS as error:
+            raise _broken(path, error) from None
+    if path.suffix == ".txt":
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")  # a file's name may be any bytes
+        return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    known = _column_names(path)
+    name = next((name for name in names if name in known), None)
+    if name is None:
+        raise ValueError(
+            f"{path} has no column {' or '.join(names)}; it has {', '.join(known) or 'none'}; "
+            f"--{content}-column names another"
+        )
+    read = {".npz": _npz_array, ".csv": _csv_column, ".parquet": _parquet_column}[path.suffix]
+    return read(path, name)
+
+
+def _column_names(path: Path) -> list[str]:
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return list(arrays.files)
+        except NUMPY_ERRORS as error:
+            raise _broken(path, error) from None
+    if path.suffix == ".csv":
+        return [str(name) for name in _csv(path, nrows=0).columns]
+    return list(_parquet(path).schema_arrow.names)
+
+
+def _npz_array(path: Path, name: str) -> NDArray[Any]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            _check_fits(path, arrays.zip.getinfo(f"{name}.npy").file_size)
+            array: NDArray[Any] = arrays[name]
+            return array
+    except NUMPY_ERRORS as error:
+        raise _broken(path, error) from None
+
+
+def _csv_column(path: Path, name: str) -> list[str]:
+    texts: list[str] = _csv(path, usecols=[name])[name].tolist()
+    return texts
+
+
+def _parquet_column(path: Path, name: str) -> Any:
+    file = _parquet(path)
+    groups = map(file.metadata.row_group, range(file.num_row_groups))
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    # The values of a column of lists are called features.list.element.
+    size = sum(each.total_uncompressed_size for each in chunks if f"{each.path_in_schema}.".startswith(f"{name}."))
+    _check_fits(path, size)
+    return file.read(columns=[name])[name]
+
+
+def _check_beginning(path: Path) -> None:
+    """ValueError unless the file's name ends as one that can be read, and the file begins as its name says."""
+    known = (*MAGIC, ".csv", ".txt")
+    if path.suffix not in known:
+        raise ValueError(f"{path}: expected a file {', '.join(known)}, got {path.suffix or 'no suffix'}")
+    with path.open("rb") as file:
+        beginning = file.read(max(map(len, MAGIC.values())))
+    if not beginning:
+        raise ValueError(f"{path} is empty")
+    found = next((suffix for suffix, magic in MAGIC.items() if beginning.startswith(magic)), None)
+    if found != (path.suffix if path.suffix in MAGIC else None):
+        looks = f"it begins like a {found} file" if found else "it begins like something else"
+        raise ValueError(f"{path} is no {path.suffix} file: {looks}")
+
+
+def _check_fits(path: Path, size: int) -> None:
+    if size > (free := free_memory()):
+        raise ValueError(
+            f"{path} takes {size / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; save its features as .npy, "
+            "which is read part by part, and give --scratch"
+        )
+
+
+def _csv(path: Path, **options: Any) -> Any:
+    import pandas as pd
+
+    # All is read as text, since a class may be called NA or 007. A blank line is a row without a label.
+    text = {"dtype": object, "keep_default_na": False, "skip_blank_lines": False, "encoding_errors": "surrogateescape"}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+            return pd.read_csv(path, index_col=False, **text, **options)
+    except (ValueError, pd.errors.ParserWarning) as error:
+        raise _broken(path, error) from None
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError(f"{path} needs pyarrow: pip install 'ntdne_kernels[audit]'") from None
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowException as error:
+        raise _broken(path, error) from None
+
+
+def _matrix(path: Path, column: Any) -> NDArray[Any]:
+    """(N, D) from a Parquet column of lists of numbers."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    of_lists = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
+    if not any(is_list(column.type) for is_list in of_lists):
+        raise ValueError(f"{path}: expected features as lists of numbers, got {column.type}")
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    if len(lengths) == 0:
+        raise ValueError(f"{path} has no rows")
+    wrong = np.flatnonzero((lengths != lengths[0]) | (lengths == 0))
+    if len(wrong):
+        raise ValueError(
+            f"{path}: expected lists of features of one length, got {lengths[wrong[0]]} values in row {wrong[0]} and "
+            f"{lengths[0]} in row 0"
+        )
+    values: NDArray[Any] = pc.list_flatten(column).to_numpy()
+    return values.reshape(len(lengths), -1)
+
+
+def _broken(path: Path, error: BaseException) -> ValueError:
+    reason = str(error) or type(error).__name__
+    if "bject" in reason:  # an array of Python objects: "Object arrays cannot ..." or "... Python objects ..."
+        reason = "it holds Python objects, which are not loaded; save numbers, or names as array.astype(str)"
+    return ValueError(f"{path} cannot be read: {reason}")

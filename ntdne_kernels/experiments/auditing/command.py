@@ -1,0 +1,109 @@
+"""The command `ntdne audit`: its arguments checked, an audit written, and what is printed of it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from ntdne_kernels.audit import LabelAudit
+from ntdne_kernels.experiments.arguments import WORDS, class_folders
+from ntdne_kernels.experiments.auditing import (
+    AuditOptions,
+    Source,
+    check_output,
+    earlier_outputs,
+    encode_folder,
+    read_features,
+    write_audit,
+)
+
+
+def audit(arguments: argparse.Namespace) -> None:
+    """Audit what the arguments name.
+
+    Raises:
+        ValueError: the arguments contradict each other, or an input is not as described.
+        OSError: a file cannot be read or written.
+    """
+    data, checkpoint = Path(arguments.data).expanduser(), arguments.checkpoint
+    images = data.is_dir() or arguments.data in WORDS or arguments.data.startswith("made:")
+    _check(arguments, data, images)
+    output = arguments.output or Path("audit") / (data.resolve().name if images else data.stem).replace(":", "-")
+    inputs = [file for file in (data, checkpoint, arguments.labels, arguments.paths) if file is not None]
+    check_output(output, inputs, class_folders(arguments.data), arguments.format)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = _source(arguments, data, images, device)
+    result, written = write_audit(
+        source,
+        output,
+        AuditOptions(
+            sigma=arguments.sigma,
+            method=arguments.threshold,
+            top=arguments.top,
+            force=arguments.force,
+            format=arguments.format,
+            fix=arguments.fix,
+            worst=arguments.worst,
+            neighbours=arguments.neighbours,
+            device=device,
+            dtype=getattr(torch, arguments.dtype),
+            scratch=arguments.scratch,
+        ),
+    )
+    _print_summary(result, source, arguments)
+    for path in written:
+        print(path)
+    for path in earlier_outputs(output, written):
+        print(f"ntdne: {path} is of an earlier audit", file=sys.stderr)
+    if arguments.fix and result.doubt and not arguments.force:
+        raise ValueError(
+            f"--fix: no corrected list was written, as most suspects would be right labels: {result.doubt}; --force "
+            "writes it all the same"
+        )
+
+
+def _check(arguments: argparse.Namespace, data: Path, images: bool) -> None:
+    """ValueError where the arguments do not fit what is audited."""
+    if not images and not data.exists():
+        raise ValueError(f"{data}: no such file or folder")
+    if images and arguments.checkpoint is None:
+        raise ValueError(f"{data} holds images: --checkpoint names the run that encodes them; or give their features")
+    if images and any([arguments.labels, arguments.paths, arguments.images]):
+        raise ValueError("--labels, --paths and --images are for features; the labels of images are their folders")
+    if not images and arguments.checkpoint is not None:
+        raise ValueError(f"--checkpoint encodes a folder of images, but {data} is a file of features")
+    if arguments.scratch is not None and not arguments.scratch.is_dir():
+        raise ValueError(f"--scratch: expected a folder, got {arguments.scratch}")
+
+
+def _source(arguments: argparse.Namespace, data: Path, images: bool, device: str) -> Source:
+    if images:
+        return encode_folder(
+            arguments.data,
+            arguments.checkpoint,
+            cache=arguments.cache,
+            download=arguments.download,
+            device=device,
+            max_pixels=arguments.max_pixels,
+        )
+    columns = {content: getattr(arguments, f"{content}_column") for content in ("features", "label", "path")}
+    return read_features(
+        data, arguments.labels, arguments.paths, arguments.images, columns, max_pixels=arguments.max_pixels
+    )
+
+
+def _print_summary(audit: LabelAudit, source: Source, arguments: argparse.Namespace) -> None:
+    judged = int(audit.judged.sum())
+    summary = f"{len(audit)} images, {len(audit.classes)} classes: "
+    if judged == 0:
+        summary += "no label could be judged: no two images carry the same one"
+    elif audit.doubt and not arguments.force:
+        summary += f"{judged} judged labels are ranked, the most suspect first"
+    else:
+        suspects = int(audit.suspects(arguments.threshold).sum())
+        summary += f"{suspects} of {judged} judged labels are suspect; about "
+        summary += f"{100 * audit.noise_rate:.1f} % are estimated to be wrong"
+    if judged and audit.doubt:
+        print(f"how many labels are wrong cannot be said from these features: {audit.doubt}")
+    print(summary + (f"; {len(source.unreadable)} unreadable files left out" if source.unreadable else ""))

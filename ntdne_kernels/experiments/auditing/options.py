@@ -1,0 +1,37 @@
+"""The options of an audit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """How labels are judged, what is written, and where that is computed.
+
+    Attributes:
+        sigma: temperature of the neighbourhood; None: that of the source.
+        method: how suspects are chosen, see `LabelAudit.suspects`.
+        top: classes kept of each image's neighbours, as in `audit_labels`.
+        force: treat the features as if they could carry a noise rate (`LabelAudit.doubt`).
+        format: of the table: "csv" or "parquet".
+        fix: write the list in which suspects have the suggested label.
+        worst: images of each class on the page.
+        neighbours: images shown beside each image on the page.
+        device: where the audit is computed.
+        dtype: of the bank of features.
+        scratch: folder on a disk for a copy of features that are larger than memory.
+    """
+
+    sigma: float | None = None
+    method: str | float = "rate"
+    top: int = 10
+    force: bool = False
+    format: str = "csv"
+    fix: bool = False
+    worst: int = 8
+    neighbours: int = 5
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    scratch: Path | None = None
