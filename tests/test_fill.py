@@ -10,9 +10,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 
 from ntdne_kernels import IndexedDataset, MemoryBank, checkpoint, fill, fill_bank
 from tests import ranks
-from tests.test_bank import LABELS, bank_of
 
+LABELS = torch.tensor([2, 0, -1, 1, 0, 2, 2, 1, 0, -1])
 INDEX = torch.arange(4)
+
+
+def new_bank(dim: int = 6) -> MemoryBank:
+    return MemoryBank(LABELS, dim, generator=torch.Generator().manual_seed(0))
 
 
 def encoder_and_loader(images: int = 10) -> tuple[nn.Module, DataLoader]:
@@ -25,7 +29,7 @@ def encoder_and_loader(images: int = 10) -> tuple[nn.Module, DataLoader]:
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_fill_bank_writes_the_features_of_every_image(progress):
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+    bank, (encoder, loader) = new_bank(), encoder_and_loader()
     assert fill_bank(bank, encoder, loader, progress=progress) == 10
     images = loader.dataset.dataset.tensors[0]
     assert [module.training for module in encoder.modules()] == [True, True, False]
@@ -34,27 +38,27 @@ def test_fill_bank_writes_the_features_of_every_image(progress):
 
 
 def test_fill_bank_restores_the_encoder_after_an_error():
-    bank, (encoder, loader) = bank_of(dim=7), encoder_and_loader()
+    bank, (encoder, loader) = new_bank(dim=7), encoder_and_loader()
     with pytest.raises(ValueError, match="features: expected 7 columns"):
         fill_bank(bank, encoder, loader, progress=False)
     assert [module.training for module in encoder.modules()] == [True, True, False]
 
 
 def test_fill_bank_says_which_share_of_the_archive_was_missing():
-    bank, (encoder, loader) = bank_of(), encoder_and_loader(images=8)
+    bank, (encoder, loader) = new_bank(), encoder_and_loader(images=8)
     with pytest.warns(UserWarning, match="2 of 10 images were not in the loader"):
         assert fill_bank(bank, encoder, loader, progress=False) == 8
 
 
 def test_fill_bank_wants_indices():
-    bank, (encoder, _) = bank_of(), encoder_and_loader()
+    bank, (encoder, _) = new_bank(), encoder_and_loader()
     with pytest.raises(TypeError, match="loader: expected batches \\(images, ..., index\\)"):
         fill_bank(bank, encoder, [torch.zeros(4, 3)], progress=False)
 
 
 @pytest.mark.parametrize("key", ["pixel_values", "image", "images", "img"])
 def test_fill_bank_takes_batches_with_keys(key):
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+    bank, (encoder, loader) = new_bank(), encoder_and_loader()
     images = loader.dataset.dataset.tensors[0]
     keyed = IndexedDataset([{"file": "a.png", key: image, "label": 0} for image in images])
     assert fill_bank(bank, encoder, DataLoader(keyed, batch_size=4, shuffle=True), progress=False) == 10
@@ -67,14 +71,14 @@ def test_fill_bank_takes_batches_with_keys(key):
     [({"image": torch.zeros(4, 3)}, "image"), ({"x": torch.zeros(4, 3), "index": INDEX}, "x, index")],
 )
 def test_fill_bank_names_the_keys_it_lacks(batch, found):
-    bank, (encoder, _) = bank_of(), encoder_and_loader()
+    bank, (encoder, _) = new_bank(), encoder_and_loader()
     with pytest.raises(TypeError, match=f"loader: .* under the keys 'index' and 'pixel_values' .*; got keys {found}$"):
         fill_bank(bank, encoder, [batch], progress=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
 def test_indices_have_any_integer_dtype_and_images_of_no_row_may_repeat(dtype):
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+    bank, (encoder, loader) = new_bank(), encoder_and_loader()
     images = loader.dataset.dataset.tensors[0]
     none = torch.tensor([-1, -1]).to(dtype) if dtype.is_signed else torch.tensor([], dtype=dtype)
     index = torch.cat([torch.arange(10, dtype=dtype), none])
@@ -85,7 +89,7 @@ def test_indices_have_any_integer_dtype_and_images_of_no_row_may_repeat(dtype):
 
 
 def test_fill_bank_refuses_labels_in_place_of_indices():
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+    bank, (encoder, loader) = new_bank(), encoder_and_loader()
     before = bank.rows(torch.arange(10))
     with pytest.raises(ValueError, match="loader: .* got the same index twice; does the batch end with labels"):
         fill_bank(bank, encoder, DataLoader(loader.dataset.dataset, batch_size=10), progress=False)
@@ -93,7 +97,7 @@ def test_fill_bank_refuses_labels_in_place_of_indices():
 
 
 def test_fill_bank_reports_progress_line_by_line_where_there_is_no_terminal(capsys):
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+    bank, (encoder, loader) = new_bank(), encoder_and_loader()
     fill_bank(bank, encoder, loader)
     assert "Filling the bank: 3 of 3 batches" in capsys.readouterr().err
 
@@ -239,7 +243,7 @@ def test_a_pass_saves_no_more_often_than_it_is_meant_to(tmp_path):
 
 
 def test_resume_wants_a_loader_whose_images_it_can_skip(tmp_path):
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+    bank, (encoder, loader) = new_bank(), encoder_and_loader()
     with pytest.raises(TypeError, match=r"loader: resume needs DataLoader\(IndexedDataset\(dataset\).*got list"):
         fill_bank(bank, encoder, list(loader), resume=tmp_path)
     with pytest.raises(TypeError, match="loader: .* got TensorDataset"):
