@@ -1,6 +1,5 @@
 """How far a pass over a loader has come, on standard error."""
 
-import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
@@ -20,9 +19,11 @@ def with_progress(loader: Iterable[Any], description: str) -> Iterator[Any]:
         description: what the pass does.
     """
     if sys.stderr.isatty():
-        with contextlib.suppress(ImportError):
+        try:
             from tqdm import tqdm
-
+        except ImportError:
+            pass
+        else:
             yield from tqdm(loader, desc=description, unit="batch", leave=False)
             return
     total = len(loader) if isinstance(loader, Sized) else 0

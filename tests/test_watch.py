@@ -99,7 +99,8 @@ def test_labels_as_the_index_are_found_where_some_images_have_none():
 @pytest.mark.parametrize("N", [20, 40, 400, 5000])
 @pytest.mark.parametrize("C", [2, 10])
 def test_shuffled_positions_are_no_labels(N, C, seed):
-    assert train(criterion_of(N, C), shuffled(N, 16, 200, seed), lambda index: index) == []
+    steps = watch.STEPS + 10  # past the search for labels, and past two passes where the archive is small
+    assert train(criterion_of(N, C), shuffled(N, 16, steps, seed), lambda index: index) == []
 
 
 def overfit_one_batch(N: int, C: int) -> Iterator[Tensor]:
@@ -129,7 +130,7 @@ def test_positions_of_other_samplers_are_no_labels(sampler):
     assert train(criterion, sampler(2000, 50), lambda index: index) == []
 
 
-def test_the_same_images_for_a_whole_pass_are_found_where_they_are_no_numbers_of_classes():
+def test_few_images_in_a_whole_pass_are_found_also_where_they_are_no_class_numbers():
     criterion = criterion_of(40, 3)
     said = train(criterion, shuffled(40, 8, 12), lambda index: 10 + index % 4)
     assert said == [
@@ -219,7 +220,7 @@ def test_a_copy_is_watched_anew():
     for other in (criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         with pytest.warns(UserWarning, match="numbers of classes"):
             other(features, index)
-    assert pickle.loads(pickle.dumps(criterion))._watch._said == set()
+    assert pickle.loads(pickle.dumps(criterion))._watch._warned == set()
 
 
 def test_a_compiled_criterion_is_not_watched():
@@ -234,21 +235,21 @@ def test_batches_of_a_cuda_graph_are_not_looked_at(monkeypatch):
     """A look copies to pinned memory and records an event: a replay would do it again."""
     watched, looked, step = watch.Watch(), [], 0
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: step in (2, 3))
-    monkeypatch.setattr(watched, "_hear", lambda: looked.append(("heard", step)))
+    monkeypatch.setattr(watched, "_report_arrived", lambda: looked.append(("arrived", step)))
     monkeypatch.setattr(watched, "_look_for_labels", lambda index, memory: looked.append(("index", step)))
-    monkeypatch.setattr(watched, "_ask", lambda say, numbers: looked.append(("labels", step)))
+    monkeypatch.setattr(watched, "_report", lambda report, counts: looked.append(("labels", step)))
     with FakeTensorMode():
         index = torch.zeros(4, dtype=torch.int64, device="cuda")
         for step in range(1, 5):  # noqa: B007
             watched.compare(index, index, lambda: index)
             watched.trained(4, index, None)
-    in_a_step = ["heard", "labels", "heard", "index"]
+    in_a_step = ["arrived", "labels", "arrived", "index"]
     assert looked == [(what, step) for step in (1, 4) for what in in_a_step]
 
 
-def test_numbers_are_said_when_they_have_come(monkeypatch):
-    """As on a GPU: asked in one step, heard in a later one, and without waiting."""
-    said: list[tuple[int, ...]] = []
+def test_counts_are_reported_when_they_have_arrived(monkeypatch):
+    """As on a GPU: counted in one step, reported in a later one, and without waiting."""
+    reported: list[tuple[int, ...]] = []
     arrived = [False]
 
     class Event:
@@ -259,12 +260,12 @@ def test_numbers_are_said_when_they_have_come(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory, **options: torch.zeros(*shape, **options))
     watched = watch.Watch()
-    numbers = torch.tensor([3, 4]).to("meta")
+    counts = torch.tensor([3, 4]).to("meta")
     monkeypatch.setattr(Tensor, "copy_", lambda own, other, non_blocking: own.fill_(5))
-    watched._ask(lambda *heard: said.append(heard), numbers, 9)
-    watched._hear()
-    assert said == []
+    watched._report(lambda *counts: reported.append(counts), counts, 9)
+    watched._report_arrived()
+    assert reported == []
     arrived[0] = True
-    watched._hear()
-    watched._hear()
-    assert said == [(5, 5, 9)]
+    watched._report_arrived()
+    watched._report_arrived()
+    assert reported == [(5, 5, 9)]
