@@ -41,7 +41,7 @@ def shuffled(N: int, B: int, steps: int, seed: int = 0) -> Iterator[Tensor]:
 
 
 def train(criterion: nn.Module, batches: Iterable[Tensor], as_index: Callable[[Tensor], Tensor], **given) -> list[str]:
-    """What is said while batches are trained on whose index is made of the right one."""
+    """The warnings of training on batches, with an index made from the right one."""
     device = criterion.memory.device
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -71,7 +71,7 @@ def test_labels_given_as_the_index_are_found_within_50_steps(N, C, B):
 def test_labels_given_as_the_index_are_found_on_a_gpu_without_synchronising():
     criterion = criterion_of().to("cuda")
     labels, features = labels_of(400, 10).cuda(), torch.randn(50, 32, D, device="cuda")
-    criterion(features[0], labels[:32])  # what is made once
+    criterion(features[0], labels[:32])  # allocates what is made once
     criterion.train()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -130,7 +130,7 @@ def test_positions_of_other_samplers_are_no_labels(sampler):
     assert train(criterion, sampler(2000, 50), lambda index: index) == []
 
 
-def test_few_images_in_a_whole_pass_are_found_also_where_they_are_no_class_numbers():
+def test_a_whole_pass_over_few_images_is_warned_of():
     criterion = criterion_of(40, 3)
     said = train(criterion, shuffled(40, 8, 12), lambda index: 10 + index % 4)
     assert said == [
@@ -139,12 +139,12 @@ def test_few_images_in_a_whole_pass_are_found_also_where_they_are_no_class_numbe
     ]
 
 
-def test_labels_that_differ_from_the_archives_are_counted_once():
+def test_labels_that_differ_from_the_archives_are_warned_of_once():
     criterion = criterion_of()
     whole, index = labels_of(400, 10), torch.arange(0, 400, 10)
     given = whole[index].clone()
     given[:7] = (given[:7] + 1) % 10
-    given[7:9] = -1  # not told
+    given[7:9] = -1  # no label given
     features = torch.randn(40, D)
     with pytest.warns(UserWarning, match="labels: 7 of the 38 given beside an index differ .* IndexedDataset") as said:
         criterion(features, index, labels=given)
@@ -153,7 +153,7 @@ def test_labels_that_differ_from_the_archives_are_counted_once():
     assert len(said) == 1
 
 
-def test_right_labels_beside_an_index_and_any_without_one_are_well():
+def test_right_labels_beside_an_index_and_any_without_one_cause_no_warning():
     criterion = criterion_of()
     index, features = torch.arange(0, 400, 10), torch.randn(40, D)
     with warnings.catch_warnings():
@@ -177,7 +177,7 @@ def differ_over_ranks() -> list[str]:
     return [str(warning.message)[:29] for warning in said]
 
 
-def test_each_rank_says_what_is_wrong_with_its_own_labels():
+def test_each_rank_warns_of_its_own_labels():
     assert ranks.run(differ_over_ranks, 2, timeout=60) == [[], ["labels: 1 of the 20 given bes"]]
 
 
@@ -214,7 +214,7 @@ def test_other_images_may_be_trained_on_by_labels_alone():
             criterion.update_bank(torch.randn(40, D), index)
 
 
-def test_a_copy_is_watched_anew():
+def test_a_copy_is_watched_from_the_start():
     criterion = criterion_of()
     features, index = torch.randn(16, D), torch.arange(16) % 10
     for other in (criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
@@ -232,7 +232,7 @@ def test_a_compiled_criterion_is_not_watched():
 
 
 def test_batches_of_a_cuda_graph_are_not_looked_at(monkeypatch):
-    """A look copies to pinned memory and records an event: a replay would do it again."""
+    """Looking copies to pinned memory and records an event, which each replay would repeat."""
     watched, looked, step = watch.Watch(), [], 0
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: step in (2, 3))
     monkeypatch.setattr(watched, "_report_arrived", lambda: looked.append(("arrived", step)))

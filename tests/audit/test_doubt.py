@@ -23,7 +23,7 @@ def flipped(true: Tensor, rate: float) -> Tensor:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.5, 0.7])
-def test_good_features_carry_the_rate_and_chance_does_not(rate):
+def test_good_features_carry_a_noise_rate_and_random_ones_do_not(rate):
     digits = load_digits()
     pixels, true = torch.tensor(digits.data), torch.tensor(digits.target)
     labels = flipped(true, rate)
@@ -39,8 +39,8 @@ def test_good_features_carry_the_rate_and_chance_does_not(rate):
     assert alike.doubt
 
 
-def test_features_that_confuse_classes_in_places_do_not_carry_a_rate():
-    """Of 40 places 10 hold one class each, and in the others six of ten images are of any class."""
+def test_features_that_confuse_classes_in_places_carry_no_noise_rate():
+    """Features are 40 clusters: 10 hold one class each, in the others six of ten images are of any class."""
     made = torch.Generator().manual_seed(3)
     place = torch.randint(40, (2000,), generator=made)
     other = (torch.rand(2000, generator=made) < 0.6) & (place >= 10)
@@ -51,7 +51,7 @@ def test_features_that_confuse_classes_in_places_do_not_carry_a_rate():
     assert found.doubt == "neighbours contradict labels in some places only, as features that confuse classes make them"
 
 
-def test_evidence_is_counted_as_it_reads():
+def test_evidence_equals_plain_counting():
     features, labels, _ = blobs(N=60, C=3)
     labels[::9] = -1
     found = audit_labels(features, labels, dtype=torch.float64)
@@ -85,7 +85,7 @@ def test_evidence_is_counted_as_it_reads():
     assert evidence.rate == pytest.approx(expected)
 
 
-def test_classes_too_small_to_ask_are_named():
+def test_classes_too_small_for_nearest_neighbours_are_a_reason_for_doubt():
     features, labels, _ = blobs(N=40, C=10, wrong=0)
     found = audit_labels(features, labels)
     assert found.neighbour_labels.shape == (40, 0)
@@ -94,7 +94,7 @@ def test_classes_too_small_to_ask_are_named():
     assert audit_labels(features, torch.zeros(40, dtype=torch.int64)).doubt == ""
 
 
-def test_a_sample_of_a_large_archive_is_asked(monkeypatch):
+def test_evidence_of_a_sample_is_near_that_of_the_whole_archive(monkeypatch):
     features, labels, _ = blobs(N=600, C=3)
     whole = audit_labels(features, labels)
     monkeypatch.setattr(doubt, "SAMPLE_SIZE", 300)

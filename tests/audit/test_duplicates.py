@@ -8,7 +8,7 @@ from tests.audit.archives import blobs, small_pieces
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_exact_copies_are_found_and_those_with_other_labels_reported(dtype, monkeypatch):
+def test_exact_copies_are_found_and_conflict_under_other_labels(dtype, monkeypatch):
     small_pieces(monkeypatch)
     features, labels, _ = blobs(wrong=0)
     features[77], features[50], features[101] = features[3], features[4], features[4]

@@ -13,7 +13,7 @@ from tests.audit.archives import blobs, same, small_pieces
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16", ">f4", "read-only", "strided", "frame", "tensor"])
-def test_features_of_any_container_give_the_same(kind, tmp_path):
+def test_features_of_any_container_give_the_same_audit(kind, tmp_path):
     features, labels, _ = blobs()
     array = features.numpy().astype("float16").astype("float32")
     expected = audit_labels(torch.from_numpy(array), labels)
@@ -31,13 +31,13 @@ def test_features_of_any_container_give_the_same(kind, tmp_path):
     assert same(audit_labels(given, labels), expected)
 
 
-def test_scratch_folder_gives_the_same_and_keeps_nothing(tmp_path):
+def test_scratch_folder_gives_the_same_audit_and_keeps_nothing(tmp_path):
     features, labels, _ = blobs()
     assert same(audit_labels(features, labels, scratch=tmp_path), audit_labels(features, labels))
     assert not list(tmp_path.iterdir())
 
 
-def test_archive_larger_than_memory_is_refused_with_the_way_out(tmp_path, monkeypatch):
+def test_archive_larger_than_memory_is_refused_and_scratch_named(tmp_path, monkeypatch):
     features, labels, _ = blobs()
     monkeypatch.setattr(inputs, "free_memory", lambda: 1000.0)
     with pytest.raises(
@@ -99,7 +99,7 @@ def test_rows_too_short_for_the_dtype_are_named_before_they_are_normalised():
     audit_labels(features, labels, dtype=torch.float64)
 
 
-def test_arguments_are_looked_at_before_the_features():
+def test_other_arguments_are_checked_before_features_are_read():
     class Unread:
         shape = (3, 2)
 
@@ -107,7 +107,7 @@ def test_arguments_are_looked_at_before_the_features():
         audit_labels(Unread(), [0, 1, 0], sigma=-1)
 
 
-def test_default_device_of_the_caller_holds_nothing_of_an_audit():
+def test_default_device_of_the_caller_is_not_used():
     features, labels, _ = blobs()
     expected = audit_labels(features, labels)
     with torch.device("meta"):
@@ -145,7 +145,7 @@ def test_bank_with_rows_that_are_not_finite_is_refused():
         audit_bank(bank)
 
 
-def test_what_is_no_bank_is_refused_by_name():
+def test_criterion_in_place_of_its_bank_is_refused():
     criterion = NTDNELoss(torch.tensor([0, 1]), dim=3)
     with pytest.raises(
         TypeError, match=r"^bank: expected a MemoryBank, got NTDNELoss; a criterion's is criterion.memory"
@@ -153,7 +153,7 @@ def test_what_is_no_bank_is_refused_by_name():
         audit_bank(criterion)
 
 
-def test_bank_that_nothing_was_written_to_is_warned_of():
+def test_bank_with_random_rows_is_warned_of():
     bank = MemoryBank(torch.arange(10) % 3, 8)
     with pytest.warns(UserWarning, match="bank: its rows are still the random ones of its start"):
         audit_bank(bank)
@@ -166,7 +166,7 @@ def test_bank_that_nothing_was_written_to_is_warned_of():
         audit_bank(loaded)
 
 
-def test_names_that_are_not_one_per_class_are_refused():
+def test_names_must_be_one_per_class():
     bank = MemoryBank(torch.tensor([0, 1]), 3)
     with pytest.raises(ValueError, match="classes: expected 2 names, got 1"):
         audit_bank(bank, classes=["a"])

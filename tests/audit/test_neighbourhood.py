@@ -13,7 +13,7 @@ from tests.audit.archives import blobs, shares, small_pieces
 @pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("C", [1, 4, 20])
 @pytest.mark.parametrize("sigma", [0.1, 0.01])
-def test_shares_and_scores_are_those_of_the_formula(backend, device, C, sigma, pieces, monkeypatch):
+def test_shares_and_scores_equal_the_formula(backend, device, C, sigma, pieces, monkeypatch):
     if pieces:
         small_pieces(monkeypatch)
     features, labels, _ = blobs(N=40, C=C)
@@ -33,7 +33,7 @@ def test_shares_and_scores_are_those_of_the_formula(backend, device, C, sigma, p
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_other_dtypes_round_the_rows_alone(fused, device, dtype):
+def test_other_dtypes_round_only_the_rows(fused, device, dtype):
     features, labels, _ = blobs()
     found = audit_labels(features, labels, device=device, dtype=dtype, backend=fused)
     rows = feature_bank(features, labels, dtype=dtype).rows(torch.arange(len(features)))
@@ -43,13 +43,13 @@ def test_other_dtypes_round_the_rows_alone(fused, device, dtype):
     torch.testing.assert_close(found.score.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_image_of_a_class_that_is_not_there_has_the_lowest_density():
+def test_image_unlike_all_others_has_the_lowest_density():
     features, labels, _ = blobs(wrong=0)
     features[60] = -features.sum(dim=0)
     assert int(audit_labels(features, labels).log_density.argmin()) == 60
 
 
-def test_nearest_neighbours_are_those_of_all_pairs(device, monkeypatch):
+def test_nearest_neighbours_equal_those_of_all_pairs(device, monkeypatch):
     small_pieces(monkeypatch)
     features, labels, _ = blobs()
     bank = feature_bank(features, labels, device=device, dtype=torch.float64)

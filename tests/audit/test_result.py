@@ -26,7 +26,7 @@ def test_wrong_labels_rank_first_and_get_the_right_suggestion():
 
 
 @pytest.mark.parametrize("method", [*METHODS, 0.3])
-def test_each_method_finds_the_wrong_labels_of_well_apart_classes(method):
+def test_each_method_finds_the_wrong_labels_of_well_separated_classes(method):
     features, labels, true = blobs(N=400, wrong=0.15)
     suspects = audit_labels(features, labels).suspects(method)
     wrong = labels != true
@@ -38,7 +38,7 @@ def test_clean_archive_has_no_suspects():
     assert not audit_labels(*blobs(N=400, wrong=0)[:2]).suspects("rate").any()
 
 
-def test_transition_is_that_of_the_noise():
+def test_transition_equals_that_of_the_noise():
     features, labels, true = blobs(N=4000, C=3, wrong=0.3)
     found = audit_labels(features, labels)
     counts = torch.zeros(3, 3, dtype=torch.float64).index_put_(
@@ -50,7 +50,7 @@ def test_transition_is_that_of_the_noise():
 
 
 @pytest.mark.parametrize("top", [2, 9])
-def test_quality_is_the_surprise_expected_against_that_of_the_label(top):
+def test_quality_equals_its_formula(top):
     features, labels, _ = blobs()
     labels[::9] = -1
     found = audit_labels(features, labels, dtype=torch.float64, top=top)
@@ -122,7 +122,7 @@ def test_archive_without_labels_or_of_singles_or_of_one_class_has_no_suspects(la
     torch.testing.assert_close(found.transition, torch.eye(C, dtype=torch.float64))
 
 
-def test_confident_learning_is_that_of_loops():
+def test_confident_learning_equals_plain_loops():
     made = torch.Generator().manual_seed(1)
     features = torch.randn(90, 3, generator=made)
     labels = torch.cat([torch.zeros(60), torch.ones(20), torch.full((6,), 2), torch.full((4,), -1)]).long()
