@@ -47,7 +47,6 @@ class IndexedDataset(Dataset[Any]):
         self.dataset = dataset
 
     def __len__(self) -> int:
-        """N."""
         return len(self.dataset)
 
     def __getitem__(self, index: Any) -> Any:

@@ -118,7 +118,8 @@ def _fill(bank: MemoryBank, features: Any, progress: bool) -> None:
         ValueError: rows cannot be normalised. All of them are named.
     """
     N, D = features.shape
-    block, unusable = rows_per_block(D), list[int]()
+    block = rows_per_block(D)
+    unusable: list[int] = []
     starts: Iterable[int] = range(0, N, block)
     for start in with_progress(starts, "Reading features") if progress else starts:
         rows = features[start : start + block]
@@ -135,7 +136,8 @@ def _fill(bank: MemoryBank, features: Any, progress: bool) -> None:
 
 def check_rows(bank: MemoryBank) -> None:
     """ValueError that names the images whose rows are 0 or not finite."""
-    block, unusable = rows_per_block(bank.storage.size(1)), list[int]()
+    block = rows_per_block(bank.storage.size(1))
+    unusable: list[int] = []
     for start in range(0, len(bank), block):
         wrong = _without_direction(bank.storage[start : start + block], bank.storage.dtype)
         unusable += bank.order[wrong.to(bank.device) + start].tolist()

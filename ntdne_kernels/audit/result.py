@@ -65,7 +65,6 @@ class LabelAudit:
     neighbour_labels: Tensor
 
     def __len__(self) -> int:
-        """N."""
         return len(self.labels)
 
     def __repr__(self) -> str:
