@@ -11,22 +11,30 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, Te
 from ntdne_kernels.labels import as_index, as_labels, read_labels
 
 INDEX = "index"  # key of the index in samples with keys
-LABELS = ("targets", "labels", "_labels")  # attributes of torchvision's datasets, and of others like them: N labels
-SAMPLES = ("samples", "imgs", "_samples")  # and N pairs of a file and its label
-COLUMNS = ("label", "labels")  # of datasets of Hugging Face
+# Where torchvision's datasets, and others like them, keep labels:
+LABEL_ATTRIBUTES = ("targets", "labels", "_labels")  # N labels
+SAMPLE_ATTRIBUTES = ("samples", "imgs", "_samples")  # N pairs of a file and its label
+LABEL_COLUMNS = ("label", "labels")  # of Hugging Face datasets
 
 
 class IndexedDataset(Dataset[Any]):
     """A map-style dataset whose samples end with their index: (image, label) becomes (image, label, index).
 
-    A sample with keys, as datasets of Hugging Face have them, gets the key "index". The index is the position in the
-    wrapped dataset, whatever the sampler does, and names the image's row in the bank. A slice is a list of samples.
+    A sample with keys, as Hugging Face datasets have them, gets the key "index". The index is the position in the
+    wrapped dataset, whatever the sampler does; the bank knows the image by it. A slice is a list of samples.
+
+    Example:
+        >>> dataset = IndexedDataset([("first image", 4), ("second image", 2)])
+        >>> dataset[1]
+        ('second image', 2, 1)
+        >>> IndexedDataset(TensorDataset(torch.zeros(2, 3, 8, 8), torch.tensor([4, 2]))).labels
+        tensor([4, 2])
 
     Args:
         dataset: any dataset with `__getitem__` and `__len__`.
 
     Raises:
-        TypeError: the dataset has no positions (an IterableDataset, or no `__len__`).
+        TypeError: the dataset is not map-style (an IterableDataset, or no `__len__`).
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
@@ -42,6 +50,12 @@ class IndexedDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: Any) -> Any:
+        """The sample at an index, or the list of samples of a slice.
+
+        Raises:
+            IndexError: the index is out of range.
+            ValueError: the sample has a key "index" already.
+        """
         if isinstance(index, slice):
             return [self[position] for position in range(len(self))[index]]
         index = operator.index(index)
@@ -58,15 +72,15 @@ class IndexedDataset(Dataset[Any]):
 
     @property
     def labels(self) -> Tensor:
-        """(N,) int64: the label of each image, by index, -1 for none: what the criterion takes. No image is read.
+        """(N,) int64: the label of each image, by index, −1 for none, as the criterion takes them. No image is read.
 
-        Found through Subset (and so random_split) and ConcatDataset, in a TensorDataset's second tensor, in attributes
-        `targets`, `labels`, `samples` or `imgs`, or in the column of a Hugging Face dataset that is called label or
-        labels or is its one ClassLabel.
+        Labels are looked for in attributes `targets`, `labels`, `samples` or `imgs`, in a TensorDataset's second
+        tensor, and in the column of a Hugging Face dataset that is called label or labels or is its only ClassLabel;
+        also in the parts of a ConcatDataset and behind a Subset, and so random_split.
 
         Raises:
-            TypeError: there is no such place, or it holds no integers; of names the error says how to number them,
-                for the whole dataset, so that all of its parts have the same numbers.
+            TypeError: there is no such place, or it holds no integers. For names, the message has the line that numbers
+                them in the whole dataset, so that all of its parts have the same numbers.
             ValueError: labels have not one dimension.
         """
         return _labels_of(self.dataset)
@@ -94,25 +108,29 @@ def _labels_of(dataset: Any) -> Tensor:
 
 
 def _labels_in_attributes(dataset: Any) -> Tensor | None:
-    """Labels that a dataset keeps, one for each sample, after its `target_transform`."""
-    for name in LABELS + SAMPLES:
-        kept: Any = getattr(dataset, name, None)
-        if not hasattr(kept, "__len__") or len(kept) != len(dataset):  # names of classes, say
+    """Labels that a dataset keeps in an attribute, one for each sample, after its `target_transform`."""
+    for name in LABEL_ATTRIBUTES + SAMPLE_ATTRIBUTES:
+        labels: Any = getattr(dataset, name, None)
+        if not hasattr(labels, "__len__") or len(labels) != len(dataset):  # names of classes, say
             continue
-        if name in SAMPLES:
-            if not all(isinstance(sample, tuple | list) and len(sample) > 1 for sample in kept):
+        if name in SAMPLE_ATTRIBUTES:
+            if not all(isinstance(sample, tuple | list) and len(sample) > 1 for sample in labels):
                 continue
-            kept = [sample[1] for sample in kept]
+            labels = [sample[1] for sample in labels]
         transform = getattr(dataset, "target_transform", None)
         if transform is not None:
-            kept = [transform(label) for label in (kept.tolist() if hasattr(kept, "tolist") else kept)]
-        return as_labels(kept, "labels" if name in SAMPLES else f"dataset.{name}").to("cpu", torch.int64)
+            labels = [transform(label) for label in (labels.tolist() if hasattr(labels, "tolist") else labels)]
+        return as_labels(labels, "labels" if name in SAMPLE_ATTRIBUTES else f"dataset.{name}").to("cpu", torch.int64)
     return None
 
 
 def _labels_in_column(dataset: Any) -> Tensor:
-    """Labels of a Hugging Face dataset."""
-    named = [name for name in COLUMNS if name in dataset.column_names]
+    """Labels of a Hugging Face dataset.
+
+    Raises:
+        TypeError: no column or several may be meant, or the labels are names.
+    """
+    named = [name for name in LABEL_COLUMNS if name in dataset.column_names]
     typed = [name for name, feature in dataset.features.items() if type(feature).__name__ == "ClassLabel"]
     columns = named or typed
     if len(columns) != 1:
@@ -121,7 +139,7 @@ def _labels_in_column(dataset: Any) -> Tensor:
             f"dataset: expected one column of labels, found {found}; dataset.rename_column('...', 'label') chooses"
         )
     name = columns[0]
-    labels = read_labels(dataset.with_format(None)[name][:], name)  # without transforms, which want images
+    labels = read_labels(dataset.with_format(None)[name][:], name)  # without transforms, which expect images
     if not isinstance(labels, Tensor):
         raise TypeError(
             f"{name}: expected integers, got names; this line numbers them: "

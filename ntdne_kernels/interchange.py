@@ -1,13 +1,14 @@
-"""A label audit in the words of pandas and cleanlab, which are imported only when they are called for.
+"""A label audit as pandas and cleanlab have it. Both are imported only where they are used.
 
-pandas writes the table of an audit and reads it again. Parquet keeps everything. A CSV keeps every value too, but
-`read_csv`, left to itself, takes the class "01" for the number 1 and the class "NA" for a missing label:
+pandas writes the table of an audit and reads it again. Parquet keeps everything. A CSV keeps every value too, but by
+default `read_csv` takes the class "01" for the number 1 and the class "NA" for a missing label:
 
     to_frame(audit, paths=paths).to_csv("audit.csv", index=False)
     pandas.read_csv("audit.csv", keep_default_na=False, na_values=[""],
                     dtype={"path": str, "given_label": str, "predicted_label": str, "duplicate_of": "Int64"})
 
-FiftyOne reads that file as its CSVDataset (absolute paths, or names in `data_path`); what is not text needs a function:
+FiftyOne reads that file as its CSVDataset (absolute paths, or names in `data_path`). Fields that are not text need a
+function:
 
     fiftyone.Dataset.from_dir(
         dataset_type=fiftyone.types.CSVDataset, labels_path="audit.csv", media_field="path",
@@ -34,19 +35,27 @@ if TYPE_CHECKING:
 def to_frame(
     audit: LabelAudit, *, paths: Iterable[str | os.PathLike[str]] | None = None, method: str | float = "rate"
 ) -> "pd.DataFrame":
-    """The audit as a table: a row for each image, in order. What cleanlab's Datalab has too bears its name there.
+    """The audit as a table: a row for each image, in order. Columns that cleanlab's Datalab has too have its names.
 
         path             the image's path; only where `paths` are given
-        given_label      its label, missing where unlabelled; categorical, as is the next
-        predicted_label  the suggested class: the one with the largest share of its neighbourhood
+        given_label      its label, categorical; missing where unlabelled
+        predicted_label  the suggested class, categorical: the one with the largest share of its neighbourhood
         is_label_issue   whether it is a suspect
         label_score      quality of its label in [0, 1], low is suspect; NaN where not judged
-        rank             its place in the ranking; 1 is the worst, those not judged come last
+        rank             its place in the ranking; 1 is the most suspect, those not judged come last
         score            p: the share of its neighbourhood that carries its label (eq. 4); NaN where unlabelled
-        suggested_share  the share that carries the suggested class
+        suggested_share  the share of the suggested class
         log_density      log of the mean of exp(f_i·f_j/σ) over the other images
         duplicate_of     the first image with exactly the same features; missing where there is none before it
         conflicting      whether an exact copy carries another label
+
+    Example:
+        >>> from ntdne_kernels.audit import audit_labels
+        >>> features = torch.tensor([[9, 0], [9, 1], [9, 2], [9, 3], [0, 9], [1, 9], [2, 9]]).float()
+        >>> audit = audit_labels(features, ["ash", "ash", "ash", "oak", "oak", "oak", "oak"])
+        >>> frame = to_frame(audit, paths=[f"{image}.png" for image in range(7)])
+        >>> frame.loc[frame["is_label_issue"], ["path", "given_label", "predicted_label"]].values.tolist()
+        [['3.png', 'oak', 'ash']]
 
     Args:
         audit: of N images.
@@ -55,7 +64,8 @@ def to_frame(
 
     Raises:
         ImportError: pandas is missing.
-        ValueError: there are not as many paths as images.
+        TypeError: method is neither text nor a number.
+        ValueError: there are not as many paths as images, or method is unknown.
     """
     try:
         import pandas as pd
@@ -88,11 +98,17 @@ def to_frame(
 def pred_probs(audit: LabelAudit) -> NDArray[np.floating[Any]]:
     """The leave-one-out class shares p_ic as cleanlab's functions take them: (N, C), classes in order of code.
 
-    A row sums to 1 less the share of unlabelled neighbours. cleanlab has no word for an unlabelled image: give its
-    functions the rows where `audit.labels` is not −1, beside these labels.
+    A row sums to 1 minus the share of unlabelled neighbours. cleanlab knows no unlabelled images: give its functions
+    the rows where `audit.labels` is not −1, beside these labels.
+
+    Example:
+        >>> from ntdne_kernels.audit import audit_labels
+        >>> features = torch.tensor([[9, 0], [9, 1], [9, 2], [9, 3], [0, 9], [1, 9], [2, 9]]).float()
+        >>> pred_probs(audit_labels(features, [0, 0, 0, 1, 1, 1, 1]))[3].round(2).tolist()
+        [0.99, 0.01]
 
     Raises:
-        ValueError: the audit kept only the largest shares of each image; nothing is known of the others.
+        ValueError: the audit kept only the largest shares of each image, so the others are unknown.
     """
     kept, C = audit.top_shares.size(1), len(audit.classes)
     if kept < C:
@@ -104,23 +120,32 @@ def pred_probs(audit: LabelAudit) -> NDArray[np.floating[Any]]:
 def noise_matrix(audit: LabelAudit) -> NDArray[np.floating[Any]]:
     """P(given label | true class) as cleanlab has it: (C, C), [given, true], each column with the sum 1.
 
-    The transpose of `audit.transition`, and its errors.
+    The transpose of `audit.transition`.
+
+    Example:
+        >>> from ntdne_kernels.audit import audit_labels
+        >>> features = torch.tensor([[9, 0], [9, 1], [9, 2], [9, 3], [0, 9], [1, 9], [2, 9]]).float()
+        >>> noise_matrix(audit_labels(features, [0, 0, 0, 1, 1, 1, 1])).tolist()
+        [[0.75, 0.0], [0.25, 1.0]]
+
+    Raises:
+        ValueError: there are too many classes for a matrix.
     """
     return audit.transition.T.numpy()
 
 
 @cache
 def register_issue_manager() -> type:
-    """Teach cleanlab's Datalab a kind of issue, "ntdne_label", that is an audit's; once in a process.
+    """Give cleanlab's Datalab a type of issue, "ntdne_label", that reports an audit; once in a process.
 
         register_issue_manager()
         lab = cleanlab.Datalab(frame, label_name="label")
         lab.find_issues(issue_types={"ntdne_label": {"audit": audit, "method": "rate"}})
         lab.get_issues("ntdne_label")  # is_ntdne_label_issue, ntdne_label_score
 
-    The score is the label's quality, and that of the whole data is 1 − the estimated noise rate. Datalab has no word
-    for an image that was not judged: it scores 1 and is no issue, and `num_not_judged` of the info counts such images.
-    Datalab's labels may not be missing: where some are, leave `label_name` out. Its `get_issues("label")` takes
+    The score of an image is its label's quality, and that of the whole data is 1 − the estimated noise rate. Datalab
+    knows no images that were not judged: they score 1 and are no issue, and `num_not_judged` of the info counts them.
+    Datalab wants a label for each image: where some have none, leave `label_name` out. Its `get_issues("label")` takes
     all columns with "label" in their names, and so shows ours beside its own.
 
     Returns:
@@ -141,7 +166,7 @@ def register_issue_manager() -> type:
         verbosity_levels: ClassVar = {0: [], 1: ["noise_rate", "num_not_judged"], 2: [], 3: []}
 
         def __init__(self, datalab: Any, audit: LabelAudit, method: str | float = "rate", **_: Any) -> None:
-            # All that may fail is here: Datalab only prints what find_issues raises, and goes on.
+            # What may fail is done here: where find_issues raises, Datalab prints the error and goes on.
             super().__init__(datalab)
             if len(audit) != len(datalab.data):
                 raise ValueError(f"audit: expected one of the Datalab's {len(datalab.data)} examples, got {len(audit)}")
@@ -155,7 +180,7 @@ def register_issue_manager() -> type:
             self.info = self.collect_info()
 
         def collect_info(self) -> dict[str, Any]:
-            """Named as those of Datalab's own "label" where it has them."""
+            """What Datalab's get_info shows, named as in its own "label" where that has the same."""
             return {
                 "num_label_issues": int(self.frame["is_label_issue"].sum()),
                 "average_label_quality": float(self.frame["label_score"].mean()),

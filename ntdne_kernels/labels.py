@@ -1,6 +1,6 @@
-"""Labels and indices as people have them, tensors, lists, arrays and Series of numbers or names: one way for all.
+"""Labels and indices from tensors, lists, arrays and Series of numbers or names, read the same way everywhere.
 
-NumPy is not needed; who gives an array has it.
+NumPy is imported only for arrays and the like, whose owner has it.
 
 Shapes: N images, n values.
 """
@@ -14,24 +14,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ntdne_kernels.arguments import UNLABELLED
+from ntdne_kernels.arguments import UNLABELLED, check_classes
 
 if TYPE_CHECKING:
     import numpy as np
 
 NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]{1,2})?", re.ASCII)  # 007 is a name
-LIMIT = 2**63
+INT64_END = 2**63  # integers are at least −2^63 and below 2^63
 
 
 def as_labels(labels: Any, name: str = "labels", device: torch.device | None = None) -> Tensor:
-    """The labels (N,) as a tensor of integers, -1 for those without one.
+    """The labels (N,) as a tensor of integers, −1 for those without one.
+
+    Example:
+        >>> as_labels([2, None, 0])
+        tensor([ 2, -1,  0])
+        >>> as_labels(["1", " -1 ", "3.0"])
+        tensor([ 1, -1,  3])
 
     Args:
-        labels: integers in a tensor, whose dtype and device are kept. Or integers, whole numbers or text of whole
-            numbers throughout (" -1 ", "-1.0e+00") in a list, array, Series and the like, on which None, NaN and blank
-            text are no label; int64 where they are no array of integers.
+        labels: integers in a tensor, whose dtype and device are kept. Or a list, array, Series and the like of
+            integers, whole numbers, or text in which all is whole numbers (" -1 ", "-1.0e+00"); None, NaN and blank
+            text mean unlabelled. These become int64, but for arrays of integers, which keep their dtype.
         name: of the argument, in errors.
-        device: for what is no tensor; None: the CPU.
+        device: of the result where labels are no tensor; None: the CPU.
 
     Raises:
         TypeError: they are names, which `encode_labels` numbers, or anything else.
@@ -50,12 +56,16 @@ def as_labels(labels: Any, name: str = "labels", device: torch.device | None = N
 
 
 def as_index(index: Any, name: str = "index", device: torch.device | None = None) -> Tensor:
-    """The indices (n,) as int64: integers in a tensor, whose device is kept, or in a list, array, Series and the like.
+    """The indices (n,) as int64.
+
+    Example:
+        >>> as_index(range(3))
+        tensor([0, 1, 2])
 
     Args:
-        index: the integers.
+        index: integers in a tensor, whose device is kept, or in a list, array, Series and the like.
         name: of the argument, in errors.
-        device: for what is no tensor; None: the CPU.
+        device: of the result where the index is no tensor; None: the CPU.
 
     Raises:
         TypeError: they are no integers.
@@ -67,7 +77,7 @@ def as_index(index: Any, name: str = "index", device: torch.device | None = None
     if not isinstance(values, list):
         if values.dtype.kind not in "iu":
             raise TypeError(f"{name}: expected integers, got {values.dtype}")
-        return _of_array(values, name).to(device or "cpu", torch.int64)
+        return _from_array(values, name).to(device or "cpu", torch.int64)
     wrong = next((value for value in values if isinstance(value, bool) or not hasattr(value, "__index__")), None)
     if wrong is not None or None in values:
         raise TypeError(f"{name}: expected integers, got {wrong!r}")
@@ -75,61 +85,71 @@ def as_index(index: Any, name: str = "index", device: torch.device | None = None
 
 
 def encode_labels(labels: Any) -> tuple[Tensor, tuple[Any, ...]]:
-    """Number the classes of labels: the code (N,) of each image, -1 for unlabelled, and the C classes by code.
+    """Number the classes of labels from 0.
 
-        codes, classes = encode_labels(["oak", "ash", None, "oak"])  # tensor([1, 0, -1, 1]), ("ash", "oak")
+    Example:
+        >>> encode_labels(["oak", "ash", None, "oak"])
+        (tensor([ 1,  0, -1,  1]), ('ash', 'oak'))
+        >>> encode_labels([7, 3, -1, 7])
+        (tensor([ 1,  0, -1,  1]), (3, 7))
 
     Args:
-        labels: as `as_labels` takes them, or names in a list, array, Series and the like, without the blanks around
-            them. Classes are in ascending order: integers, or names.
+        labels: (N,) as `as_labels` takes them; or names in a list, array, Series and the like, of which blanks at both
+            ends are dropped.
+
+    Returns:
+        The code (N,) of each image's class, −1 for unlabelled, and the C classes by code: integers or names, ascending.
 
     Raises:
         TypeError: labels are neither integers nor names.
-        ValueError: they have not one dimension, or some are below -1.
+        ValueError: they have not one dimension, or some are below −1.
     """
     values = _check_tensor(labels, "labels") if isinstance(labels, Tensor) else read_labels(labels, "labels")
     if not isinstance(values, Tensor):
         names = tuple(sorted({value for value in values if value is not None}))
         code = {name: place for place, name in enumerate(names)} | {None: UNLABELLED}
         return torch.tensor([code[value] for value in values], device="cpu"), names
-    codes = values.to("cpu", torch.int64)
-    if bool((codes < UNLABELLED).any()):
-        row = int((codes < UNLABELLED).nonzero()[0])
-        raise ValueError(f"labels: expected -1 (unlabelled) or a class from 0, got {int(codes[row])} at row {row}")
-    classes, places = torch.unique(codes, return_inverse=True)
-    shift = int(len(classes) > 0 and int(classes[0]) == UNLABELLED)
-    return places - shift, tuple(classes[shift:].tolist())
+    integers = values.to("cpu", torch.int64)
+    check_classes(integers)
+    classes, codes = torch.unique(integers, return_inverse=True)
+    unlabelled = int(len(classes) > 0 and int(classes[0]) == UNLABELLED)
+    return codes - unlabelled, tuple(classes[unlabelled:].tolist())
 
 
 def read_labels(labels: Any, name: str) -> "Tensor | list[str | None]":
-    """Labels (N,) that are no tensor, as integers on the CPU, -1 for none, or as names, None for none."""
+    """Labels (N,) that are no tensor, as integers on the CPU, −1 for unlabelled, or as names, None for unlabelled.
+
+    Raises:
+        TypeError: they are neither integers nor names.
+        ValueError: they have not one dimension.
+    """
     values = _array_or_list(labels, name, "integers or names")
     if not isinstance(values, list):
-        return _of_array(values, name)
+        return _from_array(values, name)
     if all(type(value) is int for value in values):
-        return _integers(values, name)
-    if set(map(type, values)) <= {str, type(None)}:  # a million of them are few different ones
-        plain_of = {value: _plain(value) for value in set(values)}
-        plain = [plain_of[value] for value in values]
+        return _from_integers(values, name)
+    if set(map(type, values)) <= {str, type(None)}:  # a million labels have few different names: read each name once
+        value_of = {value: _plain_value(value) for value in set(values)}
+        plain = [value_of[value] for value in values]
     else:
-        plain = [_plain(value) for value in values]
+        plain = [_plain_value(value) for value in values]
     known = [value for value in plain if value is not None]
-    kinds = set(map(type, known))
-    nested = next((kind for kind in kinds if hasattr(kind, "__len__") and kind is not str), None)
+    types = set(map(type, known))
+    nested = next((found for found in types if hasattr(found, "__len__") and found is not str), None)
     if nested is not None:
         raise ValueError(f"{name}: expected one dimension, got {type(labels).__name__} of {nested.__name__}")
-    if kinds == {str}:
-        whole = {text: _whole(text) for text in set(known)}
-        if None in whole.values():
+    if types == {str}:
+        integer_of = {text: _parse_integer(text) for text in set(known)}
+        if None in integer_of.values():
             return plain
-        plain = [None if text is None else whole[text] for text in plain]
-    elif not kinds <= {int, float}:
-        found = " and ".join(sorted(kind.__name__ for kind in kinds))
-        raise TypeError(f"{name}: expected integers or names, got {found}")
+        plain = [None if text is None else integer_of[text] for text in plain]
+    elif not types <= {int, float}:
+        found_types = " and ".join(sorted(found.__name__ for found in types))
+        raise TypeError(f"{name}: expected integers or names, got {found_types}")
     wrong = next((value for value in known if isinstance(value, float) and not value.is_integer()), None)
     if wrong is not None:
-        raise _not_whole(name, wrong)
-    return _integers([UNLABELLED if value is None else int(value) for value in plain], name)
+        raise _no_integer(name, wrong)
+    return _from_integers([UNLABELLED if value is None else int(value) for value in plain], name)
 
 
 def _check_tensor(values: Tensor, name: str) -> Tensor:
@@ -156,36 +176,37 @@ def _array_or_list(values: Any, name: str, expected: str) -> "np.ndarray[Any, An
     return list(values)
 
 
-def _of_array(array: "np.ndarray[Any, Any]", name: str) -> Tensor:
+def _from_array(array: "np.ndarray[Any, Any]", name: str) -> Tensor:
+    """The whole numbers (n,) of an array, NaN as −1."""
     import numpy as np
 
     if array.dtype.kind == "f":
         array = np.where(np.isnan(array), UNLABELLED, array).astype(np.float64)
-        good = (array == np.floor(array)) & (np.abs(array) < float(LIMIT))
-        if not good.all():
-            raise _not_whole(name, array[~good][0])
+        whole = (array == np.floor(array)) & (np.abs(array) < float(INT64_END))
+        if not whole.all():
+            raise _no_integer(name, array[~whole][0])
         array = array.astype(np.int64)
     elif array.dtype.kind == "u" and array.dtype.itemsize == 8:
-        if len(array) and array.max() >= LIMIT:
-            raise _not_whole(name, array.max())
+        if len(array) and array.max() >= INT64_END:
+            raise _no_integer(name, array.max())
         array = array.astype(np.int64)
-    # A copy, in the machine's byte order: torch shares no memory that is read-only or runs backwards.
+    # A copy in native byte order: torch takes no other order and no negative strides, and warns of read-only memory.
     return torch.from_numpy(np.array(array, array.dtype.newbyteorder("=")))
 
 
-def _integers(values: list[int], name: str) -> Tensor:
-    wrong = next((value for value in values if not -LIMIT <= value < LIMIT), None)
+def _from_integers(values: list[int], name: str) -> Tensor:
+    wrong = next((value for value in values if not -INT64_END <= value < INT64_END), None)
     if wrong is not None:
-        raise _not_whole(name, wrong)
+        raise _no_integer(name, wrong)
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
-def _not_whole(name: str, value: Any) -> TypeError:
+def _no_integer(name: str, value: Any) -> TypeError:
     return TypeError(f"{name}: expected integers of 64 bits or names, got numbers such as {value}")
 
 
-def _plain(value: Any) -> Any:
-    """A label as an int, float, text without blanks around it, or None where it is missing."""
+def _plain_value(value: Any) -> Any:
+    """A label as an int, float, text without blanks at its ends, or None where it is missing."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()  # NumPy's and torch's scalars
     if isinstance(value, bytes):
@@ -197,9 +218,9 @@ def _plain(value: Any) -> Any:
     return None if type(value).__name__ in ("NAType", "NaTType") else value  # pandas'
 
 
-def _whole(text: str) -> int | None:
-    """The integer of 64 bits that is written, or None."""
+def _parse_integer(text: str) -> int | None:
+    """The 64-bit integer that the text is, or None."""
     if not NUMBER.fullmatch(text):
         return None
     number = Decimal(text)
-    return int(number) if number == int(number) and -LIMIT <= number < LIMIT else None
+    return int(number) if number == int(number) and -INT64_END <= number < INT64_END else None

@@ -1,6 +1,7 @@
-"""Mistakes of a training loop that show in its batches, said once each.
+"""Mistakes of a training loop that show in its batches, each warned of once.
 
-Values on a GPU are looked at in a few of the first batches, and said when they have come, without waiting for them.
+Values on a GPU are looked at in a few of the first batches. They are copied to the host without waiting for them, and
+reported in the first later step that finds them there.
 
 Shapes: B images of a batch, N images of the archive, C classes.
 """
@@ -16,7 +17,7 @@ from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.user_warning import warn_user
 
 STEPS = 50  # that are searched for labels in place of the index
-CHANCE = 1e-6  # that positions drawn from the archive are all numbers of classes: less is taken for no accident
+CHANCE = 1e-6  # at which images drawn from the archive may all have the number of a class as their index, unsuspected
 
 
 class Watch:
@@ -24,27 +25,27 @@ class Watch:
 
     def __init__(self) -> None:
         self._steps = 0
-        self._numbers_of_classes = 0  # indices so far, as long as there is nothing else among them
-        self._repeated = 0  # of these, those that stand in their batch before
+        self._class_numbers = 0  # indices so far, as long as each is the number of a class
+        self._repeated = 0  # those of them that were in their batch before
         self._compared = 0
         self._with_labels_alone = 0
         self._updated = False
-        self._said: set[str] = set()
-        self._coming: list[tuple[torch.cuda.Event, Callable[[], None]]] = []
+        self._warned: set[str] = set()
+        self._pending: list[tuple[torch.cuda.Event, Callable[[], None]]] = []
 
     def __reduce__(self) -> tuple[type["Watch"], tuple[()]]:
-        return Watch, ()  # a copy of the criterion is watched anew
+        return Watch, ()  # a copy of the criterion is watched from the start
 
     def updated(self) -> None:
-        """The bank was updated."""
+        """Note that the bank was updated."""
         self._updated = True
 
     def trained(self, B: int, index: Tensor | None, memory: MemoryBank) -> None:
-        """A batch of B images was trained on: those of the index (B,), int64, or without one."""
+        """Note that a batch of B images was trained on: those of the index (B,), int64, or without an index."""
         if index is None:
             self._with_labels_alone += B
             if self._updated and self._with_labels_alone >= len(memory):
-                self._say(
+                self._warn_once(
                     "labels alone",
                     f"{self._with_labels_alone} images were trained on with labels alone while the bank was updated: "
                     "each counts its own row as a neighbour; call criterion(features, index)",
@@ -52,26 +53,26 @@ class Watch:
             return
         self._with_labels_alone, self._updated = 0, False
         self._steps += 1
-        if self._steps <= STEPS and self._due(self._steps, index.device):
+        if self._steps <= STEPS and self._may_look(self._steps, index.device):
             self._look_for_labels(index, memory)
 
     def compare(self, given: Tensor, index: Tensor, stored: Callable[[], Tensor]) -> None:
-        """Labels (B,) that were given beside the index (B,), −1 for none, with those of the archive (B,)."""
+        """Compare labels (B,) that were given beside the index (B,) with those of the archive (B,); −1 means none."""
         self._compared += 1
-        if "labels differ" in self._said or not self._due(self._compared, index.device):
+        if "labels differ" in self._warned or not self._may_look(self._compared, index.device):
             return
-        beside = (index >= 0) & (given != UNLABELLED)
-        self._ask(self._say_differing, torch.stack([(beside & (given != stored())).sum(), beside.sum()]))
+        both = (index >= 0) & (given != UNLABELLED)
+        self._report(self._warn_of_differing, torch.stack([(both & (given != stored())).sum(), both.sum()]))
 
     def labels_as_index(self, found: str) -> None:
-        """Say that indices are labels, by what was found."""
-        self._say(
+        """Warn that labels are given in place of the index, by what was found."""
+        self._warn_once(
             "labels as index",
             f"{found}; is `index` the position of each image in the archive (IndexedDataset), and not its label?",
         )
 
     def _look_for_labels(self, index: Tensor, memory: MemoryBank) -> None:
-        """Labels given as the index are all numbers of classes, and stand more than once in a batch."""
+        """Labels in place of the index are all numbers of classes, and repeat in a batch."""
         N, C = len(memory), len(memory.classes)
         if C in (0, N):
             return
@@ -80,55 +81,60 @@ class Watch:
         inside, are_classes = ordered >= 0, memory.classes[place] == ordered
         repeats = (ordered[1:] == ordered[:-1]) & inside[1:]
         counts = torch.stack([inside.sum(), (inside & are_classes).sum(), repeats.sum()])
-        self._ask(self._note_classes, counts, math.log(N / C))
+        self._report(self._note_class_numbers, counts, math.log(N / C))
 
-    def _note_classes(self, indices: int, numbers_of_classes: int, repeated: int, surprise: float) -> None:
-        """Counts of a batch; the surprise at one index that is the number of a class is −log of its chance."""
-        if numbers_of_classes < indices:
-            self._steps = STEPS  # positions, after all
+    def _note_class_numbers(self, indices: int, class_numbers: int, repeated: int, surprise: float) -> None:
+        """Add the counts of a batch to those before.
+
+        The surprise is −log of the chance that the index of an image drawn from the archive is the number of a class.
+        """
+        if class_numbers < indices:
+            self._steps = STEPS  # at least one is no label: look no further
             return
-        self._numbers_of_classes += indices
+        self._class_numbers += indices
         self._repeated += repeated
-        if self._repeated and self._numbers_of_classes * surprise > -math.log(CHANCE):
+        if self._repeated and self._class_numbers * surprise > -math.log(CHANCE):
             self.labels_as_index(
-                f"all of the {self._numbers_of_classes} indices looked at are numbers of classes, and {self._repeated} "
+                f"all of the {self._class_numbers} indices looked at are numbers of classes, and {self._repeated} "
                 "stand in their batch before"
             )
 
-    def _say_differing(self, differing: int, beside: int) -> None:
+    def _warn_of_differing(self, differing: int, both: int) -> None:
         if differing:
-            self._say(
+            self._warn_once(
                 "labels differ",
-                f"labels: {differing} of the {beside} given beside an index differ from the archive's, which are used. "
+                f"labels: {differing} of the {both} given beside an index differ from the archive's, which are used. "
                 "Mostly the criterion was given labels in another order, or those of a whole set of which this is a "
                 "part; IndexedDataset(dataset).labels are those of what it holds. Ignore this where they differ on "
                 "purpose",
             )
 
-    def _due(self, batch: int, device: torch.device) -> bool:
+    def _may_look(self, batch: int, device: torch.device) -> bool:
+        """Whether to look at the values of this batch: on a GPU at the 1st, 2nd, 4th, ..., never during capture."""
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 return False
-            self._hear()
+            self._report_arrived()
             return batch <= STEPS and batch & (batch - 1) == 0
         return device.type == "cpu"
 
-    def _ask(self, say: Callable[..., None], numbers: Tensor, *known: float) -> None:
-        """Call `say` with the numbers and what is known, on a GPU in a later step."""
-        if numbers.device.type == "cpu":
-            say(*numbers.tolist(), *known)
+    def _report(self, report: Callable[..., None], counts: Tensor, *known: float) -> None:
+        """Call `report` with the counts and what is known already; for counts on a GPU in a later step."""
+        if counts.device.type == "cpu":
+            report(*counts.tolist(), *known)
             return
-        arriving = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
-        arriving.copy_(numbers, non_blocking=True)
+        arriving = torch.empty(counts.shape, dtype=counts.dtype, device="cpu", pin_memory=True)
+        arriving.copy_(counts, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._coming.append((event, lambda: say(*arriving.tolist(), *known)))
+        self._pending.append((event, lambda: report(*arriving.tolist(), *known)))
 
-    def _hear(self) -> None:
-        while self._coming and self._coming[0][0].query():
-            self._coming.pop(0)[1]()
+    def _report_arrived(self) -> None:
+        """Report the counts that have reached the host since."""
+        while self._pending and self._pending[0][0].query():
+            self._pending.pop(0)[1]()
 
-    def _say(self, mistake: str, message: str) -> None:
-        if mistake not in self._said:
-            self._said.add(mistake)
+    def _warn_once(self, mistake: str, message: str) -> None:
+        if mistake not in self._warned:
+            self._warned.add(mistake)
             warn_user(message)

@@ -25,7 +25,7 @@ def test_samples_end_with_their_index_whatever_the_sampler_does():
         assert torch.equal(label, index % 3)
 
 
-def test_index_counts_in_the_wrapped_dataset():
+def test_index_is_the_position_in_the_wrapped_dataset():
     subset = IndexedDataset(Subset(TensorDataset(torch.arange(10)), [7, 8]))
     assert [(int(value), index) for value, index in subset] == [(7, 0), (8, 1)]
     assert subset[-1][1] == 1
@@ -66,7 +66,7 @@ def test_any_kind_of_integer_is_a_position():
         assert (sample, position, type(position)) == ("b", 1, int)
 
 
-def test_a_sample_with_keys_gets_one_more():
+def test_a_sample_with_keys_gets_the_key_index():
     image = object()
     dataset = IndexedDataset([{"image": image, "label": 4}] * 3)
     assert dataset[2] == {"image": image, "label": 4, "index": 2}
@@ -156,7 +156,7 @@ def test_labels_of_a_folder_of_class_folders(tmp_path):
 
 
 def test_a_part_trains_on_its_own_labels():
-    """The whole set's labels would be another image's for most."""
+    """Under the labels of the whole set most images would have those of others."""
     archive = TensorDataset(torch.randn(200, 6), torch.randint(5, (200,)))
     part = IndexedDataset(random_split(archive, [80, 120])[0])
     criterion = NTDNELoss(part.labels, dim=6)
@@ -216,8 +216,8 @@ def test_labels_of_a_hugging_face_dataset():
 NAMES = [["ash", "elm", "oak"][label] for label in LABELS]
 
 
-def test_names_are_to_be_numbered_for_the_whole_dataset_by_the_line_that_is_named():
-    """A part of it may lack a class, and would get other numbers."""
+def test_names_raise_an_error_with_the_line_that_numbers_them():
+    """It numbers the whole dataset: a part may lack a class, and would get other numbers."""
     whole = Images(targets=NAMES)
     with pytest.raises(
         TypeError, match="^dataset.targets: expected integers, got names such as 'oak'; this line"
@@ -232,7 +232,7 @@ def test_names_are_to_be_numbered_for_the_whole_dataset_by_the_line_that_is_name
     assert IndexedDataset(scope["dataset"].select([0, 2])).labels.tolist() == [2, 1]
 
 
-def test_a_hugging_face_dataset_with_no_or_several_columns_of_labels_is_named():
+def test_no_or_several_label_columns_of_hugging_face_datasets_are_refused():
     with pytest.raises(TypeError, match=r"expected one column of labels, found image, kind; .*rename_column"):
         IndexedDataset(scans(kind=LABELS)).labels  # noqa: B018
     with pytest.raises(TypeError, match=r"expected one column of labels, found label, labels; .*rename_column"):

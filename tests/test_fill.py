@@ -10,9 +10,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 
 from ntdne_kernels import IndexedDataset, MemoryBank, checkpoint, fill, fill_bank
 from tests import ranks
-from tests.test_bank import LABELS, bank_of
 
+LABELS = torch.tensor([2, 0, -1, 1, 0, 2, 2, 1, 0, -1])
 INDEX = torch.arange(4)
+
+
+def new_bank(dim: int = 6) -> MemoryBank:
+    return MemoryBank(LABELS, dim, generator=torch.Generator().manual_seed(0))
 
 
 def encoder_and_loader(images: int = 10) -> tuple[nn.Module, DataLoader]:
@@ -25,7 +29,7 @@ def encoder_and_loader(images: int = 10) -> tuple[nn.Module, DataLoader]:
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_fill_bank_writes_the_features_of_every_image(progress):
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+    bank, (encoder, loader) = new_bank(), encoder_and_loader()
     assert fill_bank(bank, encoder, loader, progress=progress) == 10
     images = loader.dataset.dataset.tensors[0]
     assert [module.training for module in encoder.modules()] == [True, True, False]
@@ -34,27 +38,27 @@ def test_fill_bank_writes_the_features_of_every_image(progress):
 
 
 def test_fill_bank_restores_the_encoder_after_an_error():
-    bank, (encoder, loader) = bank_of(dim=7), encoder_and_loader()
+    bank, (encoder, loader) = new_bank(dim=7), encoder_and_loader()
     with pytest.raises(ValueError, match="features: expected 7 columns"):
         fill_bank(bank, encoder, loader, progress=False)
     assert [module.training for module in encoder.modules()] == [True, True, False]
 
 
-def test_fill_bank_says_which_share_of_the_archive_was_missing():
-    bank, (encoder, loader) = bank_of(), encoder_and_loader(images=8)
+def test_fill_bank_warns_how_many_images_were_missing():
+    bank, (encoder, loader) = new_bank(), encoder_and_loader(images=8)
     with pytest.warns(UserWarning, match="2 of 10 images were not in the loader"):
         assert fill_bank(bank, encoder, loader, progress=False) == 8
 
 
-def test_fill_bank_wants_indices():
-    bank, (encoder, _) = bank_of(), encoder_and_loader()
+def test_fill_bank_refuses_batches_without_indices():
+    bank, (encoder, _) = new_bank(), encoder_and_loader()
     with pytest.raises(TypeError, match="loader: expected batches \\(images, ..., index\\)"):
         fill_bank(bank, encoder, [torch.zeros(4, 3)], progress=False)
 
 
 @pytest.mark.parametrize("key", ["pixel_values", "image", "images", "img"])
 def test_fill_bank_takes_batches_with_keys(key):
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+    bank, (encoder, loader) = new_bank(), encoder_and_loader()
     images = loader.dataset.dataset.tensors[0]
     keyed = IndexedDataset([{"file": "a.png", key: image, "label": 0} for image in images])
     assert fill_bank(bank, encoder, DataLoader(keyed, batch_size=4, shuffle=True), progress=False) == 10
@@ -66,15 +70,15 @@ def test_fill_bank_takes_batches_with_keys(key):
     ("batch", "found"),
     [({"image": torch.zeros(4, 3)}, "image"), ({"x": torch.zeros(4, 3), "index": INDEX}, "x, index")],
 )
-def test_fill_bank_names_the_keys_it_lacks(batch, found):
-    bank, (encoder, _) = bank_of(), encoder_and_loader()
+def test_fill_bank_names_the_keys_it_found_where_some_are_missing(batch, found):
+    bank, (encoder, _) = new_bank(), encoder_and_loader()
     with pytest.raises(TypeError, match=f"loader: .* under the keys 'index' and 'pixel_values' .*; got keys {found}$"):
         fill_bank(bank, encoder, [batch], progress=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
-def test_indices_have_any_integer_dtype_and_images_of_no_row_may_repeat(dtype):
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+def test_indices_have_any_integer_dtype_and_minus_one_may_repeat(dtype):
+    bank, (encoder, loader) = new_bank(), encoder_and_loader()
     images = loader.dataset.dataset.tensors[0]
     none = torch.tensor([-1, -1]).to(dtype) if dtype.is_signed else torch.tensor([], dtype=dtype)
     index = torch.cat([torch.arange(10, dtype=dtype), none])
@@ -85,21 +89,21 @@ def test_indices_have_any_integer_dtype_and_images_of_no_row_may_repeat(dtype):
 
 
 def test_fill_bank_refuses_labels_in_place_of_indices():
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+    bank, (encoder, loader) = new_bank(), encoder_and_loader()
     before = bank.rows(torch.arange(10))
     with pytest.raises(ValueError, match="loader: .* got the same index twice; does the batch end with labels"):
         fill_bank(bank, encoder, DataLoader(loader.dataset.dataset, batch_size=10), progress=False)
     assert torch.equal(bank.rows(torch.arange(10)), before)
 
 
-def test_fill_bank_reports_progress_line_by_line_where_there_is_no_terminal(capsys):
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+def test_fill_bank_reports_its_progress_on_standard_error(capsys):
+    bank, (encoder, loader) = new_bank(), encoder_and_loader()
     fill_bank(bank, encoder, loader)
     assert "Filling the bank: 3 of 3 batches" in capsys.readouterr().err
 
 
 class Scans(Dataset[tuple[Tensor, int]]):
-    """23 made images, which of them were read, and one that cannot be."""
+    """23 made images; keeps which of them were read, and may have one that cannot be."""
 
     def __init__(self, unreadable: int = -1) -> None:
         self.images = torch.randn(23, 3, generator=torch.Generator().manual_seed(8))
@@ -176,8 +180,7 @@ def test_a_rank_without_batches_takes_part():
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (3, 1), (1, 2), (2, 3)])
-def test_a_pass_that_stopped_goes_on_with_the_images_that_are_missing(before, after, tmp_path):
-    """Also on another number of ranks."""
+def test_a_resumed_pass_fills_the_missing_images_on_any_number_of_ranks(before, after, tmp_path):
     started = ranks.run(fill_scans, before, tmp_path, 17) if before > 1 else [fill_scans(tmp_path, 17)]
     failed = [found["error"] for found in started]
     assert any("image 17 is damaged" in text for text in failed)
@@ -195,7 +198,7 @@ def test_a_pass_that_stopped_goes_on_with_the_images_that_are_missing(before, af
 
 
 def fill_alone(folder: Path, first: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Each rank fills a bank of its own, stopped at an image of its own; but for rank 2, which fills none."""
+    """Each rank fills a bank of its own, first stopped at another image; rank 2 fills none."""
     rank = distributed.get_rank()
     if rank == 2:
         return {}, {}
@@ -203,14 +206,14 @@ def fill_alone(folder: Path, first: int) -> tuple[dict[str, Any], dict[str, Any]
     return fill_scans(own, first + rank, shared=False), fill_scans(own, shared=False)
 
 
-def test_ranks_with_banks_of_their_own_fill_and_go_on_each_for_itself(tmp_path):
+def test_ranks_with_banks_of_their_own_fill_and_resume_independently(tmp_path):
     for rank, (stopped, finished) in enumerate(ranks.run(fill_alone, 3, tmp_path, 8, timeout=60)[:2]):
         assert f"image {8 + rank} is damaged" in stopped["error"]
         assert finished["error of rows"] < 1e-6
         assert sorted(finished["read"]) == list(range(8, 23))
 
 
-def test_a_pass_over_a_bank_on_disk_saves_its_rows_once(tmp_path, monkeypatch):
+def test_checkpoints_of_a_pass_hold_no_rows_of_a_bank_on_disk(tmp_path, monkeypatch):
     saved, folder = [], tmp_path / "pass"
     monkeypatch.setattr(checkpoint, "save_checkpoint", lambda _, state, *rest, **more: saved.append(set(state)))
     fill_scans(folder, 17, disk=tmp_path / "bank")
@@ -223,7 +226,7 @@ def test_a_pass_over_a_bank_on_disk_saves_its_rows_once(tmp_path, monkeypatch):
     assert sorted(finished["read"]) == list(range(16, 23))
 
 
-def test_a_pass_whose_bank_was_lost_starts_anew(tmp_path):
+def test_a_pass_whose_bank_file_was_lost_starts_from_the_beginning(tmp_path):
     fill_scans(tmp_path / "pass", 17, disk=tmp_path / "bank")
     (tmp_path / "bank").unlink()
     (tmp_path / "bank.json").unlink()
@@ -233,13 +236,13 @@ def test_a_pass_whose_bank_was_lost_starts_anew(tmp_path):
     assert sorted(finished["read"]) == list(range(23))
 
 
-def test_a_pass_saves_no_more_often_than_it_is_meant_to(tmp_path):
+def test_a_pass_is_not_saved_before_its_interval_ends(tmp_path):
     assert fill_scans(tmp_path, 17, save_seconds=600)["error"] == "OSError: image 17 is damaged"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resume_wants_a_loader_whose_images_it_can_skip(tmp_path):
-    bank, (encoder, loader) = bank_of(), encoder_and_loader()
+def test_resume_refuses_loaders_whose_images_it_cannot_skip(tmp_path):
+    bank, (encoder, loader) = new_bank(), encoder_and_loader()
     with pytest.raises(TypeError, match=r"loader: resume needs DataLoader\(IndexedDataset\(dataset\).*got list"):
         fill_bank(bank, encoder, list(loader), resume=tmp_path)
     with pytest.raises(TypeError, match="loader: .* got TensorDataset"):

@@ -14,8 +14,8 @@ from ntdne_kernels.interchange import noise_matrix, pred_probs, register_issue_m
 
 pd = pytest.importorskip("pandas")
 
-NAMES = ["01", "NA", 'wood, "wet"', "Straße\nnord"]  # each is read wrongly by some careless reader
-READ = {  # as the module tells people to
+NAMES = ["01", "NA", 'wood, "wet"', "Straße\nnord"]  # each is misread by some reader of CSV
+READ = {  # as the module advises
     "keep_default_na": False,
     "na_values": [""],
     "dtype": {"path": str, "given_label": str, "predicted_label": str, "duplicate_of": "Int64"},
@@ -93,7 +93,7 @@ def test_integer_classes_stay_integers():
     assert frame.loc[1, "given_label"] == 10 * codes[1]
 
 
-def test_as_many_paths_as_images():
+def test_paths_must_be_one_per_image():
     audit, paths = every_case()
     assert list(to_frame(audit, paths=map(Path, paths))["path"]) == paths
     assert list(to_frame(audit, paths=pd.Series(paths, index=range(200, 320)))["path"]) == paths
@@ -130,7 +130,7 @@ def test_parquet_keeps_every_value(tmp_path):
     pd.testing.assert_frame_equal(read, frame, check_exact=True)
 
 
-def test_pandas_goes_in_by_position():
+def test_labels_of_pandas_belong_to_features_by_position():
     features, codes = made()
     names = [NAMES[code] for code in codes]
     names[5] = None

@@ -17,7 +17,7 @@ from tests.archives import Archive
 pd = pytest.importorskip("pandas")
 
 CODES = [2, -1, 0, 2, 1, 0]
-# As numpy.savetxt writes them, with its own format and with "%.18e"'s shorter sister.
+# As numpy.savetxt writes them in its default format and in shorter ones.
 SAVED = ["2.000000000000000000e+00", "-1.0e+00", "0", " 2 ", "1.0", "0.0e0"]
 WITHOUT_MISSING = {
     "list": CODES,
@@ -169,7 +169,7 @@ def test_names_are_refused_with_the_line_that_numbers_them(take):
         ([0, -2], ValueError, "labels: expected -1 (unlabelled) or a class from 0, got -2 at row 1"),
     ],
 )  # fmt: skip
-def test_labels_that_are_none_are_named(labels, error, message):
+def test_bad_labels_are_named(labels, error, message):
     for take in (NTDNELoss, encode_labels):
         with pytest.raises(error, match=re.escape(message)):
             take(labels)
@@ -186,12 +186,12 @@ def test_labels_that_are_none_are_named(labels, error, message):
         (np.array([[1]]), ValueError, "index: expected one dimension, got shape (1, 1)"),
     ],
 )
-def test_an_index_that_is_none_is_named(index, error, message):
+def test_a_bad_index_is_named(index, error, message):
     with pytest.raises(error, match=re.escape(message)):
         as_index(index)
 
 
-def test_an_empty_index_is_one():
+def test_an_empty_index_is_allowed():
     assert torch.equal(as_index([]), torch.empty(0, dtype=torch.int64))
 
 
@@ -202,17 +202,15 @@ def test_labels_share_no_memory_with_what_they_were_made_of():
     assert array.tolist() == CODES
 
 
-def test_a_tensor_stays_where_and_what_it_is(device):
+def test_a_tensor_keeps_its_device_and_dtype(device):
     labels: Tensor = torch.tensor(CODES, dtype=torch.int8, device=device)
     assert as_labels(labels) is labels
 
 
-def test_a_criterion_by_names_audits_as_their_codes():
-    """One way for the package: the codes of training are those of the audit."""
-    archive = Archive(N=30, C=3, unlabelled=False)
-    names = [f" {['oak', 'ash', 'elm'][label]} " for label in archive.bank_labels]
+def test_codes_of_names_are_the_same_in_training_and_audit():
+    names = [[" oak ", " ash ", " elm "][image % 3] for image in range(30)]
     codes, classes = encode_labels(names)
-    audit = audit_labels(archive.bank, names)
+    audit = audit_labels(torch.randn(30, 5, generator=torch.Generator().manual_seed(0)), names)
     assert audit.classes == classes == ("ash", "elm", "oak")
     assert torch.equal(audit.labels, codes)
     assert torch.equal(NTDNELoss(codes, dim=5).memory.labels, codes)

@@ -66,7 +66,7 @@ def test_copies_among_the_references_are_no_neighbours(dtype):
     features, labels = (x.to(dtype) if x.is_floating_point() else x for x in clusters(8))
     others, other_labels = (x.to(dtype) if x.is_floating_point() else x for x in clusters(30, seed=1))
     expected = mean(ntdne(features, others, labels, other_labels, [-1] * 8))
-    twice = torch.cat([features[2:3].clone(), others, features[2:3].clone()])  # of one of them, two copies
+    twice = torch.cat([features[2:3].clone(), others, features[2:3].clone()])  # two copies of one embedding
     with_copies = NTDNEMetricLoss(reducer=reducers.DoNothingReducer())(
         features, labels, ref_emb=twice, ref_labels=torch.cat([labels[2:3], other_labels, labels[2:3]])
     )["loss"]["losses"]
@@ -88,7 +88,7 @@ def test_the_same_features_under_another_label_are_another_image():
 
 @pytest.mark.parametrize("miner", [None, miners.MultiSimilarityMiner(epsilon=2.0)])
 def test_cross_batch_memory_counts_no_copy_of_the_query(miner):
-    """Which holds the batch as well: with it each query's nearest neighbour would be itself."""
+    """The memory holds the batch too: each query's nearest neighbour would be the query itself."""
     memory = CrossBatchMemory(NTDNEMetricLoss(), D, memory_size=20, miner=miner)
     rows, row_labels = torch.zeros(0, D), torch.zeros(0, dtype=torch.int64)
     for step in range(6):  # the memory is full after two, and begins anew in the middle of a batch
@@ -102,10 +102,10 @@ def test_cross_batch_memory_counts_no_copy_of_the_query(miner):
         assert gradient.isfinite().all()
         assert gradient.norm() > 0
     copies = mean(ntdne(features, rows, labels, row_labels, [-1] * 8))
-    assert loss.item() - copies > 0.01  # what it would be with them
+    assert loss.item() - copies > 0.01  # the loss if copies counted
 
 
-def test_what_a_miner_chose_weighs_the_anchors_as_in_their_nca():
+def test_a_miner_weighs_the_anchors_as_in_the_librarys_nca():
     features, labels = clusters(8)
     chosen = (torch.tensor([0, 0, 3]), torch.tensor([1, 2, 4]), torch.tensor([0, 3]), torch.tensor([5, 6]))
     each = torch.tensor(ntdne(features, features, labels, labels, list(range(8))))
@@ -114,7 +114,7 @@ def test_what_a_miner_chose_weighs_the_anchors_as_in_their_nca():
     assert loss.item() == pytest.approx((each * counts / counts.max()).mean().item(), rel=1e-5)
 
 
-def test_unlabelled_references_are_in_the_way_and_no_class():
+def test_unlabelled_references_count_as_neighbours_of_no_class():
     (features, labels), (references, reference_labels) = clusters(8), clusters(30, seed=1)
     reference_labels[::3] = -1
     loss = NTDNEMetricLoss()(features, labels, ref_emb=references, ref_labels=reference_labels)
@@ -124,7 +124,7 @@ def test_unlabelled_references_are_in_the_way_and_no_class():
 
 @pytest.mark.parametrize("with_memory", [False, True])
 @pytest.mark.parametrize("with_miner", [False, True])
-def test_their_trainer_trains_with_it(with_memory, with_miner):
+def test_the_librarys_trainer_trains_with_it(with_memory, with_miner):
     logging.getLogger("PML").setLevel(logging.WARNING)
     torch.manual_seed(0)
     features, labels = clusters(90)
@@ -165,12 +165,12 @@ def test_missing_labels_are_named():
         NTDNEMetricLoss()(torch.randn(4, D))
 
 
-def test_their_memory_still_refuses_what_it_refused():
+def test_cross_batch_memory_still_refuses_other_losses():
     with pytest.raises(Exception, match="CrossBatchMemory not supported for ArcFaceLoss"):
         CrossBatchMemory(losses.ArcFaceLoss(3, D), D)
 
 
-def test_the_library_is_imported_for_it_alone():
+def test_only_this_module_imports_the_library():
     script = (
         "import sys, ntdne_kernels; assert 'pytorch_metric_learning' not in sys.modules\n"
         "sys.modules['pytorch_metric_learning'] = None\n"

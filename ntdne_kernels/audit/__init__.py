@@ -1,0 +1,188 @@
+"""Which labels of an archive are probably wrong: each image against all others, in one streamed pass.
+
+    p_ic = Σ_{j of class c} exp(f_i·f_j/σ) / Σ_j exp(f_i·f_j/σ),  j ≠ i      class c's share of i's neighbours
+    p_i  = p_ic of i's own label c                                           the leave-one-out score (eq. 4)
+
+No image votes on its own label, so the shares are class probabilities that were predicted out of sample, as a
+classifier's cross-validation gives them. Methods for such probabilities (confident learning) work on them.
+
+    inputs               features become a MemoryBank
+    neighbourhood        the shares p_ic
+    nearest, duplicates  the nearest neighbours and the exact copies of images
+    result               LabelAudit: scores, ranking, suspects, noise rate
+    confident_learning   confusions between classes, from the shares
+    doubt                whether the features can carry a noise rate
+
+Shapes: N images, D features, C classes, m classes kept of each image's neighbours.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ntdne_kernels.arguments import UNLABELLED, check_choice, check_number
+from ntdne_kernels.audit.confident_learning import Confusions
+from ntdne_kernels.audit.doubt import Evidence, sample_neighbours
+from ntdne_kernels.audit.duplicates import find_duplicates
+from ntdne_kernels.audit.inputs import check_rows, feature_bank, free_memory
+from ntdne_kernels.audit.nearest import nearest_neighbours
+from ntdne_kernels.audit.neighbourhood import class_shares
+from ntdne_kernels.audit.result import METHODS, LabelAudit, otsu_threshold
+from ntdne_kernels.bank import MemoryBank
+from ntdne_kernels.labels import encode_labels
+from ntdne_kernels.ops.backends import BACKENDS
+from ntdne_kernels.progress import with_progress
+from ntdne_kernels.user_warning import warn_user
+
+__all__ = [
+    "METHODS",
+    "Confusions",
+    "Evidence",
+    "LabelAudit",
+    "audit_bank",
+    "audit_labels",
+    "feature_bank",
+    "free_memory",
+    "nearest_neighbours",
+    "otsu_threshold",
+]
+
+QUERY_BATCH = {"cpu": 4096, "cuda": 32768}  # fills a GPU, and reads a bank on disk only N/4096 times
+
+
+def audit_labels(  # noqa: PLR0913, RUF100 (options, given by name)
+    features: Any,
+    labels: Any,
+    *,
+    sigma: float = 0.1,
+    top: int = 10,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    scratch: str | os.PathLike[str] | None = None,
+    backend: str | None = None,
+    progress: bool = False,
+) -> LabelAudit:
+    """Score the labels of a whole archive by the neighbours of each image.
+
+    Exact, over all N·(N − 1) pairs. Needs memory for one copy of the features and for the result.
+
+    Example:
+        >>> features = torch.tensor([[9, 0], [9, 1], [9, 2], [9, 3], [0, 9], [1, 9], [2, 9]]).float()
+        >>> audit = audit_labels(features, ["ash", "ash", "ash", "oak", "oak", "oak", "oak"])
+        >>> audit
+        LabelAudit(7 images, 2 classes, 7 labels judged, sigma=0.1)
+        >>> int(audit.ranking[0])  # the most suspect image
+        3
+        >>> audit.classes[audit.suggested[3]]
+        'ash'
+
+    Args:
+        features: (N, D) of any length but 0: a float tensor, NumPy array, memory map or DataFrame. Read once, in order.
+        labels: (N,) integers, −1 for unlabelled, or names, of which "", None and NaN mean unlabelled, as
+            `encode_labels` takes them: a tensor, array, list or Series. Label i belongs to row i, whatever the index of
+            a Series says.
+        sigma: temperature σ > 0 of the neighbourhood (eq. 3): that of training, where NTDNE made the features.
+        top: m, how many classes are kept of each image's neighbours, at most C. Confident learning looks at these.
+        device: where to compute; None: where the features are.
+        dtype: of the copy, and so of the arithmetic.
+        scratch: folder for the copy of an archive that is larger than memory. Nothing stays there, unless the process
+            is killed while it allocates the copy.
+        backend: as in `functional.leave_one_out_log_scores`.
+        progress: show it on standard error.
+
+    Raises:
+        TypeError: features, labels or dtype are of another type.
+        ValueError: an argument is out of range, or labels and features differ in number. Rows of features that are 0 or
+            not finite are named.
+        OSError: the features cannot be read, or the scratch folder has no room.
+    """
+    _check_arguments(sigma, top, backend)
+    codes, classes = encode_labels(labels)
+    bank = feature_bank(features, codes, device=device, dtype=dtype, scratch=scratch, progress=progress)
+    return audit_bank(bank, sigma=sigma, top=top, backend=backend, progress=progress, classes=classes)
+
+
+@torch.no_grad()
+def audit_bank(
+    bank: MemoryBank,
+    *,
+    sigma: float = 0.1,
+    top: int = 10,
+    backend: str | None = None,
+    progress: bool = False,
+    classes: Sequence[Any] | None = None,
+) -> LabelAudit:
+    """Score the labels of a memory bank by its rows as they are: fill it first, as `criterion.fill_bank` does.
+
+    Example:
+        >>> from ntdne_kernels import MemoryBank
+        >>> bank = MemoryBank([0, 0, 0, 1, 1, 1, 1], dim=2)
+        >>> features = torch.tensor([[9, 0], [9, 1], [9, 2], [9, 3], [0, 9], [1, 9], [2, 9]]).float()
+        >>> audit = audit_bank(bank.update_(features, torch.arange(7), momentum=0.0), classes=["ash", "oak"])
+        >>> [audit.classes[code] for code in audit.suggested]
+        ['ash', 'ash', 'ash', 'ash', 'oak', 'oak', 'oak']
+
+    Args:
+        bank: of N images, kept by one process.
+        sigma: as in `audit_labels`.
+        top: as in `audit_labels`.
+        backend: as in `audit_labels`.
+        progress: as in `audit_labels`.
+        classes: names of bank.classes (C,); None: the integers themselves.
+
+    Raises:
+        TypeError: the bank is no MemoryBank.
+        ValueError: an argument is out of range, the bank is sharded or has rows that are 0 or not finite, or there are
+            not as many names as classes.
+    """
+    if not isinstance(bank, MemoryBank):
+        raise TypeError(f"bank: expected a MemoryBank, got {type(bank).__name__}; a criterion's is criterion.memory")
+    _check_arguments(sigma, top, backend)
+    if bank.process_group is not None:
+        raise ValueError("bank: expected one that is not sharded; give its rows and labels to audit_labels")
+    classes = tuple(bank.classes.tolist() if classes is None else classes)
+    if len(classes) != len(bank.classes):
+        raise ValueError(f"classes: expected {len(bank.classes)} names, got {len(classes)}")
+    if bank.fresh:
+        warn_user("bank: its rows are still the random ones of its start; fill_bank brings an encoder's")
+    check_rows(bank)
+    N, m = len(bank), min(int(top), len(classes))
+    log_score, log_sum_all = torch.empty(N, device="cpu"), torch.empty(N, device="cpu")
+    top_classes = torch.empty((N, m), dtype=torch.int64, device="cpu")
+    # float32 would round the share 1 − 1e-9 of a tight class to 1, and its labels' quality to noise.
+    top_shares = torch.empty((N, m), dtype=torch.float64, device="cpu")
+    batch = QUERY_BATCH.get(bank.device.type, QUERY_BATCH["cpu"])
+    starts: Iterable[int] = range(0, N, batch)
+    for start in with_progress(starts, "Comparing images") if progress else starts:
+        rows = torch.arange(start, min(start + batch, N), device=bank.device)
+        images, shares = bank.order[rows].cpu(), class_shares(bank, rows, m, sigma, backend)
+        log_score[images], log_sum_all[images] = shares.log_score.float().cpu(), shares.log_sum_all.float().cpu()
+        top_classes[images], top_shares[images] = shares.top_classes.cpu(), shares.top_shares.cpu()
+    labels = bank.labels.cpu()
+    codes = torch.searchsorted(bank.classes.cpu(), labels) if classes else labels
+    codes = torch.where(labels == UNLABELLED, UNLABELLED, codes)
+    sample, neighbour_labels = sample_neighbours(bank, codes)
+    return LabelAudit(
+        classes=classes,
+        labels=codes,
+        sigma=float(sigma),
+        log_score=log_score,
+        top_classes=top_classes,
+        top_shares=top_shares,
+        log_density=log_sum_all - math.log(max(N - 1, 1)),
+        duplicate_of=find_duplicates(bank),
+        sample=sample,
+        neighbour_labels=neighbour_labels,
+    )
+
+
+def _check_arguments(sigma: float, top: int, backend: str | None) -> None:
+    check_number("sigma", sigma, 0, math.inf)
+    if isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 1:
+        raise ValueError(f"top: expected a number of classes from 1, got {top!r}")
+    if backend is not None:
+        check_choice("backend", backend, tuple(BACKENDS))

@@ -1,0 +1,281 @@
+"""The result of an audit: what the neighbours of each image say of its label.
+
+Shapes: N images, C classes, m classes kept of each image's neighbours, n sampled images, K nearest neighbours of each.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntdne_kernels.arguments import UNLABELLED, check_choice, check_number
+from ntdne_kernels.audit.confident_learning import Confusions, confident_joint, find_confident_classes
+from ntdne_kernels.audit.doubt import Evidence, doubt_of, weigh_evidence
+from ntdne_kernels.user_warning import warn_user
+
+METHODS = ("rate", "otsu", "auto")
+MAX_DENSE_CLASSES = 10_000  # of (C, C) matrices: 800 MB
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LabelAudit:
+    """What the neighbours of each image say of its label; tensors on the CPU, by image.
+
+    Example:
+        >>> from ntdne_kernels.audit import audit_labels
+        >>> features = torch.tensor([[9, 0], [9, 1], [9, 2], [9, 3], [0, 9], [1, 9], [2, 9]]).float()
+        >>> audit = audit_labels(features, ["ash", "ash", "ash", "oak", "oak", "oak", "oak"])
+        >>> audit.score.round(decimals=2)
+        tensor([0.7400, 0.7000, 0.6500, 0.0100, 1.0000, 1.0000, 1.0000])
+        >>> audit.suspects().nonzero().squeeze(1)
+        tensor([3])
+        >>> [audit.classes[code] for code in audit.corrected()]
+        ['ash', 'ash', 'ash', 'ash', 'oak', 'oak', 'oak']
+        >>> audit.doubt
+        'most images have fewer than 4 others of their label, too few to judge the features by'
+
+    Attributes:
+        classes: the C classes, names or integers, in order of code.
+        labels: (N,) code of each image's label; −1 for unlabelled.
+        sigma: temperature of the neighbourhood.
+        log_score: (N,) log p; −inf where no other image has the label, NaN for unlabelled.
+        top_classes: (N, m) codes of the classes with the largest shares of the neighbourhood, the largest first.
+        top_shares: (N, m) float64: their shares. Unlabelled images have a part of the neighbourhood too.
+        log_density: (N,) log of the mean of exp(f_i·f_j/σ) over the other images. Images with the lowest are like
+            nothing else in the archive: broken, or of a class that is not there. The audit says little of their labels.
+        duplicate_of: (N,) the first image whose features, normalised in the audit's dtype, are the same to the bit; −1
+            for none, and for that first one.
+        sample: (n,) labelled images whose nearest neighbours were looked up.
+        neighbour_labels: (n, K) codes of the labels of their K nearest neighbours. K is 0 where classes are so small
+            that the neighbours say nothing.
+    """
+
+    classes: tuple[Any, ...]
+    labels: Tensor
+    sigma: float
+    log_score: Tensor
+    top_classes: Tensor
+    top_shares: Tensor
+    log_density: Tensor
+    duplicate_of: Tensor
+    sample: Tensor
+    neighbour_labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        judged = int(self.judged.sum())
+        return (
+            f"LabelAudit({len(self)} images, {len(self.classes)} classes, {judged} labels judged, sigma={self.sigma})"
+        )
+
+    @property
+    def score(self) -> Tensor:
+        """(N,) p: the share of the neighbourhood that carries the image's label (eq. 4)."""
+        return self.log_score.exp()
+
+    @property
+    def suggested(self) -> Tensor:
+        """(N,) code of the class with the largest share of the neighbourhood; −1 where there is no class at all."""
+        return self.top_classes[:, 0] if self.classes else torch.full_like(self.labels, UNLABELLED)
+
+    @property
+    def suggested_share(self) -> Tensor:
+        """(N,) that share."""
+        return self.top_shares[:, 0] if self.classes else torch.zeros(len(self), device="cpu")
+
+    @cached_property
+    def judged(self) -> Tensor:
+        """(N,) bool: labelled, and with another image of the label. Nothing can be said of the others' labels."""
+        return self.log_score > -torch.inf
+
+    @cached_property
+    def conflicting(self) -> Tensor:
+        """(N,) bool: an exact copy of the image carries another label, so one of the two is wrong."""
+        group = torch.where(self.duplicate_of < 0, torch.arange(len(self), device="cpu"), self.duplicate_of)
+        labelled = self.labels != UNLABELLED
+        lowest = torch.full_like(group, len(self.classes)).scatter_reduce_(
+            0, group[labelled], self.labels[labelled], "amin"
+        )
+        highest = torch.full_like(group, UNLABELLED).scatter_reduce_(0, group, self.labels, "amax")
+        return labelled & (lowest < highest)[group]
+
+    @cached_property
+    def quality(self) -> Tensor:
+        """(N,) H/(H − log p), in [0, 1]: how surprising a neighbour's label is, against how surprising the image's is.
+
+        H = −Σ_c p_ic log p_ic is the entropy of the neighbours' labels, unlabelled being one class more. 0: no
+        neighbour carries the label; 1/2: the label is as surprising as a neighbour's is on average; 1: all carry it.
+        NaN where not `judged`. The shares of classes that were not kept count as equal.
+
+        This is confidence-weighted entropy (Kuan and Mueller, 2022) with −log p for 1/p. Ranking by p alone is worse
+        where classes are confused or unequal in size; ranking by its margin over the next class is worse where features
+        are weak.
+        """
+        shares = self.top_shares
+        rest = (1 - shares.sum(dim=1)).clamp(min=0)
+        others = max(len(self.classes) - shares.size(1), 1)
+        entropy = -torch.xlogy(shares, shares).sum(dim=1) - torch.xlogy(rest, rest / others)
+        # Where all neighbours are of one class H is 0, and the quality is to be 1 or 0 instead of 0/0.
+        entropy = entropy.clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.where(self.judged, entropy / (entropy - self.log_score), torch.nan).float()
+
+    @cached_property
+    def ranking(self) -> Tensor:
+        """(N,) images in order of quality, the most suspect label first, those not judged at the end."""
+        return self.quality.nan_to_num(nan=torch.inf).argsort(stable=True)
+
+    @cached_property
+    def confident_classes(self) -> Tensor:
+        """(N,) the class that the image is confidently of; −1 for none and where not `judged`.
+
+        Confident learning (Northcutt, Jiang and Chuang, JAIR 2021): among the classes whose share is at least the mean
+        score of the images with that label, the one with the largest share. An exception: where no class has a larger
+        share than the image's own, it is the image's own. Without it the noise rate of archives with classes of unequal
+        size comes out too high.
+        """
+        if not self.judged.any():
+            return torch.full_like(self.labels, UNLABELLED)
+        return find_confident_classes(self.labels, self.score, self.judged, self.top_classes, self.top_shares)
+
+    @cached_property
+    def confusions(self) -> Confusions:
+        """How many images of which class carry which label: the confident joint, calibrated to the judged labels."""
+        return confident_joint(self.labels, self.confident_classes, self._sizes)
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """Whether nearest neighbours agree as they would if only wrong labels kept them from it.
+
+        NaN where that cannot be told: a single class, or classes that are too small.
+        """
+        return weigh_evidence(self.labels, self.suggested[self.sample], self.neighbour_labels, self.confusions)
+
+    @cached_property
+    def doubt(self) -> str:
+        """Why the features cannot say how many labels are wrong, by `evidence`; "" where they can.
+
+        Where they cannot, the noise rate is nearly always too high and most of as many suspects have right labels; only
+        the ranking may be of use. Features that have learned wrong labels by heart cause no doubt, and their rate is
+        too low.
+        """
+        if len(self.classes) < 2:
+            return ""  # no label can be wrong
+        return doubt_of(self.evidence, self.noise_rate, len(self.sample))
+
+    @property
+    def noise_rate(self) -> float:
+        """Estimated share of wrong labels among the judged ones; not to be believed where there is `doubt`.
+
+        Far too high where the features hardly tell the classes apart.
+        """
+        given, true, images = self.confusions
+        return float(images[given != true].sum() / images.sum()) if len(images) else 0.0
+
+    @property
+    def joint(self) -> Tensor:
+        """(C, C) float64, estimated P(true class, given label): [true, given], with the sum 1.
+
+        Raises:
+            ValueError: too many classes; `confusions` has only the pairs that occur.
+        """
+        C = len(self.classes)
+        if C > MAX_DENSE_CLASSES:
+            raise ValueError(f"joint: expected at most {MAX_DENSE_CLASSES} classes, got {C}; use confusions")
+        given, true, images = self.confusions
+        joint = torch.zeros((C, C), dtype=torch.float64, device="cpu")
+        joint[true, given] = images / images.sum()
+        return joint
+
+    @property
+    def transition(self) -> Tensor:
+        """(C, C) float64, estimated P(given label | true class): [true, given], each row with the sum 1.
+
+        Row-stochastic, as in papers on label noise; cleanlab's noise_matrix is its transpose. A class that no image
+        is thought to be of keeps its labels.
+
+        Raises:
+            ValueError: as `joint`.
+        """
+        joint = self.joint
+        total = joint.sum(dim=1, keepdim=True)
+        return torch.where(total > 0, joint / total, torch.eye(len(joint), dtype=joint.dtype, device="cpu"))
+
+    def suspects(self, method: str | float = "rate") -> Tensor:
+        """(N,) bool: labels that are probably wrong. No method needs right labels.
+
+        Args:
+            method: "rate": those of the lowest quality, as many as the estimated noise rate says, which where there is
+                `doubt` is too many.
+                "otsu": the lower of the two groups of qualities that differ most (Otsu, 1979): a mixture of two
+                components of one width.
+                "auto": p is below chance, the label's share of the other images, as in `NTDNELoss(k="auto")`.
+                A number k in (0, 1): p ≤ k, the paper's pruning (eq. 13).
+                "rate" and "otsu" pass over labels that are the suggested ones.
+
+        Raises:
+            TypeError: method is neither text nor a number.
+            ValueError: method is none of these.
+        """
+        if not isinstance(method, str):
+            check_number("method", method, 0, 1)
+            return self.judged & (self.score <= method)
+        check_choice("method", method, METHODS)
+        if method == "auto":
+            others = nn.functional.pad(self._sizes - 1, (0, 1))[self.labels]  # the last is for −1
+            chance = others / max(len(self) - 1, 1)
+            return self.judged & (self.score < chance)
+        contested = self.judged & (self.suggested != self.labels)
+        if method == "otsu":
+            return contested & (self.quality < otsu_threshold(self.quality[self.judged]))
+        worst = self.ranking[contested[self.ranking]][: round(self.noise_rate * int(self.judged.sum()))]
+        return torch.zeros_like(contested).index_fill_(0, worst, True)
+
+    def corrected(self, method: str | float = "rate") -> Tensor:
+        """(N,) codes of labels in which suspects have the suggested class; `classes` tells what they stand for.
+
+        Args:
+            method: as in `suspects`.
+
+        Raises:
+            TypeError: as `suspects`.
+            ValueError: as `suspects`.
+        """
+        return torch.where(self.suspects(method), self.suggested, self.labels)
+
+    @property
+    def witnesses(self) -> Tensor:
+        """Deprecated name of `sample`."""
+        warn_user("LabelAudit.witnesses: use sample", DeprecationWarning)
+        return self.sample
+
+    @property
+    def votes(self) -> Tensor:
+        """Deprecated name of `neighbour_labels`."""
+        warn_user("LabelAudit.votes: use neighbour_labels", DeprecationWarning)
+        return self.neighbour_labels
+
+    @property
+    def _sizes(self) -> Tensor:
+        """(C,) judged images with each label, float64."""
+        return torch.bincount(self.labels[self.judged], minlength=len(self.classes)).double()
+
+
+def otsu_threshold(values: Tensor) -> float:
+    """The cut of the values (n,) into two groups that explains most of their variance; the lower group is below it.
+
+    Example:
+        >>> otsu_threshold(torch.tensor([0.1, 0.2, 0.75, 0.875]))
+        0.75
+    """
+    values = values.double().sort().values
+    if len(values) < 2:
+        return -math.inf
+    lower = torch.arange(1, len(values), dtype=torch.float64, device="cpu")
+    upper, sums = len(values) - lower, values.cumsum(0)
+    between = lower * upper * (sums[:-1] / lower - (sums[-1] - sums[:-1]) / upper) ** 2
+    return float(values[int(between.argmax()) + 1])
