@@ -134,7 +134,7 @@ def commands_of(text: str) -> Iterator[str]:
                 line for line in block.text.replace("\\\n", " ").splitlines() if shlex.split(line, comments=True)
             )
     for code in re.findall(r"`([^`]+)`", FENCE.sub("", text)):
-        if code.startswith(PROGRAMS) and " -" in code:
+        if code.startswith("make ") or (code.startswith(PROGRAMS) and " -" in code):
             yield " ".join(code.split())
 
 
