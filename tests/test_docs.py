@@ -224,6 +224,7 @@ def test_code_of_a_page_runs_and_prints_what_the_page_says(page, tmp_path, monke
     scope: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks_of(page.read_text()):
         place = f"{name_of(page)}, line {block.line}"
+        exec(compile(block.setup, name_of(page), "exec"), scope)
         if block.language == "console":
             for expected, printed in run_commands(block.text, monkeypatch):
                 assert matches(expected, printed), f"{place} printed:\n{printed}"
@@ -231,7 +232,6 @@ def test_code_of_a_page_runs_and_prints_what_the_page_says(page, tmp_path, monke
             if block.compiled_only:
                 compile(block.text, place, "exec")
                 continue
-            exec(compile(block.setup, name_of(page), "exec"), scope)
             printed = run(block, name_of(page), scope)
             assert matches(block.printed, printed), f"{place} printed:\n{printed}"
 
