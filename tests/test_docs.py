@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import pytest
 import torch
@@ -92,7 +92,14 @@ def run(block: Block, page: str, scope: dict[str, Any]) -> str:
     """What the block prints, the package's warnings and an error included."""
     printed = io.StringIO()
 
-    def show(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if filename == page:  # the package warns of the user's line
             print(f"{category.__name__}: {message}", file=printed)
 
