@@ -1,4 +1,4 @@
-"""The examples run as a user runs them, and tables of the README are drawn from the data."""
+"""The examples run as a user runs them."""
 
 import importlib.util
 import json
@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset, random_split
-
-from benchmarks import audit, scale
+from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,44 +91,6 @@ def test_digits_names_a_bad_argument_in_one_line(arguments):
     assert result.returncode == 2
     assert arguments[0] in result.stderr
     assert result.stderr.count("\n") == 1
-
-
-def test_the_loop_of_the_readme_trains_on_a_part_of_an_archive():
-    """As it is written there, with the names that it leaves to the reader."""
-    images = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
-    archive = TensorDataset(images, torch.arange(60) % 3)
-    encoder = torch.nn.Linear(8, 128)
-    scope = {
-        "dataset": random_split(archive, [40, 20], generator=torch.Generator().manual_seed(0))[0],
-        "encoder": encoder,
-        "optimizer": torch.optim.Adam(encoder.parameters()),
-        "device": "cpu",
-        "epochs": 2,
-    }
-    before = encoder.weight.clone()
-    exec((ROOT / "README.md").read_text().split("## Use")[1].split("```")[1].removeprefix("python"), scope)
-    labels = [int(label) for _, label, _ in scope["dataset"][:]]
-    assert scope["criterion"].memory.labels.tolist() == labels
-    assert not scope["criterion"].memory.fresh
-    assert not torch.equal(encoder.weight, before)
-
-
-def test_the_tables_of_scale_in_the_readme_are_drawn_from_the_data(capsys):
-    scale.table(ROOT / "benchmarks" / "results" / "scale.json")
-    printed = capsys.readouterr().out.splitlines()
-    section = (ROOT / "README.md").read_text().split("### What it costs")[1].split("## Audit")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(rows) == 10 + 5 + 5 + 6
-    assert [row for row in rows if row not in printed] == []
-
-
-def test_the_tables_of_the_audit_in_the_readme_are_drawn_from_the_data(capsys):
-    audit.table(audit.EVIDENCE, audit.SPEED, audit.CALIBRATION)
-    printed = capsys.readouterr().out.splitlines()
-    section = (ROOT / "README.md").read_text().split("### How well it finds wrong labels")[1].split("## Experiments")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(rows) == 15 + 15 + 9 + 6
-    assert [row for row in rows if row not in printed] == []
 
 
 def test_the_lightning_module_goes_on_bit_for_bit_from_a_checkpoint(tmp_path):
