@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset, random_split
-from torchvision.models import resnet18
 
 from benchmarks import audit, scale
 
@@ -63,6 +61,8 @@ def planted(rows: list[dict[str, str]]) -> int:
 
 
 def test_audit_folder_ranks_wrong_labels_first(run_here, tmp_path, monkeypatch):
+    from torchvision.models import resnet18
+
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     archive = load_example("_scenes").make_scenes(per_class=12)
     torch.manual_seed(0)
@@ -76,6 +76,8 @@ def test_audit_folder_ranks_wrong_labels_first(run_here, tmp_path, monkeypatch):
 
 
 def test_frozen_features_finds_the_wrong_labels_of_digits(run_here, tmp_path):
+    from sklearn.datasets import load_digits
+
     printed = run_here("frozen_features.py", "--epochs", "10")
     assert float(printed.split("about ")[1].split("%")[0]) == pytest.approx(30, abs=3)
     rows = suspects(tmp_path / "runs" / "head" / "suspects.csv")
@@ -84,6 +86,8 @@ def test_frozen_features_finds_the_wrong_labels_of_digits(run_here, tmp_path):
 
 
 def test_frozen_features_reads_files_with_names_as_labels(run_here, tmp_path):
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     np.save(tmp_path / "features.npy", digits.data[:200])
     np.save(tmp_path / "labels.npy", [("zero", "one")[digit % 2] for digit in digits.target[:200]])
