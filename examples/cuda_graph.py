@@ -1,31 +1,32 @@
-"""Training with NTDNELoss whose steps are CUDA graphs: one launch for each batch.
+"""Training steps with NTDNELoss as CUDA graphs: a batch is one launch, where Python would need longer than the GPU.
 
     python examples/cuda_graph.py
 
-`GraphedStep` and `train` are to be copied; what else belongs to a step (autocast, clip_grad_norm_) goes into
-`GraphedStep.run`. Without a GPU the same steps run one by one.
+For your own images copy `GraphedStep` and `train`, and call train(encoder, criterion, loader, epochs) with a loader
+of an IndexedDataset. Whatever else belongs to a step (autocast, clip_grad_norm_) goes into `GraphedStep.run`. Without
+a GPU the same steps run one by one.
 
 A graph repeats what was launched while it was captured: the same kernels, with the same numbers as arguments, at the
 same addresses. Between replays
 
-- may change, in place: the learning rate, a tensor that schedules write into; weights; rows, scores and labels of the
-  bank, by `fill_bank`, `refresh_indicator` and `load_state_dict` say.
-- may change, and is captured anew: sigma, q, k, momentum, indicator, reduction, pruning (`set_epoch`), the shape of the
-  batch, `relabel`. Each new setting costs two slower steps: change them once an epoch or less.
-- must not change, or it goes unseen: every other number (betas, weight decay), what Python decides by (layers that are
-  frozen, train() and eval(), autocast, the precision of float32), and which tensors there are
-  (`optimizer.load_state_dict`, `.to()`, `load_state_dict(assign=True)`). Make another GraphedStep after such a change.
+- these may change, in place: the learning rate, which is a tensor that the schedule writes into; weights; rows, scores
+  and labels of the bank, for instance by `fill_bank`, `refresh_indicator` and `load_state_dict`.
+- these may change, and the step is captured anew: sigma, q, k, momentum, indicator, reduction, pruning (`set_epoch`),
+  the shape of the batch, `relabel`. A new setting costs two slower steps, so change them at most once an epoch.
+- everything else must stay, because no change of it is noticed: other numbers (betas, weight decay), what Python
+  decides by (frozen layers, train() and eval(), autocast, the float32 precision), and the tensors themselves
+  (`optimizer.load_state_dict`, `.to()`, `load_state_dict(assign=True)`). Make a new GraphedStep after such a change.
 
-A step cannot be captured with
+A step cannot be captured if it has
 
-- what waits for the GPU: `validate=True`, `loss.item()`, GradScaler (which bfloat16 does without). Warnings about wrong
-  batches come from the steps that are not replayed.
-- reduction="none", unless `run` reduces the loss: `backward` begins at one number.
-- a bank in host memory or on disk, or shared by ranks: each step waits for its copies, or for the others.
-- an update without its CUDA kernel (README, Install), or an optimizer that keeps its numbers in Python: take
+- anything that waits for the GPU: `validate=True`, `loss.item()`, GradScaler (bfloat16 needs none). Warnings about
+  wrong batches come only from steps that are not replayed.
+- reduction="none", unless `run` reduces the loss: `backward` starts from one number.
+- a bank in host memory or on disk, or one shared by ranks: each step waits for copies, or for the other ranks.
+- an update without its CUDA kernel (install with nvcc), or an optimizer that keeps numbers in Python: give it
   `capturable=True`.
-- DataParallel and DistributedDataParallel, whose copies and hooks run on streams of their own. What the latter needs is
-  in PyTorch's notes on CUDA graphs.
+- DataParallel or DistributedDataParallel, whose copies and hooks run on their own streams. PyTorch's notes on CUDA
+  graphs say what the latter needs.
 
 Shapes: B images of a batch, N training images, D features.
 """
@@ -42,7 +43,7 @@ D = 64
 
 
 class Captured(NamedTuple):
-    """A step as a graph, for batches with these settings; where it reads the batch and leaves the loss."""
+    """A captured step: its settings, its graph, and the tensors it reads the batch from and writes the loss to."""
 
     settings: tuple[Any, ...]
     graph: torch.cuda.CUDAGraph
@@ -52,10 +53,10 @@ class Captured(NamedTuple):
 
 
 class GraphedStep:
-    """Calls are steps of training. They return the loss, which the next call may overwrite.
+    """A training step; each call makes one, captured where possible.
 
-    The first batch with other settings runs as it is written, which compiles kernels and makes what is made once; the
-    second in a row is captured. A smaller batch at the end of an epoch is never the second, and the graph stays.
+    The first batch with new settings runs uncaptured: it compiles kernels and allocates what is kept. The second in a
+    row is captured. A smaller last batch of an epoch never comes twice in a row, so it does not replace the graph.
     """
 
     def __init__(self, encoder: nn.Module, criterion: NTDNELoss, optimizer: torch.optim.Optimizer) -> None:
@@ -66,7 +67,7 @@ class GraphedStep:
         self.last_settings: tuple[Any, ...] = ()
 
     def run(self, images: Tensor, index: Tensor) -> Tensor:
-        """The step as any loop has it, on images (B, ...) of the archive with their index (B,)."""
+        """The step as in any training loop, for images (B, ...) of the archive with their index (B,)."""
         features = self.encoder(images)  # (B, D)
         loss = self.criterion(features, index)
         self.optimizer.zero_grad()
@@ -76,6 +77,7 @@ class GraphedStep:
         return loss.detach()
 
     def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+        """The loss of images (B, ...) with their index (B,); the next call may overwrite it."""
         if self.stream is None:
             return self.run(images, index)
         settings = self.settings(images)
@@ -83,7 +85,7 @@ class GraphedStep:
             if settings != self.last_settings:
                 self.last_settings = settings
                 return self.run_aside(images, index)
-            self.captured = None  # its memory, before more is taken
+            self.captured = None  # frees the old graph's memory before the new one takes its own
             self.captured = self.capture(settings, images, index)
         self.last_settings = settings
         self.captured.images.copy_(images)
@@ -92,14 +94,14 @@ class GraphedStep:
         return self.captured.loss
 
     def settings(self, images: Tensor) -> tuple[Any, ...]:
-        """What a graph has fixed: numbers, and where the bank lies."""
+        """All that a graph fixes and that may change: shapes, numbers, and where the bank's tensors lie."""
         c, memory = self.criterion, self.criterion.memory
         numbers = (c.sigma, c.q, c.k, c.momentum, c.indicator, c.reduction, c.pruning)
         tensors = (memory.storage, *memory.archive, *memory.index.layout)  # some are new after relabel
         return (images.shape, images.dtype, *numbers, *((x.data_ptr(), x.shape) for x in tensors))
 
     def run_aside(self, images: Tensor, index: Tensor) -> Tensor:
-        """On the stream that captures: autograd returns to the stream on which it first saw a weight."""
+        """An uncaptured step, on the capturing stream: autograd keeps to the stream where it first saw a weight."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             loss = self.run(images, index)
@@ -107,16 +109,16 @@ class GraphedStep:
         return loss
 
     def capture(self, settings: tuple[Any, ...], images: Tensor, index: Tensor) -> Captured:
-        """Nothing is computed yet, but only recorded."""
+        """Record a step; nothing is computed before the replay."""
         images, index, graph = images.clone(), index.clone(), torch.cuda.CUDAGraph()
-        # Only this thread is held to what a capture allows: the loader's may pin memory meanwhile.
+        # Other threads may do what a capture forbids: the loader pins memory meanwhile.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             loss = self.run(images, index)
         return Captured(settings, graph, images, index, loss)
 
 
 def train(encoder: nn.Module, criterion: NTDNELoss, loader: DataLoader[tuple[Tensor, ...]], epochs: int) -> list[float]:
-    """The mean loss of each epoch."""
+    """Train, and return the mean loss of each epoch."""
     device = criterion.memory.device
     optimizer = torch.optim.Adam(
         encoder.parameters(),
@@ -139,6 +141,7 @@ def train(encoder: nn.Module, criterion: NTDNELoss, loader: DataLoader[tuple[Ten
 
 
 def main(epochs: int = 10) -> None:
+    """Train on scans of digits."""
     from sklearn.datasets import load_digits
 
     torch.manual_seed(0)

@@ -2,8 +2,9 @@
 
     python examples/drop_in.py
 
-Lines marked "was" replace those of the ordinary loop, lines marked "new" are added; the rest stays. What the encoder
-gives are now features to compare images by, so classes come from the nearest neighbours instead of the largest logit.
+Lines marked "was" replace those of the ordinary loop, lines marked "new" are added; the rest stays. For your own
+images put your dataset, of (image, label), in the place of the TensorDataset. The encoder's outputs are now features
+to compare images by, so a class comes from the nearest neighbours instead of the largest logit.
 
 Shapes: B images of a batch, N training images, M test images, D features, C classes.
 """

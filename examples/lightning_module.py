@@ -2,8 +2,9 @@
 
     python examples/lightning_module.py runs/lightning            # and again, after it was killed: it goes on
 
-Lines marked "new" are what NTDNELoss adds to an ordinary module. For several GPUs give the criterion a process_group in
-`configure_model`, where the group is there, and the trainer DDPStrategy(broadcast_buffers=False).
+Lines marked "new" are what NTDNELoss adds to an ordinary module. For your own images give `NeighbourhoodModule` your
+encoder, and return IndexedDataset(your dataset) from `digits`. For several GPUs make the criterion in Lightning's hook
+`configure_model`, where the process group exists, with process_group=torch.distributed.group.WORLD.
 
 Shapes: B images of a batch, N training images, D features.
 """
@@ -32,9 +33,11 @@ class NeighbourhoodModule(lightning.LightningModule):
         self.criterion = NTDNELoss(labels, D, warmup_epochs=5)  # new: labels of the whole archive
 
     def on_train_epoch_start(self) -> None:
+        """Let pruning begin after the warm-up."""
         self.criterion.set_epoch(self.current_epoch)  # new
 
     def training_step(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """The loss of images (B, ...) with their labels (B,) and index (B,)."""
         images, _, index = batch
         features = self.encoder(images)  # (B, D)
         loss = self.criterion(features, index)
@@ -43,16 +46,19 @@ class NeighbourhoodModule(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Of the encoder alone: the criterion has no parameters."""
         return torch.optim.Adam(self.encoder.parameters())
 
 
 def digits() -> IndexedDataset:
+    """Scans of digits and their labels."""
     scans = load_digits()
     images = torch.tensor(scans.images / 16, dtype=torch.float32).unsqueeze(1)  # (N, 1, 8, 8)
     return IndexedDataset(TensorDataset(images, torch.tensor(scans.target)))  # new: samples end with their index
 
 
 def make_encoder() -> nn.Module:
+    """Images (B, 1, 8, 8) to features (B, D)."""
     return nn.Sequential(
         *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten()),
@@ -61,6 +67,7 @@ def make_encoder() -> nn.Module:
 
 
 def main(folder: Path, epochs: int = 15) -> None:
+    """Train, from the last checkpoint in the folder where there is one."""
     lightning.seed_everything(0)
     dataset = digits()
     module = NeighbourhoodModule(make_encoder(), dataset.labels)

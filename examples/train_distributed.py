@@ -3,12 +3,13 @@
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --standalone --nproc-per-node 2 --max-restarts 3 examples/train_distributed.py runs/digits-2
 
-An ordinary DistributedDataParallel loop on scans of digits of which 30 % have a wrong label. Lines marked "new" are
-what NTDNELoss adds to it. Where a process is killed, torchrun starts all of them again, and they take up the newest
-checkpoint; so does the same command given again, with any number of processes. Without the variable, processes that
-torchrun starts again find the addresses of those before and cannot connect (torch 2.11 and 2.14 with Gloo).
+An ordinary DistributedDataParallel loop on scans of digits of which 30 % have a wrong label; lines marked "new" are
+what NTDNELoss adds. For your own images put your dataset, of (image, label), in the place of the TensorDataset. If a
+process is killed, torchrun starts all of them again and they continue from the newest checkpoint; so does the same
+command given again, with any number of processes. Without the variable the restarted processes find the addresses of
+the old ones and cannot connect (torch 2.11 and 2.14 with Gloo).
 
-Shapes: W processes, B images of each one's batch, N training images, D features.
+Shapes: W processes, B images in the batch of each, N training images, D features.
 """
 
 import argparse
@@ -75,7 +76,7 @@ for epoch in range(first_epoch, arguments.epochs):
     encoder.train()
     for images, _, index in loader:
         outputs, index = encoder(images.to(device)), index.to(device)  # (B, D)
-        loss = criterion(outputs, index)  # of all processes' images, against the whole archive
+        loss = criterion(outputs, index)  # mean over the batch of all processes, against the whole archive
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -84,14 +85,14 @@ for epoch in range(first_epoch, arguments.epochs):
     if distributed.get_rank() == 0:
         print(f"epoch {epoch + 1:2}  loss of the last batch {loss.item():.3f}", flush=True)
 
-bank = criterion.memory.rows(torch.arange(len(dataset), device=device)).cpu()  # called by all processes, as all of it
+bank = criterion.memory.rows(torch.arange(len(dataset), device=device)).cpu()  # all processes make all calls
 if distributed.get_rank() == 0:
     encoder.eval()
     with torch.no_grad():
         features = nn.functional.normalize(encoder.module(test_images.to(device)), dim=1).cpu()
     classifier = KNeighborsClassifier(10).fit(bank, train_labels)
     print(f"test accuracy {classifier.score(features, test_labels):.1%}")
-# Gloo's threads let go of their tensors some time after a call has returned, and need the interpreter for it. One that
-# did so while Python ends would abort the process; so wait here, where nothing is left to do for them.
+# Gloo's threads release their tensors some time after a call has returned, and need the interpreter for that. Python
+# aborts if it happens while it shuts down, so wait until they have nothing left to release.
 distributed.barrier()
 distributed.destroy_process_group()
