@@ -41,8 +41,8 @@ check() {
     SECONDS=0
     build || return
     for file in tests/ops/test_hopper*.py tests/ops/test_triton*.py; do [ ! -e "$file" ] || first+=("$file"); done
-    for file in tests/ops/test_*.py tests/test_*.py; do
-        case " ${first[*]} tests/test_audit_benchmark.py tests/test_examples.py " in
+    for file in tests/ops/test_*.py tests/test_*.py tests/benchmarks/test_*.py; do
+        case " ${first[*]} tests/benchmarks/test_audit.py tests/test_examples.py " in
             *" $file "*) ;;
             *) rest+=("$file") ;;
         esac

@@ -162,7 +162,7 @@ without_a_gpu = pytest.mark.skipif(
 
 
 @without_a_gpu
-def test_a_graph_launches_what_a_step_launches_and_is_captured_anew_for_other_settings():
+def test_a_graph_launches_what_a_step_does_and_follows_changed_settings():
     said = on_no_gpu("""
 step, captured = made(), []
 capture = step.capture

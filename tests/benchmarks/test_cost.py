@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import distributed
 
-from benchmarks import cost, scale
+from benchmarks import cost
+from benchmarks.scale import measure as scale
+from benchmarks.scale import tables
 from ntdne_kernels import NTDNELoss
 from ntdne_kernels.ops import sharded
 from tests import ranks
@@ -163,7 +165,7 @@ def test_steps_are_measured_on_ranks_and_results_of_other_parts_stay(tmp_path):
     file = tmp_path / "scale.json"
     file.write_text('{"rates": "of another run"}')
     command = [sys.executable, "-m", "benchmarks.scale", "measure", "--part", "ranks"]
-    subprocess.run([*command, "--file", file, "--shrink", "5000"], cwd=Path(__file__).parent.parent, check=True)
+    subprocess.run([*command, "--file", file, "--shrink", "5000"], cwd=Path(__file__).parents[2], check=True)
     run = json.loads(file.read_text())
     assert run["rates"] == "of another run"
     assert [(row["ranks"], row["N"]) for row in run["ranks"]["rows"]] == [(1, 200), (2, 200), (4, 200)]
@@ -175,7 +177,7 @@ def test_steps_are_measured_on_ranks_and_results_of_other_parts_stay(tmp_path):
 
 
 def test_predictions_say_that_they_are_and_what_does_not_fit(capsys):
-    scale.print_predictions()
+    tables.print_predictions()
     printed = capsys.readouterr().out
     assert "**Predicted, never run" in printed
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| 1,000")]
