@@ -1,4 +1,4 @@
-"""The memory that a call adds, at its peak, to what is there before it."""
+"""The peak of memory that a call adds, and what Linux says of a process's memory."""
 
 import ctypes
 import gc
