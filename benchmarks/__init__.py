@@ -1,1 +1,1 @@
-"""Measurements: the loss against plain PyTorch, and the bank update against the same in PyTorch."""
+"""Measurements of speed, memory and quality. Results are data in benchmarks/results; README.md lists the commands."""

@@ -1,14 +1,14 @@
-"""The loss, fused, naive and as others would compute it, measured on this machine.
+"""Measure the loss on this machine: ours, plain PyTorch's, and what others compute of it.
 
 python -m benchmarks measure     into benchmarks/results/<machine>.csv; goes on where it stopped
-python -m benchmarks table       Markdown, of what has been measured
+python -m benchmarks table       Markdown of what has been measured
 python -m benchmarks targets     which of the speeds aimed at on a GPU are reached
 python -m benchmarks plot        figures, into docs/
 python -m benchmarks merge       rows measured elsewhere (--rows), into the results of the machine they are of
 python -m benchmarks host        what the host does for a step on a GPU, whether or not one is here
 
-Without options all of the grid is meant (benchmarks/grid.py), the cases that matter most first: that takes hours on a
-GPU and days on a CPU, and can be stopped at any time.
+Without options, measure goes through the whole grid (benchmarks/grid.py), the cases that matter most first. That takes
+hours on a GPU and days on a CPU. It can be stopped at any time.
 """
 
 import argparse
@@ -18,48 +18,57 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import grid, host, measure, memory, report
-from benchmarks.providers import DTYPES
+from benchmarks import figures, grid, host, host_worker, machine, measure, memory, rows, tables, targets
+from benchmarks.contract import DTYPES
 
 
 def main() -> None:
+    """The command."""
     arguments = parse()
     if arguments.command == "host":
-        measured = arguments.file or named_after(f"host-{host.machine()}")
+        path = arguments.file or named_after(f"host-{host_worker.machine()}")
         sizes = arguments.B or host.BATCHES, arguments.N or host.ROWS
-        host.measure(*sizes, arguments.against, arguments.minutes, measured)
-        return
-    if arguments.command == "merge":
+        host.measure(*sizes, arguments.against, arguments.minutes, path)
+    elif arguments.command == "merge":
         if arguments.rows is None:
             raise SystemExit("merge: which rows? --rows FILE, as measure wrote it")
-        rows = measure.read(arguments.rows)
-        measure.merge(rows, arguments.file or named_after(rows.machine.iloc[0]))
-        return
-    path = arguments.file or default_file(arguments.device)
-    if arguments.command == "measure":
-        axes = {"batches": arguments.B, "rows": arguments.N, "widths": arguments.D, "arithmetic": arguments.dtype}
-        axes["classes"] = arguments.C and [None if C == "N/2" else int(C) for C in arguments.C]
-        cases = grid.cases(arguments.device, **{name: values for name, values in axes.items() if values})
-        cases = [case for case in cases if chosen(case, arguments)]
-        if arguments.device == "cpu":
-            limit_memory()
-        providers = set(arguments.provider or measure.NAMES) - set(arguments.without)
-        times = {name: getattr(arguments, name) for name in ("minutes", "seconds", "longest")}
-        measure.measure(cases, providers, arguments.device, path, **times, again=arguments.again)
-        return
+        new = rows.read(arguments.rows)
+        rows.merge(new, arguments.file or named_after(new.machine.iloc[0]))
+    elif arguments.command == "measure":
+        run_measure(arguments, arguments.file or default_file(arguments.device))
+    else:
+        report(arguments, arguments.file or default_file(arguments.device))
+
+
+def run_measure(arguments: argparse.Namespace, path: Path) -> None:
+    """Measure the cases that the options ask for."""
+    axes = {"batches": arguments.B, "rows": arguments.N, "widths": arguments.D, "arithmetic": arguments.dtype}
+    axes["classes"] = arguments.C and [None if C == "N/2" else int(C) for C in arguments.C]
+    cases = grid.cases(arguments.device, **{name: values for name, values in axes.items() if values})
+    cases = [case for case in cases if is_chosen(case, arguments)]
+    if arguments.device == "cpu":
+        limit_memory()
+    providers = set(arguments.provider or measure.NAMES) - set(arguments.without)
+    limits = measure.Limits(arguments.minutes, arguments.seconds, arguments.longest)
+    measure.measure(cases, providers, arguments.device, path, limits, again=arguments.again)
+
+
+def report(arguments: argparse.Namespace, path: Path) -> None:
+    """Print tables or targets, or draw the figures."""
     if not path.exists():
         raise SystemExit(f"{path} is not there: python -m benchmarks measure")
-    rows = measure.read(path)
+    found = rows.read(path)
     if arguments.command == "table":
-        cases = dict.fromkeys(grid.Case(*of_row) for of_row in rows[measure.CASE].itertuples(index=False))
-        report.table(rows, [case for case in cases if chosen(case, arguments)])
+        cases = dict.fromkeys(grid.Case(*values) for values in found[rows.CASE].itertuples(index=False))
+        tables.print_tables(found, [case for case in cases if is_chosen(case, arguments)])
     elif arguments.command == "targets":
-        report.print_targets(rows)
+        targets.print_targets(found)
     else:
-        print(*report.plot(rows, arguments.output, path.stem), sep="\n")
+        print(*figures.plot(found, arguments.output, path.stem), sep="\n")
 
 
 def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -90,30 +99,36 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chosen(case: grid.Case, arguments: argparse.Namespace) -> bool:
-    """What the machine can do is measured whatever is asked for: the tables need it."""
+def is_chosen(case: grid.Case, arguments: argparse.Namespace) -> bool:
+    """Whether the options ask for a case. What the machine can do is always chosen: the tables need it."""
     if case.what in (grid.PRODUCTS, grid.TRAFFIC):
         return True
     if arguments.what and case.what not in arguments.what:
         return False
     C = "N/2" if case.C == case.N // 2 else str(case.C)
-    asked = (arguments.B, arguments.N, arguments.D, arguments.C, arguments.dtype)
-    return all(not some or value in some for value, some in zip((*case[1:4], C, case.dtype), asked, strict=True))
+    options = (arguments.B, arguments.N, arguments.D, arguments.C, arguments.dtype)
+    values = (*case[1:4], C, case.dtype)
+    return all(not allowed or value in allowed for value, allowed in zip(values, options, strict=True))
 
 
 def number(text: str) -> int:
-    found = int(float(text))
-    if found < 1:
+    """A positive number of the command line, as 1e6."""
+    value = int(float(text))
+    if value < 1:
         raise ValueError
-    return found
+    return value
 
 
 def classes(text: str) -> str:
+    """A number of classes, or N/2."""
     return text if text == "N/2" else str(number(text))
 
 
 def limit_memory() -> None:
-    """To what is free: too large an allocation then fails, where Linux would grant it and kill the process later."""
+    """Limit this process to the free memory.
+
+    Too large an allocation then fails, where Linux would grant it and kill the process later.
+    """
     free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     assert free is not None
     size = memory.status("VmSize") + 1024 * int(free[1])
@@ -121,12 +136,14 @@ def limit_memory() -> None:
 
 
 def default_file(device: str) -> Path:
-    return named_after(measure.machine(device)["machine"])
+    """The results of this machine."""
+    return named_after(machine.describe(device)["machine"])
 
 
-def named_after(machine: str) -> Path:
-    name = re.sub("[^a-z0-9]+", "-", machine.split(",")[0].lower()).strip("-")
-    return Path(__file__).parent / "results" / f"{name}.csv"
+def named_after(name: str) -> Path:
+    """The results of a machine."""
+    stem = re.sub("[^a-z0-9]+", "-", name.split(",")[0].lower()).strip("-")
+    return Path(__file__).parent / "results" / f"{stem}.csv"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Compile the kernels for a GPU that need not be here, and read what the compiler says of them.
+"""Compile the kernels for a GPU that need not be here, and read the compiler's account of registers and memory.
 
-`python -m benchmarks.aot CAPABILITY` does so with those that visit the bank for every entry of the table of tile
-shapes, with those that merge its splits, and with the one for Hopper GPUs: one JSON object per line.
+python -m benchmarks.aot CAPABILITY
+
+prints a line of JSON for each kernel that visits the bank, with every entry of the table of tile shapes, for those that
+merge its splits, and for the one for Hopper GPUs.
 """
 
 import itertools
@@ -35,9 +37,9 @@ from ntdne_kernels.ops.gpu.configs import (
 from ntdne_kernels.ops.gpu.launches import BLOCK_Q, FOLD_ROWS, PRECISION, hopper
 
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
-"""Bytes of shared memory that a program can have, by compute capability (CUDA C++ Programming Guide)."""
+"""Bytes of shared memory that a program can have, by compute capability (source: CUDA C++ Programming Guide)."""
 BANKS = {"16-bit": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",), "fp64": ("fp64",)}
-"""Triton's names of the bank's dtypes, by the arithmetic they are multiplied in."""
+"""Triton's names of the bank's dtypes, by the arithmetic of their products."""
 _POINTERS = {
     "queries": "bank", "bank": "bank", "order": "i64", "places": "i64", "index": "i64",
     "totals": "sum", "maxima": "sum", "vectors": "sum", "log_p": "sum", "log_sum_all": "sum", "grad_log_p": "sum",
@@ -54,26 +56,28 @@ _LOSS = {
     "LOSS": "ntdne", "PRUNING": True, "INDICATOR": "auto", "REDUCTION": "mean", "LOOK_UP": True, "BLOCK_Q": BLOCK_Q,
     "BLOCK": 256,
 }  # fmt: skip
-"""The loss of a module, which takes most registers."""
+"""The loss of a module: of all losses it takes most registers."""
 
 
 class Resources(NamedTuple):
+    """What a compiled kernel needs and uses."""
+
     registers: int
     spilled: int
-    """Bytes per thread that registers did not suffice for."""
+    """Bytes per thread that did not fit into registers."""
     shared: int
     """Bytes of shared memory per program."""
     wgmma: bool
     mma: bool
-    """Tensor cores: Hopper's instruction for whole warp groups; those of other generations."""
+    """Tensor cores: Hopper's instruction for whole warp groups, or that of other generations."""
     tma: bool
-    """Whole tiles are fetched."""
+    """Hopper's unit copies whole tiles."""
     serialized: list[str]
     """Where the assembler makes products of hopper.py wait for each other: its remarks C7510 to C7519."""
 
 
 class Variant(NamedTuple):
-    """What is compiled into a kernel besides its tiles."""
+    """The options that are compiled into a kernel besides its tile shape."""
 
     bank: str
     gather: bool = False
@@ -82,18 +86,18 @@ class Variant(NamedTuple):
 
 
 KERNELS = {"stream": kernels.stream, "gradient": kernels.gradient_to_bank}
-"""By their names in the table of tile shapes."""
+"""By the names that they have in the table of tile shapes."""
 MERGES = {"log scores": kernels.merge_to_log_scores, "class sums": kernels.merge_to_class_sums}
 _MERGE = Config(block_b=128, block_n=0, num_warps=MERGE_WARPS, num_stages=3, shared=48 << 10)
-"""Queries stand in blocks, no bank row is visited, stages are Triton's default; any program can have 48 KB."""
+"""For blocks of queries and no bank rows, with Triton's default stages. Any program can have 48 KB of shared memory."""
 _SPLITS = 132
-"""Of a large bank: a program that merges them holds as much as it ever does."""
+"""Of a large bank: a program that merges so many needs as much as it ever does."""
 HOPPER_STREAM = "hopper stream"
 HOPPER_DIMENSIONS = (64, 112, 128, 256)
 
 
 def checks(kernel: str, arithmetic: str, width: int) -> list[tuple[int, Variant]]:
-    """All that a table entry for D up to `width` has to serve, those that need most first."""
+    """(D, variant) of all that a table entry for D up to `width` has to serve, the most demanding first."""
     first, last = BANKS[arithmetic][0], BANKS[arithmetic][-1]
     two_parts = width * 3 // 4
     if kernel == "gradient":
@@ -120,7 +124,7 @@ def compile_for(kernel: str, capability: int, arithmetic: str, D: int, config: C
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: _NUMBERS.get(name, "i32") for name in names}
-    # Of the merge it is the features' gradient, as wide as its sums.
+    # A merge's gradient is that of the features, in the dtype of its sums.
     pointers = _POINTERS | {"gradient": "bank" if kernel == "gradient" else "sum"}
     signature |= {name: f"*{element.get(kind, kind)}" for name, kind in pointers.items() if name in names}
     signature |= dict.fromkeys(constants, "constexpr")
@@ -164,8 +168,8 @@ def compile_hopper(D: int, config: Config, weighted: bool) -> Resources:
         attrs={(at(name),): [["tt.divisibility", 16]] for name in ("places", "totals", "vectors")},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options={"num_warps": 4})
-    usage, sass = _resource_usage(compiled.asm["cubin"]), _said_by("nvdisasm", compiled.asm["cubin"])
-    assembler = _said_by("ptxas", compiled.asm["ptx"].encode(), "-v", "--gpu-name=sm_90a", "--output-file=/dev/null")
+    usage, sass = _resource_usage(compiled.asm["cubin"]), _output_of("nvdisasm", compiled.asm["cubin"])
+    assembler = _output_of("ptxas", compiled.asm["ptx"].encode(), "-v", "--gpu-name=sm_90a", "--output-file=/dev/null")
     return Resources(
         registers=usage["REG"],
         spilled=usage["STACK"] + usage["LOCAL"],
@@ -178,23 +182,31 @@ def compile_hopper(D: int, config: Config, weighted: bool) -> Resources:
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    text = _said_by("cuobjdump", cubin, "--dump-resource-usage")
+    text = _output_of("cuobjdump", cubin, "--dump-resource-usage")
     return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def _said_by(tool: str, content: bytes, *options: str) -> str:
-    """What one of the CUDA toolkit's programs that come with Triton prints about a file."""
+def _output_of(tool: str, content: bytes, *options: str) -> str:
+    """The output about a file of one of the CUDA toolkit's programs that come with Triton."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()
-        command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool, *options, file.name]
+        program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+        command = [str(program), *options, file.name]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     return done.stdout
 
 
-def entries(capability: int) -> list[tuple[str, int, str, int, Config, Variant]]:
-    """What to compile: each entry of the table in one of the ways it has to serve, which take turns, and all else."""
-    found = []
+Entry = tuple[str, int, str, int, Config, Variant]
+"""Kernel, capability, arithmetic, D, tile shape, variant."""
+
+
+def entries(capability: int) -> list[Entry]:
+    """What to compile for a GPU.
+
+    Each entry of the table is compiled in one of the variants that it has to serve, which take turns.
+    """
+    found: list[Entry] = []
     tables = TABLE["86" if capability == 89 else str(capability)]
     for kernel, by_arithmetic in tables.items():
         for arithmetic, by_width in by_arithmetic.items():
@@ -209,11 +221,13 @@ def entries(capability: int) -> list[tuple[str, int, str, int, Config, Variant]]
     if capability == HOPPER:
         for D, B, weighted in itertools.product(HOPPER_DIMENSIONS, (64, 128), (True, False)):
             tiles = hopper_tiles(Device(HOPPER, 132, SHARED_LIMIT[HOPPER]), D, B)
+            assert tiles is not None
             found.append((HOPPER_STREAM, HOPPER, "16-bit", D, tiles, Variant("bf16", weighted=weighted)))
     return found
 
 
 def main() -> None:
+    """The command."""
     todo = entries(int(sys.argv[1]))
     with ProcessPoolExecutor() as pool:
         for entry, used in zip(todo, pool.map(compile_for, *zip(*todo, strict=True)), strict=True):

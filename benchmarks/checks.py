@@ -1,9 +1,9 @@
-"""How far what a provider computed lies from the same in float64: a benchmark of wrong numbers is none.
+"""The error of what a provider computed, against float64: the speed of a wrong result says nothing.
 
-Gradients, means and products are compared for the first `QUERIES` queries; a loss without its gradient, which needs
-all queries, up to `LARGEST_LOSS` logits.
+Gradients, means and products are compared for the first `QUERIES` queries. A loss without its gradient needs all
+queries, and is compared for up to `LARGEST_LOSS` logits.
 
-Shapes: B queries, b of them looked at, N bank rows, D features, H parts of a bank.
+Shapes: B queries, b of them compared, N bank rows, D features, H parts of a bank.
 """
 
 import math
@@ -11,31 +11,42 @@ import math
 import torch
 from torch import Tensor, nn
 
+from benchmarks.contract import Outputs
 from benchmarks.problems import SIGMA, Problem, Q
-from benchmarks.providers import Outputs
 from benchmarks.steps import MOMENTUM
 
 QUERIES = 16
 LARGEST_LOSS = 1 << 28
 LARGEST_ERROR = {"float32": 1e-4, "tf32": 2e-2, "bfloat16": 5e-2, "float16": 2e-2}
-"""Several times what the arithmetic leaves: beyond it something else is computed."""
+"""Several times the rounding error: beyond it something else is computed."""
 ROWS = 1 << 16
-"""Rows that are made float64 at a time."""
+"""Rows that are converted to float64 at a time."""
 
 
 def error(result: str, outputs: Outputs, problem: Problem) -> float | None:
-    """Relative, in the norm, of what `benchmarks.providers` says a result is; infinite of NaN; None: not compared."""
+    """The error relative to the norm of the true result; infinite for NaN.
+
+    Args:
+        result: What was computed, as `benchmarks.contract` names it.
+        outputs: Of the call.
+        problem: That the call was prepared for.
+
+    Returns:
+        The error, or None where this result is not compared.
+    """
     with torch.no_grad():
         B, N = len(problem.features), len(problem.bank)
         features = problem.features[:QUERIES].double()
         if result in ("loss", "log sum"):
             if len(outputs) == 2:
-                return _relative(outputs[1][:QUERIES], _loss_and_gradient(result, problem, slice(QUERIES))[1] / B)
+                gradient = _loss_and_gradient(result, problem, slice(QUERIES))[1] / B
+                return _relative(outputs[1][:QUERIES], gradient)
             if B * N > LARGEST_LOSS:
                 return None
             parts = [slice(first, first + QUERIES) for first in range(0, B, QUERIES)]
-            return _relative(outputs[0], torch.cat([_loss_and_gradient(result, problem, of)[0] for of in parts]).mean())
-        if result == "mean":  # the last part: its rows stand farthest from the bank's first
+            losses = torch.cat([_loss_and_gradient(result, problem, part)[0] for part in parts])
+            return _relative(outputs[0], losses.mean())
+        if result == "mean":  # of the last part: wrong offsets show there
             means = outputs[0][-1, :QUERIES]
             total, vector = _sums(features, problem.bank[-(N // len(outputs[0])) :])[:2]
             return _relative(means, vector / total)
@@ -45,21 +56,21 @@ def error(result: str, outputs: Outputs, problem: Problem) -> float | None:
         return None
 
 
-def updated(before: Tensor, after: Tensor, features: Tensor) -> float:
-    """The error of an update: rows (B, D) before and after it."""
+def error_of_update(before: Tensor, after: Tensor, features: Tensor) -> float:
+    """The relative error of an update (eq. 15), given rows (B, D) before and after it, and the features (B, D)."""
     new = nn.functional.normalize(features.double(), dim=1)
     blend = MOMENTUM * before.double() + (1 - MOMENTUM) * new
     return _relative(after, nn.functional.normalize(blend, dim=1))
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:
-    found = float((got.double() - expected).norm() / expected.norm())
-    return math.inf if math.isnan(found) else found
+    error = float((got.double() - expected).norm() / expected.norm())
+    return math.inf if math.isnan(error) else error
 
 
-def _loss_and_gradient(result: str, problem: Problem, of: slice) -> tuple[Tensor, Tensor]:
-    """(b,) losses of some queries, and the gradient of each one's own (b, D)."""
-    features, labels, own = problem.features[of].double(), problem.labels[of], problem.index[of]
+def _loss_and_gradient(result: str, problem: Problem, part: slice) -> tuple[Tensor, Tensor]:
+    """(b,) losses of some queries, and the gradient (b, D) of each query's own loss."""
+    features, labels, own = problem.features[part].double(), problem.labels[part], problem.index[part]
     if result == "log sum":
         total, vector = _sums(features, problem.bank)[:2]
         row = problem.bank[own].double()
@@ -78,9 +89,14 @@ def _sums(
     labels: Tensor | None = None,
     bank_labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Σ_j w_j (b, 1) and Σ_j w_j·f_j (b, D) of the weights w_j = exp((f·f_j − 1)/σ) of all rows and of a class's.
+    """Σ_j w_j (b, 1) and Σ_j w_j·f_j (b, D) with weights w_j = exp((f·f_j − 1)/σ), over all rows and over a class.
 
-    Without the query's own row, where it is told; those of a class only where labels are.
+    Args:
+        features: (b, D) of the queries.
+        bank: (N, D)
+        own: (b,) rows to leave out, one for each query.
+        labels: (b,) of the queries; without them the sums over the class are 0.
+        bank_labels: (N,)
     """
     zero = features.new_zeros(len(features), 1)
     total, vector, same, same_vector = zero, zero, zero, zero

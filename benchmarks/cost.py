@@ -1,8 +1,8 @@
-"""What a training step of the sharded loss costs: the bytes it sends, a model of its time, and the memory of a rank.
+"""The cost model of a training step of the sharded loss: bytes sent, seconds, and memory of a rank.
 
-A step is forward, backward, which sends nothing, and update_bank. Rank r has b_r queries, B = Σ b_r, and m = max b_r,
-to which the others pad. A value has e bytes in the bank and w in the arithmetic around it: 8 for a float64 bank, else
-4. Forward gathers the features in P = ⌈m/max(⌊PIECE/W⌋, ⌈m/MOST_PIECES⌉)⌉ pieces.
+A step is forward, backward (which sends nothing) and update_bank. Rank r has b_r queries, B = Σ b_r, and all ranks pad
+to m = max b_r. A value has e bytes in the bank and w in the arithmetic around it: w is 8 for a float64 bank, else 4.
+Forward gathers the features in P = ⌈m/max(⌊PIECE/W⌋, ⌈m/MOST_PIECES⌉)⌉ pieces.
 
     forward                          payload     sent by rank r
     counts        all-gather         16          (W − 1)·16
@@ -16,10 +16,10 @@ to which the others pad. A value has e bytes in the bank and w in the arithmetic
     counts, images, look-up          as in forward
     features      all-gather         w·D·m       (W − 1)·w·D·m
 
-The payload is what a rank hands to the collectives, in bytes; sent is what leaves it where all-gather and all-reduce go
-round a ring. Of even batches each rank sends (W − 1)·(32 + b·(192 + (e + 2w)·D)) in all: N is not in it.
+The payload is what a rank hands to the collectives, in bytes. Sent is what leaves the rank if all-gather and all-reduce
+go round a ring. With even batches each rank sends (W − 1)·(32 + b·(192 + (e + 2w)·D)) bytes in all, whatever N is.
 
-Shapes: W ranks, b queries of each, B of all, N images, n of the rank with most, D features, C classes.
+Shapes: W ranks, b queries of each, B of all, N images, n images of the rank with most, D features, C classes.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from ntdne_kernels.ops.sharded import MOST_PIECES, PIECE
 
 
 class Message(NamedTuple):
-    """What a rank sends for one purpose, over all calls of the collective."""
+    """What a rank sends for one purpose, in all calls of the collective together."""
 
     phase: str
     name: str
@@ -50,32 +50,42 @@ class Machine(NamedTuple):
     network: float
     """Bytes/s sent, while as many are received."""
     latency: float
-    """Seconds of a collective that carries next to nothing."""
+    """Seconds of a collective with a payload of a few bytes."""
     at_once: bool
-    """Products and exponentials run in units of their own, as on a GPU; a core does one after the other."""
+    """Products and exponentials run at the same time in different units, as on a GPU. A CPU core takes turns."""
 
 
 class Step(NamedTuple):
-    """Seconds."""
+    """Seconds of a step."""
 
     compute: float
     communication: float
-    """All of it; `hidden` runs beside the computation."""
+    """Including what is hidden."""
     hidden: float
+    """Communication beside which the rank computes."""
 
     @property
     def total(self) -> float:
+        """Until the step is done."""
         return self.compute + self.communication - self.hidden
 
 
 def pieces(sizes: list[int], piece: int = PIECE["cuda"]) -> int:
-    """P, given b_r of each rank."""
+    """P, given b_r of each rank and how many queries of all ranks are gathered at a time."""
     step = max(piece // len(sizes), -(-max(sizes) // MOST_PIECES), 1)
     return max(-(-max(sizes) // step), 1)
 
 
 def messages(sizes: list[int], rank: int, D: int, bank_bytes: int, piece: int = PIECE["cuda"]) -> list[Message]:
-    """The table above for rank r, given b_r of each and e = `bank_bytes`."""
+    """The table above for one rank.
+
+    Args:
+        sizes: b_r of each rank.
+        rank: r
+        D: Features.
+        bank_bytes: e
+        piece: Queries of all ranks that are gathered at a time.
+    """
     W, B, m = len(sizes), sum(sizes), max(sizes)
     wide_bytes = 8 if bank_bytes == 8 else 4
     to_others = B - sizes[rank]
@@ -101,7 +111,17 @@ def messages(sizes: list[int], rank: int, D: int, bank_bytes: int, piece: int = 
 
 
 def step(machine: Machine, b: int, N: int, D: int, W: int, bank_bytes: int, piece: int = PIECE["cuda"]) -> Step:
-    """Of W ranks with b queries each, or of one process. Not in it: launches, and work that does not grow with N."""
+    """The seconds of a step of W ranks, or of one process, without launches and work that does not grow with N.
+
+    Args:
+        machine: What a rank can do.
+        b: Queries of each rank.
+        N: Images.
+        D: Features.
+        W: Ranks.
+        bank_bytes: Of a value of the bank.
+        piece: Queries of all ranks that are gathered at a time.
+    """
     n, B = -(-N // W), W * b
     P = pieces([b] * W, piece) if W > 1 else 1
     products = 4 * B * n * D / machine.flops
@@ -115,13 +135,22 @@ def step(machine: Machine, b: int, N: int, D: int, W: int, bank_bytes: int, piec
         (message.phase, message.name): message.calls * machine.latency + message.sent / machine.network
         for message in messages([b] * W, 0, D, bank_bytes, piece)
     }
-    # The first piece is waited for; each other one travels while the one before it is summed.
+    # A rank waits for the first piece. Each other piece travels while the one before it is summed.
     hidden = (P - 1) / P * min(seconds["forward", "features"], compute)
     return Step(compute, sum(seconds.values()), hidden)
 
 
 def memory(b: int, N: int, D: int, W: int, C: int, bank_bytes: int) -> dict[str, int]:
-    """Bytes of the rank with most rows, by what they are for; encoder and partial sums of the kernels not counted."""
+    """Bytes on the rank with most rows, by purpose, without the encoder and the kernels' partial sums.
+
+    Args:
+        b: Queries of each rank.
+        N: Images.
+        D: Features.
+        W: Ranks.
+        C: Classes.
+        bank_bytes: Of a value of the bank.
+    """
     n, B = -(-N // W), W * b
     return {
         "rows": n * D * bank_bytes,

@@ -1,13 +1,16 @@
-"""A step with a bank on disk against one in memory, on a CPU: python -m benchmarks.disk_bank FOLDER [N]
+"""Time of a training step with a bank on disk, beside one in memory, on a CPU.
 
-A step is the loss, its gradient, and the update of the batch's rows. The file is read through its mapping: once from
-the page cache (warm), once with nothing of it in memory (cold), as a bank has it that is larger than the memory.
+python -m benchmarks.disk_bank FOLDER [N]
+
+A step is the loss, its gradient, and the update of the batch's rows. The mapped file is read once with nothing of it in
+memory (cold), as happens to a bank that is larger than the memory, and once from the page cache (warm).
 """
 
 import os
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,37 +25,39 @@ ROUNDS = 7
 
 
 def step(problem: problems.Problem) -> float:
-    """Seconds."""
+    """Seconds of a step."""
     start = time.perf_counter()
     providers.PROVIDERS["streaming"].prepare(problem, True)()
     update_bank_(problem.bank, problem.features, problem.index)
     return time.perf_counter() - start
 
 
-def take_up(path: Path, N: int) -> Tensor:
+def map_rows(path: Path, N: int) -> Tensor:
+    """The (N, D) rows of the file, which is made where there is none."""
     rows, _ = storage.allocate("disk", (N, D), torch.bfloat16, torch.device("cpu"), path)
     return rows
 
 
 def forget(path: Path) -> None:
-    """Take the file, which nobody has mapped, out of the page cache."""
-    storage.flush(path)  # what is not on the disk stays
+    """Drop a file that is not mapped from the page cache."""
+    storage.flush(path)  # pages that are not on the disk yet would stay
     file = os.open(path, os.O_RDONLY)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(file)
 
 
 def main(folder: str, N: str = "2000000") -> None:
+    """The command, with a folder on the disk to measure and the number of rows."""
     problem = problems.make(B, int(N), D, C, torch.bfloat16)
     path = Path(folder) / "bank.bin"
     try:
-        take_up(path, int(N)).copy_(problem.bank)
+        map_rows(path, int(N)).copy_(problem.bank)
         storage.mark(path, ready=True)
         seconds: dict[str, list[float]] = {"in memory": [], "on disk, cold": [], "on disk, warm": []}
         for _ in range(ROUNDS):  # in turns: the machine may be shared
             seconds["in memory"].append(step(problem))
             forget(path)
-            mapped = problem._replace(bank=take_up(path, int(N)))
+            mapped = replace(problem, bank=map_rows(path, int(N)))
             seconds["on disk, cold"].append(step(mapped))
             seconds["on disk, warm"].append(step(mapped))
             del mapped

@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# All that needs an NVIDIA GPU, with the python3 that holds its PyTorch:
+# Everything that needs an NVIDIA GPU. python3 must be the one with the GPU's PyTorch.
 #
 #     benchmarks/gpu.sh STAGE ...      check, targets, tune, sanitize; build, measure, report
 #
-# The first four end within four minutes each, and print as they go. What a stage prints is also in $OUT/STAGE.log
-# (build/gpu), and its results are written there after each case:
+# The first four end within four minutes each, and print as they go. What a stage prints is also written to
+# $OUT/STAGE.log (build/gpu), and so are its results, after each case:
 #
-#   check     builds, then runs the tests on the GPU, those of the kernels first, for what is left of the time
-#   targets   what the speed that is aimed at is judged by, into targets.csv, and the host's part of a step, host.csv;
-#             `python -m benchmarks merge --rows targets.csv` takes the former into benchmarks/results. OURS (triton) are
-#             the providers compared with attention
-#   tune      tile shapes for B = 64, 256, 1024, a line for each
-#   sanitize  some small tests of the kernels (SUBSET) under SANITIZERS (memcheck racecheck)
+#   check     builds, then runs the tests on the GPU for the rest of the time, those of the kernels first
+#   targets   measures the cases by which the speed is judged, into targets.csv, and the host's part of a step, into
+#             host.csv. `python -m benchmarks merge --rows targets.csv` takes the former into benchmarks/results. OURS
+#             (triton) names the providers to compare with attention
+#   tune      times tile shapes for B = 64, 256, 1024, and prints a line for each
+#   sanitize  runs some small tests of the kernels (SUBSET) under SANITIZERS (memcheck racecheck)
 #
-# All but check want the extension built: `benchmarks/gpu.sh build ...`. `measure` goes through the whole grid for MINUTES
-# (6); where results are in place it goes on where it stopped.
+# All stages but check need the extension: `benchmarks/gpu.sh build ...`. `measure` goes through the whole grid for
+# MINUTES (6), and goes on where it stopped if its results are in benchmarks/results.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-build/gpu}
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1
 
-# For the GPU that is here alone; without the compiled update everything else would be measured in vain.
+# Builds for this GPU alone. Fails without the compiled update: measurements with its replacement would be useless.
 build() {
     nvidia-smi
     export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)}
@@ -34,15 +34,15 @@ from ntdne_kernels.ops.bank_update import LOAD_ERRORS
 sys.exit(f'update kernels missing: {LOAD_ERRORS}' if LOAD_ERRORS else 0)"
 }
 
-# Without the tests that need the packages of the experiments; side by side where pytest can, for most of the time
-# compiles, and one at a time, which keeps their order. Interrupted, pytest still says what has failed.
+# Leaves out tests that need the packages of the experiments. Most of the time goes into compiling, so tests run side by
+# side where xdist is installed; chunks of one keep their order. When its time is up, pytest still lists the failures.
 check() {
     local file first=() rest=() workers=()
     SECONDS=0
     build || return
     for file in tests/ops/test_hopper*.py tests/ops/test_triton*.py; do [ ! -e "$file" ] || first+=("$file"); done
-    for file in tests/ops/test_*.py tests/test_*.py; do
-        case " ${first[*]} tests/test_audit_benchmark.py tests/test_examples.py " in
+    for file in tests/ops/test_*.py tests/test_*.py tests/benchmarks/test_*.py; do
+        case " ${first[*]} tests/benchmarks/test_audit.py tests/test_examples.py " in
             *" $file "*) ;;
             *) rest+=("$file") ;;
         esac
@@ -53,8 +53,8 @@ check() {
         python3 -m pytest -m gpu -v -rfE --tb=short "${workers[@]}" "${first[@]}" "${rest[@]}"
 }
 
-# Memory is taken from the driver piece by piece: in PyTorch's own pools an access past a tensor stays unseen. Graphs
-# need those pools, and the profiler that counts launches has no place beside these tools.
+# Each tensor gets memory of its own from the driver: an access past a tensor would stay unseen in PyTorch's pools.
+# Tests of graphs need those pools, and tests that count launches need a profiler, so both are left out.
 sanitize() {
     local tool tools=(${SANITIZERS:-memcheck racecheck}) file files=(tests/ops/test_triton.py tests/ops/test_bank_update.py)
     local small="many_classes or strided or upstream or batch_order or hopper or (mixed_dtypes and bfloat16) or (loss_kernel and 1500)"
@@ -69,7 +69,7 @@ sanitize() {
     done
 }
 
-# Three times: a fault of the GPU ends the process, and what caused it is left out of the next.
+# Measures up to three times: a fault of the GPU ends the process, and the next one leaves out what caused it.
 all() {
     local left file=$1
     shift
@@ -81,7 +81,7 @@ all() {
     done
 }
 
-# From nothing: what was measured before may be of other code. The cases in the order of `grid.targets`.
+# Starts from an empty file: earlier rows may be of other code.
 targets() {
     local MINUTES=2 ours=(${OURS:-triton})
     SECONDS=0
@@ -100,7 +100,7 @@ tune() {
     done
 }
 
-# To compile naive and flex attention takes most of a case's time: few cases have them.
+# Compiling naive and flex attention takes most of a case's time, so few cases have them.
 measure() {
     local results file
     results=$(python3 -c "from benchmarks.__main__ import default_file; print(default_file('cuda'))") || return

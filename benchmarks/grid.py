@@ -1,4 +1,4 @@
-"""What is measured, in the order of its importance: where time runs out, the rest is missing.
+"""The cases that are measured, the most important first: where time runs out, the last ones are missing.
 
 Shapes: B queries, N bank rows, D features, C classes.
 """
@@ -11,26 +11,32 @@ BATCHES = (1, 64, 256, 1024, 4096)
 ROWS = (10**4, 10**5, 10**6, 8 * 10**6, 10**8)
 WIDTHS = (128, 64, 256, 512)
 ARITHMETIC = {"cuda": ("bfloat16", "float32", "tf32", "float16"), "cpu": ("bfloat16", "float32")}
-"""On CPUs TF32 does not exist, and PyTorch takes minutes for a product of float16 that takes 0.4 s in bfloat16."""
+"""CPUs have no TF32, and PyTorch takes minutes there for a product in float16 that takes 0.4 s in bfloat16."""
 CLASSES = (45, 2, None)
-"""None: half as many as rows. Of widths, arithmetics and classes the first is what most cases share."""
+"""None: half as many classes as rows. The first of widths, arithmetics and classes is the usual one."""
 LOSS, GRADIENT, UPDATE, TRAINING = "loss", "loss and gradient", "update", "training step"
 PRODUCTS, TRAFFIC = "matrix product", "memory traffic"
 """What the machine can do: a product of B×D and D×N; moving N·D values."""
+SIDE = {"cuda": 8192, "cpu": 4096}
+"""Of the square matrices whose product is measured."""
+TRAFFIC_ROWS = 1 << 22
+"""Of the float32 rows that are moved: 2 GB."""
 
 
 class Case(NamedTuple):
+    """A shape for which all providers of `what` are measured."""
+
     what: str
     B: int
     N: int
     D: int
     C: int
     dtype: str
-    """Of `benchmarks.providers.DTYPES`."""
+    """A key of `benchmarks.contract.DTYPES`."""
 
 
 def targets() -> list[Case]:
-    """What the speed that is aimed at on a GPU is judged by."""
+    """The cases by which the speed on a GPU is judged (`benchmarks.targets`)."""
     found = [Case(GRADIENT, B, N, 128, 45, "bfloat16") for N in (10**6, 8 * 10**6) for B in (256, 1024, 4096)]
     found += [Case(GRADIENT, B, N, 128, 45, "bfloat16") for N in (8 * 10**6, 10**8) for B in (1, 64)]
     found += [Case(GRADIENT, B, 10**6, 128, 2, "bfloat16") for B in (256, 1024, 4096)]
@@ -46,21 +52,34 @@ def cases(
     arithmetic: Sequence[str] = (),
     classes: Sequence[int | None] = CLASSES,
 ) -> list[Case]:
-    """What the machine can do; on a GPU the targets; the loss by B and N; then what differs in one thing, two, all."""
-    side = 8192 if device == "cuda" else 4096
-    known = ARITHMETIC[device]
-    found = [(0, Case(PRODUCTS, side, side, side, 1, dtype)) for dtype in known]
-    found.append((0, Case(TRAFFIC, 1, 1 << 22, 128, 1, "float32")))
+    """All combinations, in this order.
+
+    First comes what the machine can do, then on a GPU the targets, then the cases with the usual width, arithmetic and
+    classes, and then those that differ from the usual in one of them, in two, in all.
+
+    Args:
+        device: "cuda" or "cpu".
+        batches: Values of B.
+        rows: Values of N.
+        widths: Values of D.
+        arithmetic: Of the products; empty for all that the device has.
+        classes: Values of C, None for N/2.
+    """
+    side = SIDE[device]
+    available = ARITHMETIC[device]
+    ranked = [(0, Case(PRODUCTS, side, side, side, 1, dtype)) for dtype in available]
+    ranked.append((0, Case(TRAFFIC, 1, TRAFFIC_ROWS, 128, 1, "float32")))
     if device == "cuda":
-        found += [(0, case) for case in targets()]
-    for D, dtype, C in itertools.product(widths, arithmetic or known, classes):
-        apart = (D != WIDTHS[0]) + (dtype != known[0]) + (C != CLASSES[0])
+        ranked += [(0, case) for case in targets()]
+    for D, dtype, C in itertools.product(widths, arithmetic or available, classes):
+        differences = (D != WIDTHS[0]) + (dtype != available[0]) + (C != CLASSES[0])
         for N, B in itertools.product(rows, batches):
             if B > N:
                 continue
-            found += [(2 * apart + 1, Case(what, B, N, D, C or N // 2, dtype)) for what in (GRADIENT, LOSS)]
+            count = N // 2 if C is None else C
+            ranked += [(2 * differences + 1, Case(what, B, N, D, count, dtype)) for what in (GRADIENT, LOSS)]
             if C == CLASSES[0] and dtype != "tf32":  # an update multiplies no matrices
-                found.append((2 * apart + 2, Case(UPDATE, B, N, D, C, dtype)))
-            if apart == 0 and B == 256:
-                found.append((2, Case(TRAINING, B, N, D, C, dtype)))
-    return list(dict.fromkeys(case for _, case in sorted(found, key=lambda of: of[0])))
+                ranked.append((2 * differences + 2, Case(UPDATE, B, N, D, count, dtype)))
+            if differences == 0 and B == 256:
+                ranked.append((2, Case(TRAINING, B, N, D, count, dtype)))
+    return list(dict.fromkeys(case for _, case in sorted(ranked, key=lambda entry: entry[0])))

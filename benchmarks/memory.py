@@ -1,4 +1,4 @@
-"""The memory that a call adds, at its peak, to what is there before it."""
+"""The peak of memory that a call adds, and what Linux says of a process's memory."""
 
 import ctypes
 import gc
@@ -11,8 +11,8 @@ import torch
 
 
 def added_by(call: Callable[[], Any], device: str = "cpu") -> int:
-    """Bytes. Libraries allocate on first use: call it once before."""
-    gc.collect()  # garbage that the call would free hides what it takes
+    """Bytes. Call it once before: libraries allocate on first use."""
+    gc.collect()  # garbage that the call frees would hide what it takes
     if device != "cpu":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -20,15 +20,20 @@ def added_by(call: Callable[[], Any], device: str = "cpu") -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what was taken and freed before would hide what the call takes
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide what the call takes
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew here
+    reset_peak()
     call()
     return max(status("VmHWM") - before, 0)
 
 
+def reset_peak() -> None:
+    """Let the peak of this process's memory (VmHWM) start anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def status(field: str) -> int:
-    """Bytes, of a field of /proc/self/status."""
+    """Bytes in a field of /proc/self/status."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024

@@ -1,10 +1,10 @@
 // A GPU that computes nothing: the parts of the CUDA runtime, the driver and cuBLAS that PyTorch and Triton call for a
-// training step, in one library to be loaded before all others (benchmarks/null_gpu.py builds it and says how).
+// training step, in one library that is loaded before all others (benchmarks/null_gpu.py builds it).
 //
-// Its memory is the host's, copies are made, and whatever is launched is counted and done at once. PyTorch's dispatcher,
-// its allocator and its autograd thread for the device run as they do on a GPU, and so does Triton's own launcher: what a
-// step takes is the host's part of it, but for the driver's. What is launched while a CUDA graph is captured is done when
-// the graph is launched, and what a capture forbids fails.
+// Its memory is the host's. Copies are made; whatever else is launched is counted and is done at once. PyTorch's
+// dispatcher, its allocator and its autograd thread for the device run as they do on a GPU, and so does Triton's launcher.
+// So the time of a step is the host's part of it, without the driver's. What is launched while a CUDA graph is captured
+// is counted when the graph is launched, and what a capture forbids fails.
 
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -26,16 +26,16 @@ void null_gpu_listen(void (*function)(const char *)) { listener = function; }
 long null_gpu_launches(void) { return launches; }
 
 int null_gpu_nothing(void) { return 0; }
-// Without a prototype, which the header would contradict.
+// In assembly: a prototype would contradict the header's.
 #define NOTHING(name) __asm__(".globl " #name "\n.type " #name ", @function\n.set " #name ", null_gpu_nothing");
 
-// One capture at a time; a graph is the names of what was launched.
+// There is one capture at a time. A graph is the list of the names of what was launched.
 typedef struct {
     const char **names;
     size_t count;
 } Graph;
 static Graph *capture;
-static void *capturing;  // the stream
+static void *capturing;  // its stream
 static unsigned long long captures;
 static int broken;
 static enum cudaStreamCaptureMode capture_mode;
@@ -54,7 +54,7 @@ static int launched(const char *name, void *stream) {
     return 0;
 }
 
-// What waits, allocates or loads fails in the thread of a capture, for a global one in all, and ends it.
+// Calls that wait, allocate or load fail and end a capture: in its own thread, or in all threads if it is a global one.
 static int forbidden(void) {
     int held = capture_mode == cudaStreamCaptureModeGlobal || own_capture == captures;
     if (!capture || thread_mode == cudaStreamCaptureModeRelaxed || !held) return 0;
@@ -68,7 +68,7 @@ static int give(void **out) {
     return 0;
 }
 
-// Kernels are registered by the tens of thousands and asked for by a handful: they are found in turn, and then known.
+// Tens of thousands of kernels are registered and a handful is launched, so a linear search with a cache suffices.
 typedef struct {
     const void *host;
     const char *name;
@@ -160,7 +160,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
 }
 
 static int attribute(int which) {
-    switch (which) {  // the runtime's numbers are the driver's
+    switch (which) {  // the runtime and the driver number the attributes alike
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: return CAPABILITY_MAJOR;
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: return CAPABILITY_MINOR;
         case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: return MULTIPROCESSORS;
@@ -193,7 +193,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, 
     return *blocks = 2, 0;
 }
 
-// Memory: zeros, as no kernel writes
+// Memory holds zeros: no kernel writes
 static void *allocate(size_t size) {
     void *memory = NULL;
     if (posix_memalign(&memory, 512, size ? size : 1)) return NULL;
@@ -208,7 +208,7 @@ cudaError_t cudaHostAlloc(void **memory, size_t size, unsigned flags) { return c
 cudaError_t cudaFree(void *memory) { return free(memory), 0; }
 cudaError_t cudaFreeHost(void *memory) { return free(memory), 0; }
 
-// Between host and device alone: elsewhere are zeros.
+// Only between host and device: device memory that was not copied to holds zeros.
 static int copy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, void *stream) {
     if (kind != cudaMemcpyDeviceToDevice && !(capture && stream == capturing)) memmove(to, from, size);
     return launched("copy", stream);
@@ -266,7 +266,7 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t 
     return *count = ((Graph *)graph)->count, 0;
 }
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long flags) {
-    return *made = (cudaGraphExec_t)graph, 0;  // which stays for as long as the process lives
+    return *made = (cudaGraphExec_t)graph, 0;  // never freed
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t made, cudaStream_t s) {
     const Graph *graph = (Graph *)made;
@@ -336,7 +336,7 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
 }
 CUresult cuModuleLoad(CUmodule *module, const char *file) { return cuModuleLoadData(module, file); }
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-    return *function = (CUfunction)strdup(name), 0;  // for as long as the process lives
+    return *function = (CUfunction)strdup(name), 0;  // never freed
 }
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute which, CUfunction function) {
     return *value = which == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0, 0;
@@ -363,11 +363,11 @@ NOTHING(cuOccupancyMaxActiveClusters)
 NOTHING(cuTensorMapEncodeTiled)
 NOTHING(cuTensorMapEncodeIm2col)
 
-// cuBLAS, for what others launch
-static __thread void *of_products;  // the stream
+// cuBLAS, for the peers of ours
+static __thread void *blas_stream;
 #define PRODUCT(name) \
-    int name(void) { return launched(#name, of_products); }
-int cublasSetStream_v2(void *handle, void *stream) { return of_products = stream, 0; }
+    int name(void) { return launched(#name, blas_stream); }
+int cublasSetStream_v2(void *handle, void *stream) { return blas_stream = stream, 0; }
 int cublasCreate_v2(void **handle) { return give(handle); }
 int cublasGetMathMode(void *handle, int *mode) { return *mode = 0, 0; }
 int cublasGetPointerMode_v2(void *handle, int *mode) { return *mode = 0, 0; }

@@ -1,8 +1,8 @@
-"""Times of calls that take turns, each from a cold cache.
+"""Time calls that take turns, each from a cold cache.
 
-On a GPU a call is timed in two ways. Wall: from an idle device, by the host's clock, until all is done, as a user waits
-for it. Device: by events on a device that is kept busy until all of the call is queued, so that launches cost nothing;
-where a call itself waits for the device, they do.
+On a GPU a call is timed in two ways. Wall time is the host's, from an idle device until all is done, as a user waits
+for it. Device time is between two events, on a device that is kept busy until the whole call is queued. Launches then
+cost nothing, except where the call itself waits for the device.
 """
 
 import math
@@ -11,15 +11,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy
+import numpy as np
 import torch
 
 Call = Callable[[], Any]
 COLD_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
-"""More than the largest cache: an EPYC's share of a third level is 32 MB, an H200's second level 60 MB."""
+"""More than the largest cache: an EPYC's share of its third level is 32 MB, an H200's second level 60 MB."""
 LEAST_CALLS = 3
 LONGEST_LEAD = 0.02
-"""Seconds by which the host may run ahead; what takes longer to queue keeps the device busy by itself."""
+"""Seconds for which the device is kept busy at most: a call that takes longer to queue keeps it busy by itself."""
 
 
 class Times(NamedTuple):
@@ -31,7 +31,7 @@ class Times(NamedTuple):
 
 
 class Cache:
-    """Fills a device's cache with something else."""
+    """Empties a device's cache by filling it with other data."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -39,19 +39,20 @@ class Cache:
         self.seconds = 0.0
         if device == "cuda":
             self.empty()
-            self.seconds = on_device(lambda: [self.empty() for _ in range(100)]) / 100
+            self.seconds = on_device(lambda: self.empty(times=100)) / 100
 
-    def empty(self) -> None:
-        """Reads and writes: the writes alone of a large buffer pass by a CPU's cache."""
-        self.buffer.add_(1)
+    def empty(self, times: int = 1) -> None:
+        """Read and write a large buffer: its writes alone would bypass a CPU's cache."""
+        for _ in range(times):
+            self.buffer.add_(1)
 
     def hold(self, seconds: float) -> None:
-        """Keep the device busy for so long, with what empties its cache too."""
-        for _ in range(1 + math.ceil(min(seconds, LONGEST_LEAD) / self.seconds)):
-            self.empty()
+        """Keep the device busy for so long, by emptying its cache."""
+        self.empty(times=1 + math.ceil(min(seconds, LONGEST_LEAD) / self.seconds))
 
 
 def wall(call: Call, device: str) -> float:
+    """Seconds of the host until a call is done."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -62,21 +63,29 @@ def wall(call: Call, device: str) -> float:
 
 
 def on_device(call: Call, before: Call = lambda: None) -> float:
+    """Seconds of the device between two events around a call, after `before` has been queued."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before()
     begin.record()
     call()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def in_turns(
     calls: dict[str, Call], device: str, seconds: float, most: int = 50
 ) -> tuple[dict[str, Times], dict[str, Exception]]:
-    """Each call's times, of at most `most` calls, and what went wrong with others; call each once before.
+    """Time calls in rounds. Each takes part until it has had its seconds, and LEAST_CALLS times in any case.
 
-    One takes part in the rounds until it has had `seconds`, and LEAST_CALLS times in any case.
+    Args:
+        calls: By name. Each has run before, so that nothing is compiled here.
+        device: That they run on.
+        seconds: Of timed calls that each gets.
+        most: Calls of each at most.
+
+    Returns:
+        The times of the calls that ran, and the errors of those that failed.
     """
     if not calls:
         return {}, {}
@@ -117,7 +126,7 @@ def _wants_more(times: Times, seconds: float, most: int) -> bool:
 
 
 def replayed(call: Call, calls: int, repeats: int) -> list[float]:
-    """Seconds of a call on a GPU, of so many captured in one graph that is replayed from a cold cache."""
+    """Seconds of a call on a GPU, when so many of them are one CUDA graph that is replayed from a cold cache."""
     cache = Cache("cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -132,6 +141,6 @@ def replayed(call: Call, calls: int, repeats: int) -> list[float]:
 
 
 def quantiles(seconds: list[float]) -> tuple[float, float, float]:
-    """20 %, 50 %, 80 %."""
-    low, median, high = numpy.quantile(seconds, (0.2, 0.5, 0.8))
+    """The 20 %, 50 % and 80 % quantiles."""
+    low, median, high = np.quantile(seconds, (0.2, 0.5, 0.8))
     return float(low), float(median), float(high)

@@ -1,11 +1,11 @@
-"""Choose the tile shapes in ntdne_kernels/ops/gpu/configs.json.
+"""Choose the tile shapes in ntdne_kernels.ops.gpu/configs.json.
 
 python -m benchmarks.tune choose [CAPABILITY ...]    into the table, for GPUs that need not be here
 python -m benchmarks.tune time B N D DTYPE           on the GPU that is here: each shape that fits, beside the table's
 
-`choose` takes for each GPU generation, arithmetic, width of D and block of queries the first shape of an order of
-preference that spills no register and fits the shared memory in every variant of the kernel. What `time` finds to be
-better belongs into that order, which `candidates` is.
+For each GPU generation, arithmetic, width of D and block of queries, `choose` takes the first shape, in an order of
+preference, that spills no register and fits the shared memory in every variant of the kernel. That order is
+`candidates`: change it there where `time` finds better shapes.
 
 Shapes: B queries, N bank rows, D features.
 """
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -25,7 +26,7 @@ from unittest.mock import patch
 import torch
 from triton.runtime.errors import OutOfResources
 
-from benchmarks import problems, providers, timing
+from benchmarks import contract, problems, timing
 from benchmarks.aot import KERNELS, SHARED_LIMIT, checks, compile_for
 from ntdne_kernels.ops import gpu as backend
 from ntdne_kernels.ops.gpu import configs, launches
@@ -33,38 +34,49 @@ from ntdne_kernels.ops.gpu.configs import Config
 from ntdne_kernels.ops.schema import Batch
 
 TABLE = Path(configs.__file__).with_name("configs.json")
-CAPABILITIES = (80, 86, 90, 100)  # 89 has what 86 has
+CAPABILITIES = (80, 86, 90, 100)  # 89 uses the table of 86
 WIDTHS = {"16-bit": (128, 256, 512, 1024), "tf32": (128, 256, 512, 1024), "ieee": (128, 512, 1024), "fp64": (128, 256)}
 BLOCKS = {"16-bit": (16, 64, 128), "tf32": (16, 64, 128), "ieee": (16, 64), "fp64": (16,)}
 ARITHMETIC = {"bfloat16": "16-bit", "float16": "16-bit", "float32": "ieee", "tf32": "tf32"}
-"""By the names of `providers.DTYPES`."""
+"""By the keys of `contract.DTYPES`."""
 ELEMENT_BYTES = {"16-bit": 2, "tf32": 4, "ieee": 4, "fp64": 8}
 
 
 def candidates(kernel: str, capability: int, arithmetic: str, width: int, block: int) -> list[Config]:
-    """In the order of preference: tiles in flight, wide tiles, one group of warps for 64 queries and two for more."""
-    lengths = (128, 64, 32, 16) if arithmetic in ("16-bit", "tf32") else (64, 32, 16)
+    """Tile shapes, the preferred ones first: with tiles in flight, long tiles, one warp group for 64 queries.
+
+    Args:
+        kernel: A key of `aot.KERNELS`.
+        capability: Of the GPU.
+        arithmetic: Of the products.
+        width: The largest D to serve.
+        block: Queries of a tile.
+    """
+    lengths: tuple[int, ...] = (128, 64, 32, 16) if arithmetic in ("16-bit", "tf32") else (64, 32, 16)
     warps = (8, 4) if block == 128 else (4, 8)
     if arithmetic in ("ieee", "fp64") and width > 128:
-        lengths = lengths[-2:]  # others take minutes to compile; of float64 294 KB of shared memory with triton 3.6
+        lengths = lengths[
+            -2:
+        ]  # longer ones take minutes to compile; float64 takes 294 KB of shared memory in triton 3.6
     found = []
     for in_flight, length, w, stages in itertools.product((True, False), lengths, warps, (3, 2, 1)):
         shared = (max(stages - 1, 1) * length + block) * width * ELEMENT_BYTES[arithmetic]
         words = 2 if arithmetic == "fp64" else 1
-        registers = (block * width + 1.5 * block * length) * words / (32 * w)  # sums, logits and their rounded weights
+        # The sums, the logits, and the logits' rounded weights.
+        registers = (block * width + 1.5 * block * length) * words / (32 * w)
         hopeless = shared > SHARED_LIMIT[capability] or registers > 210 or length * width > 1 << 16
         if (stages > 1) == in_flight and not hopeless:
-            shape = (block, length) if kernel != "gradient" else (length, block)
-            found.append(Config(*shape, w, stages, shared=0))
+            block_b, block_n = (block, length) if kernel != "gradient" else (length, block)
+            found.append(Config(block_b, block_n, w, stages, shared=0))
     return found
 
 
 def best(kernel: str, capability: int, arithmetic: str, width: int, block: int) -> Config | None:
-    """The first candidate without spills and within the shared memory, with the most it needs."""
+    """The first candidate that spills nothing and fits the shared memory, with the most shared memory it needs."""
     spilled = set()
     for config in candidates(kernel, capability, arithmetic, width, block):
         if config[:3] in spilled and config.num_stages > 1:
-            continue  # fewer tiles in flight hardly free registers
+            continue  # fewer tiles in flight hardly free any registers
         shared = 0
         for D, variant in checks(kernel, arithmetic, width):
             try:
@@ -82,7 +94,7 @@ def best(kernel: str, capability: int, arithmetic: str, width: int, block: int) 
 
 
 def entries(kernel: str, capability: int, arithmetic: str, width: int) -> list[Config]:
-    """For each block of queries; for the bank's gradient, which few use, the larger feasible block."""
+    """A shape for each block of queries. The bank's gradient, which few use, gets the larger feasible block alone."""
     blocks = BLOCKS[arithmetic]
     if kernel == "gradient":
         found = (best(kernel, capability, arithmetic, width, block) for block in (64, 16) if block in blocks)
@@ -91,6 +103,7 @@ def entries(kernel: str, capability: int, arithmetic: str, width: int) -> list[C
 
 
 def choose(*capabilities: str) -> None:
+    """Write the best shapes into the table, for these GPU generations or for all."""
     for capability in map(int, capabilities or CAPABILITIES):
         keys = [
             (kernel, capability, arithmetic, width)
@@ -103,7 +116,7 @@ def choose(*capabilities: str) -> None:
             for key, configs in zip(keys, pool.map(entries, *zip(*keys, strict=True)), strict=True):
                 print(*key, *configs, sep="\n    ", flush=True)
                 kernel, _, arithmetic, width = key
-                if configs:  # else a device without shared memory for so wide a bank
+                if configs:  # else the GPU has too little shared memory for so wide a bank
                     found.setdefault(kernel, {}).setdefault(arithmetic, {})[width] = configs
         table = json.loads(TABLE.read_text()) | {str(capability): found}
         # One line for each kernel and arithmetic.
@@ -111,14 +124,14 @@ def choose(*capabilities: str) -> None:
 
 
 def time_shapes(B: str, N: str, D: str, dtype: str) -> None:
-    """Of the loss's sums and means, with the classes known beforehand, in all launches that they take.
+    """Time the loss's sums and means with each shape, in turns with the table's, in all launches that they take.
 
-    A line for each shape as soon as it is timed, in turns with the table's, and the fastest again in the end. Other
-    processes compile as many as there are processors; while shapes are timed they wait.
+    Each shape is printed as soon as it is timed, and the fastest again in the end. As many processes compile shapes as
+    there are processors; they wait while shapes are timed.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with providers.arithmetic(dtype), ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        problem = problems.make(int(B), int(float(N)), int(D), 45, providers.DTYPES[dtype], device)
+    with contract.arithmetic(dtype), ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        problem = problems.make(int(B), int(float(N)), int(D), 45, contract.DTYPES[dtype], device)
         here = launches.describe(problem.bank.device)
         chosen = configs.choose(here, "stream", ARITHMETIC[dtype], int(D), int(B))
         in_table = partial(sum_with, chosen, problem)
@@ -139,7 +152,7 @@ def time_shapes(B: str, N: str, D: str, dtype: str) -> None:
 
 
 def beside(in_table: timing.Call, this: timing.Call, device: str) -> tuple[float, str]:
-    """Time over that of the table's shape, in turns with it, and words for it; infinite of one that fails."""
+    """The time over that of the table's shape, in turns with it, and a line that says so; infinite if it fails."""
     try:
         this()
         times, failed = timing.in_turns({"table": in_table, "this": this}, device, seconds=0.1)
@@ -153,7 +166,7 @@ def beside(in_table: timing.Call, this: timing.Call, device: str) -> tuple[float
 
 
 def shapes(device: configs.Device, arithmetic: str, D: int, chosen: Config) -> list[Config]:
-    """Candidates with the table's block of queries, then with others; those that may need too much are among them."""
+    """Candidates with the table's block of queries, then with other blocks. Some may need too much memory."""
     width = min(width for width in WIDTHS[arithmetic] if width >= D)
     blocks = sorted(BLOCKS[arithmetic], key=lambda block: block != chosen.block_b)
     found = [c for block in blocks for c in candidates("stream", device.capability, arithmetic, width, block)]
@@ -161,20 +174,27 @@ def shapes(device: configs.Device, arithmetic: str, D: int, chosen: Config) -> l
 
 
 def compiles(config: Config, B: int, D: int, dtype: str, device: str) -> str | None:
-    """Why a shape does not run on a small bank, or None: then what it compiled is on the disk for all."""
+    """Why a shape does not run on a small bank, or None. What it compiled is then on the disk for all processes."""
     try:
-        with providers.arithmetic(dtype):
-            sum_with(config, problems.make(B, max(4096, B), D, 45, providers.DTYPES[dtype], device))
+        with contract.arithmetic(dtype):
+            sum_with(config, problems.make(B, max(4096, B), D, 45, contract.DTYPES[dtype], device))
     except (OutOfResources, RuntimeError) as error:
         return " ".join(str(error).split())[:100]
     return None
 
 
 def sum_with(config: Config, problem: problems.Problem) -> Any:
+    """The loss's sums and means with a tile shape."""
     with patch.object(configs, "choose", lambda *_: config):
-        given = problem.features.detach(), problem.bank, problem.labels, problem.index, problem.classes.layout
+        given = problem.features.detach(), problem.bank, problem.labels, problem.index, problem.label_index.layout
         return backend.log_scores(Batch(*given, problems.SIGMA), True)
 
 
+def main(command: str, *arguments: str) -> None:
+    """The command."""
+    commands: dict[str, Callable[..., None]] = {"choose": choose, "time": time_shapes}
+    commands[command](*arguments)
+
+
 if __name__ == "__main__":
-    {"choose": choose, "time": time_shapes}[sys.argv[1]](*sys.argv[2:])
+    main(*sys.argv[1:])

@@ -12,7 +12,6 @@ import ntdne_kernels
 from ntdne_kernels import LabelIndex, MemoryBank, NTDNELoss, SNCALoss, encode_labels, functional
 from ntdne_kernels.audit import audit_labels
 from ntdne_kernels.labels import as_index, as_labels
-from tests.archives import Archive
 
 pd = pytest.importorskip("pandas")
 

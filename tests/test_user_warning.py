@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def in_the_choice_of_a_backend() -> None:
 def test_the_line_is_the_users(call: Callable[[], nn.Module | None], monkeypatch):
     monkeypatch.setattr(bank_update, "LOAD_ERRORS", {"cpu": "no compiler"})
     monkeypatch.setattr(bank_update, "_warned", set())
-    monkeypatch.setattr(functional, "triton_misses", lambda bank: "another GPU")
+    monkeypatch.setitem(functional.BACKENDS, "triton", SimpleNamespace(missing=lambda bank: "another GPU"))
     monkeypatch.setattr(functional, "_said", set())
     source, first = inspect.getsourcelines(call)
     expected = first + next(number for number, line in enumerate(source) if line.endswith("# here\n"))

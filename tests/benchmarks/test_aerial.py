@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as vision
 
-from benchmarks import aerial
+from benchmarks.aerial import images, losses, training
+from benchmarks.aerial.__main__ import main
+from benchmarks.aerial.results import RATES, key, read
 from ntdne_kernels import NTDNELoss
 from ntdne_kernels.experiments import results
 from ntdne_kernels.experiments.encoders import make_encoder
@@ -26,14 +28,14 @@ from ntdne_kernels.experiments.problem import make_problem
 from ntdne_kernels.experiments.samples import transform
 from ntdne_kernels.experiments.settings import Settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = ["--encoder", "small", "--image-size", "16", "--batch-size", "32", "--device", "cpu"]
 
 
-def plan(tmp_path: Path, **differing: object) -> aerial.Plan:
+def plan(tmp_path: Path, **differing: object) -> training.Plan:
     small = {"image_size": 16, "encoder": "small", "dim": 16, "epochs": 2, "batch_size": 32, "rate": 0.3}
     settings = Settings(**{"data": "made:160x4", **small, **differing})
-    return aerial.Plan(settings, tmp_path / "found.csv", 1, "cpu", False, tmp_path / "cache")
+    return training.Plan(settings, tmp_path / "found.csv", 1, "cpu", False, tmp_path / "cache")
 
 
 def command(*arguments: str | Path) -> list[str]:
@@ -50,7 +52,7 @@ def run(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
         monkeypatch.setattr(sys, "argv", command(*arguments)[2:])
         capfd.readouterr()
         try:
-            status = aerial.main()
+            status = main()
         except SystemExit as stop:  # argparse's
             status = stop.code
         return status, *capfd.readouterr()
@@ -80,10 +82,10 @@ def packed(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("jitter", "factors", "of_one"),
     [
-        (aerial.brightness, (0.6, 1.4), vision.adjust_brightness),
-        (aerial.contrast, (0.6, 1.4), vision.adjust_contrast),
-        (aerial.saturation, (0.6, 1.4), vision.adjust_saturation),
-        (aerial.hue, (-0.4, 0.4), vision.adjust_hue),
+        (images.brightness, (0.6, 1.4), vision.adjust_brightness),
+        (images.contrast, (0.6, 1.4), vision.adjust_contrast),
+        (images.saturation, (0.6, 1.4), vision.adjust_saturation),
+        (images.hue, (-0.4, 0.4), vision.adjust_hue),
     ],
 )
 def test_each_image_is_jittered_by_its_own_factor_as_torchvision_does(jitter, factors, of_one):
@@ -101,7 +103,7 @@ def test_a_fifth_of_the_images_turns_grey_and_half_is_mirrored():
     pixels = torch.empty(2000, 3, 2, 4)
     pixels[:] = torch.tensor([0.5, 0.3, 0.2]).view(3, 1, 1)
     pixels[..., :2] *= 0.2  # the left half is darker
-    found = aerial.augmented(pixels)
+    found = images.augmented(pixels)
     grey = found.amax(dim=1) - found.amin(dim=1) < 1e-5
     assert float(grey.all(dim=(1, 2)).float().mean()) == pytest.approx(0.2, abs=0.03)
     mirrored = found[..., 0].sum(dim=(1, 2)) > found[..., 3].sum(dim=(1, 2))
@@ -112,7 +114,7 @@ def test_a_fifth_of_the_images_turns_grey_and_half_is_mirrored():
 
 def test_images_that_are_not_augmented_are_those_of_the_experiments():
     archive = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)
-    found = aerial.Images(archive, "cpu").batch(torch.tensor([3, 0]), augment=False)
+    found = images.Images(archive, "cpu").batch(torch.tensor([3, 0]), augment=False)
     expected = torch.stack([transform(augment=False)(archive[i]) for i in (3, 0)])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -126,15 +128,15 @@ def test_classifiers_losses_are_their_formulas():
     labels = torch.tensor([0, 1, 2, 1])
     features = torch.randn(4, 5)
     for method, of_share in (("cross-entropy", lambda s: -s.log()), ("GCE", lambda s: (1 - s**0.7) / 0.7)):
-        criterion = aerial.make_criterion(method, labels, 5)
+        criterion = losses.make_criterion(method, labels, 5)
         share = criterion.classifier(features).softmax(dim=1)[torch.arange(4), labels]
         torch.testing.assert_close(criterion(features, torch.arange(4)), of_share(share).mean())
 
 
-def test_units_of_the_slope_divide_the_loss_by_the_mean_of_the_classes_shares_to_the_q():
+def test_the_unit_slope_is_the_mean_of_the_class_shares_to_the_q():
     torch.manual_seed(0)
     labels = torch.tensor([0] * 6 + [1] * 3 + [2])
-    criterion = aerial.make_criterion("NTDNE-unit-slope", labels, 4)
+    criterion = losses.make_criterion("NTDNE-unit-slope", labels, 4)
     plain = NTDNELoss(labels, 4, k="auto", warmup_epochs=0)
     plain.load_state_dict(criterion.state_dict())
     unit = (6 * 0.6**0.7 + 3 * 0.3**0.7 + 0.1**0.7) / 10
@@ -158,7 +160,7 @@ def test_without_kernels_the_losses_are_the_same():
     torch.manual_seed(0)
     labels = torch.arange(40) % 4
     for method in ("SNCA", "NTDNE", "NTDNE-paper", "NTDNE-unit-slope"):
-        fused, plain = aerial.make_criterion(method, labels, 8), aerial.make_criterion(method, labels, 8, True)
+        fused, plain = losses.make_criterion(method, labels, 8), losses.make_criterion(method, labels, 8, True)
         assert fused.fused
         assert not plain.fused
         plain.load_state_dict(fused.state_dict())
@@ -174,19 +176,19 @@ def test_metrics_are_those_of_the_experiments(tmp_path):
     problem = make_problem(here.settings, here.cache)
     torch.manual_seed(0)
     encoder = make_encoder("small", 16)
-    images = aerial.Images(problem.archive.images, "cpu")
-    found = aerial.metrics(encoder, images, problem, here.settings.seed, here, last=True)
+    made = images.Images(problem.archive.images, "cpu")
+    found = training.metrics(encoder, made, problem, here.settings.seed, here, last=True)
     assert encoder.training
     evaluated = results.evaluate(encoder, here.settings, problem, [], tmp_path, variant="", device="cpu")["metrics"]
-    assert found == {name: pytest.approx(evaluated[name], abs=1e-4) for name in aerial.RATES}
+    assert found == {name: pytest.approx(evaluated[name], abs=1e-4) for name in RATES}
 
 
-@pytest.mark.parametrize("method", aerial.METHODS)
+@pytest.mark.parametrize("method", losses.METHODS)
 def test_every_method_learns_and_leaves_a_row_for_each_evaluation(method, tmp_path):
     here = plan(tmp_path, data="digits", image_size=8, batch_size=16, epochs=3)._replace(every=2)
-    assert aerial.read(here.output) == []
-    assert aerial.train(aerial.Run(method, 0.1), here) == ""
-    first, last = aerial.read(here.output)
+    assert read(here.output) == []
+    assert training.train(training.Run(method, 0.1), here) == ""
+    first, last = read(here.output)
     assert (first["epoch"], last["epoch"], last["method"], last["lr"]) == ("2", "3", method, "0.1")
     assert (first["nmi"], last["dataset"]) == ("", "digits")
     assert float(last["loss"]) < float(first["loss"])
@@ -196,7 +198,7 @@ def test_every_method_learns_and_leaves_a_row_for_each_evaluation(method, tmp_pa
 
 def test_a_loss_that_diverges_is_named(tmp_path):
     here = plan(tmp_path)
-    failure = aerial.train(aerial.Run("cross-entropy", 1e12), here)
+    failure = training.train(training.Run("cross-entropy", 1e12), here)
     assert failure.startswith("cross-entropy, lr 1e+12: ValueError: the loss of epoch 1 is ")
 
 
@@ -211,7 +213,7 @@ def test_a_packed_archive_is_trained_on_and_what_is_finished_is_left(packed, tmp
     assert "33 training images" in printed
     assert "2 of 2 runs to do" in printed
     assert "| SNCA | 0.2 | 2 |" in printed
-    found = aerial.read(file)
+    found = read(file)
     assert sorted((row["method"], row["lr"], row["epoch"]) for row in found) == [
         *(("GCE", "0.1", str(epoch)) for epoch in (1, 2)),
         *(("SNCA", "0.2", str(epoch)) for epoch in (1, 2)),
@@ -226,7 +228,7 @@ def test_a_packed_archive_is_trained_on_and_what_is_finished_is_left(packed, tmp
     assert "2 of 3 runs to do" in printed
     assert "aerial: cross-entropy, lr 1e+12: ValueError" in errors
     assert file.read_text().startswith("".join(kept))
-    assert sorted(map(aerial.key, aerial.read(file))) == sorted(map(aerial.key, found))
+    assert sorted(map(key, read(file))) == sorted(map(key, found))
 
 
 def test_a_killed_command_keeps_its_rows_and_leaves_no_process(packed, tmp_path):

@@ -1,0 +1,71 @@
+"""The command `python -m benchmarks.audit`."""
+
+import argparse
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import benchmarks.audit
+from benchmarks.audit.calibration import calibrate
+from benchmarks.audit.evidence import evidence
+from benchmarks.audit.speed import Case, run_case, speed
+from benchmarks.audit.tables import CALIBRATION, EVIDENCE, SPEED, table
+
+
+def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write the rows as .csv once all of them are there.
+
+    Raises:
+        SystemExit: There are none.
+    """
+    found = list(rows)
+    if not found:
+        raise SystemExit("no finished run with wrong labels was found")
+    written = path.with_suffix(".new")
+    with written.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+    written.replace(path)
+
+
+def main() -> None:
+    """The command."""
+    description = (benchmarks.audit.__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="benchmarks.audit", description=description)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("evidence")
+    command.add_argument("runs", type=Path)
+    command.add_argument("--cache", type=Path, help="of `ntdne reproduce`")
+    command.add_argument("--output", type=Path, default=EVIDENCE)
+    command = commands.add_parser("speed")
+    command.add_argument("--sizes", type=int, nargs="+", default=[10**4, 10**5, 10**6])
+    command.add_argument("--output", type=Path, default=SPEED)
+    command = commands.add_parser("calibrate")
+    command.add_argument("--scenes", type=Path, help="folder of class folders of aerial scenes")
+    command.add_argument("--output", type=Path, default=CALIBRATION)
+    command = commands.add_parser("table")
+    command.add_argument("--evidence", type=Path, default=EVIDENCE)
+    command.add_argument("--speed", type=Path, default=SPEED)
+    command.add_argument("--calibration", type=Path, default=CALIBRATION)
+    command = commands.add_parser("case")  # which `speed` runs, each in a process of its own
+    command.add_argument("case", nargs=5)
+    given = parser.parse_args()
+    if given.command == "evidence":
+        write(evidence(given.runs, given.cache), given.output)
+    elif given.command == "speed":
+        text = json.dumps(speed(given.sizes), indent=1) + "\n"
+        given.output.write_text(text)
+    elif given.command == "calibrate":
+        write(calibrate(given.scenes), given.output)
+    elif given.command == "table":
+        table(given.evidence, given.speed, given.calibration)
+    else:
+        N, D, C, dtype, batches = given.case
+        print(json.dumps(run_case(Case(int(N), int(D), int(C), dtype, int(batches)))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Time and memory of the label audit.
+
+Shapes: N images, D features, C classes.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks import memory
+from benchmarks.machine import describe_cpu
+from ntdne_kernels import audit
+
+Row = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """An audit of random features and labels."""
+
+    N: int
+    D: int
+    C: int
+    dtype: str
+    batches: int
+    """Batches of queries that are compared, evenly spread; 0 for all. The time of the others is extrapolated."""
+
+
+D, C = 128, 45
+BATCHES = 4  # for a million images: 16384 queries
+
+
+def cases(sizes: list[int]) -> Iterator[Case]:
+    """Each number of images with two dtypes of the copy; the last case has many classes."""
+    for N in sizes:
+        for dtype in ("float32", "bfloat16"):
+            yield Case(N, D, C, dtype, BATCHES if N > 100_000 else 0)
+    yield Case(min(100_000, max(sizes)), D, min(100_000, max(sizes)) // 2, "float32", 0)
+
+
+def speed(sizes: list[int]) -> Row:
+    """The machine, and a row for each case, which is measured in a process of its own."""
+    root, here, rows = Path(__file__).parent.parent.parent, describe_cpu(), list[Row]()
+    for case in cases(sizes):
+        command = [sys.executable, "-m", "benchmarks.audit", "case", *map(str, case)]
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root)
+        rows.append(case._asdict() | json.loads(result.stdout))
+        print(rows[-1], flush=True)
+    return {"machine": here | {"threads": torch.get_num_threads()}, "rows": rows}
+
+
+def run_case(case: Case) -> Row:
+    """The seconds of an audit, and the peak of memory that it adds to its features and labels.
+
+    Raises:
+        RuntimeError: The audit compared no images through its progress bar.
+    """
+    dtype = getattr(torch, case.dtype)
+    features, labels = torch.randn(case.N, case.D), torch.randint(case.C, (case.N,))
+    audit_once(features[:1000], labels[:1000] % 10, dtype)  # libraries allocate on first use
+    sweep = Sweep(case.batches)
+    with patch.object(audit, "with_progress", sweep):
+        start = time.perf_counter()
+        peak = memory.added_by(lambda: audit_once(features, labels, dtype))
+        seconds = time.perf_counter() - start
+    if sweep.seconds == 0:
+        raise RuntimeError("the audit compared no images through its progress bar: what takes its place here is unused")
+    return {
+        "seconds": seconds + sweep.seconds * (sweep.share - 1),
+        "sweep_seconds": sweep.seconds * sweep.share,
+        "measured_seconds": seconds,
+        "extrapolated": sweep.share > 1,
+        "peak_bytes": peak,
+        "copy_bytes": case.N * case.D * dtype.itemsize,
+    }
+
+
+def audit_once(features: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
+    """All that an audit computes: scores, ranking and suspects."""
+    found = audit.audit_labels(features, labels, dtype=dtype, progress=True)
+    found.ranking, found.suspects("rate")
+
+
+class Sweep:
+    """Takes the place of the audit's progress bars, to compare only some batches of images and time that.
+
+    Attributes:
+        seconds: That these batches took.
+        share: How many times as many batches there are.
+    """
+
+    def __init__(self, batches: int) -> None:
+        self.batches, self.seconds, self.share = batches, 0.0, 1.0
+
+    def __call__(self, starts: Any, title: str) -> Iterator[int]:
+        """The items of a progress bar; of the comparison of images some of them alone."""
+        if title != "Comparing images":
+            yield from starts
+            return
+        chosen = starts
+        if 0 < self.batches < len(starts):
+            chosen = starts[:: len(starts) // self.batches][: self.batches]
+            self.share = len(starts) / len(chosen)
+        begun = time.perf_counter()
+        yield from chosen
+        self.seconds = time.perf_counter() - begun
