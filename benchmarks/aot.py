@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from ntdne_kernels.ops.gpu import BLOCK_Q, FOLD_ROWS, PRECISION, hopper, kernels
+from ntdne_kernels.ops.gpu import kernels
 from ntdne_kernels.ops.gpu.configs import (
     HOPPER,
     MERGE_WARPS,
@@ -32,6 +32,7 @@ from ntdne_kernels.ops.gpu.configs import (
     hopper_width,
     merge_blocks,
 )
+from ntdne_kernels.ops.gpu.launches import BLOCK_Q, FOLD_ROWS, PRECISION, hopper
 
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 """Bytes of shared memory that a program can have, by compute capability (CUDA C++ Programming Guide)."""

@@ -30,8 +30,8 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.problems import SIGMA, Problem, Q
 from benchmarks.timing import wall
 from ntdne_kernels.functional import ntdne_loss
-from ntdne_kernels.ops.backends import triton_misses
-from ntdne_kernels.ops.leave_one_out import class_ranges
+from ntdne_kernels.ops.backends import BACKENDS
+from ntdne_kernels.ops.layout import class_ranges
 
 Outputs = tuple[Tensor, ...]
 Run = Callable[[], Outputs]
@@ -133,7 +133,7 @@ def ours(problem: Problem, backend: str, *, plain_labels: bool = False) -> Tenso
 
 
 def _triton(problem: Problem, gradient: bool, *, plain_labels: bool = False) -> Run:
-    missing = triton_misses(problem.bank)
+    missing = BACKENDS["triton"].missing(problem.bank)
     if missing is not None:
         raise NotSupported(f"needs {missing}")
     return _loss(partial(ours, backend="triton", plain_labels=plain_labels)).prepare(problem, gradient)

@@ -28,8 +28,9 @@ from triton.runtime.errors import OutOfResources
 from benchmarks import problems, providers, timing
 from benchmarks.aot import KERNELS, SHARED_LIMIT, checks, compile_for
 from ntdne_kernels.ops import gpu as backend
-from ntdne_kernels.ops.gpu import configs
+from ntdne_kernels.ops.gpu import configs, launches
 from ntdne_kernels.ops.gpu.configs import Config
+from ntdne_kernels.ops.schema import Batch
 
 TABLE = Path(configs.__file__).with_name("configs.json")
 CAPABILITIES = (80, 86, 90, 100)  # 89 has what 86 has
@@ -118,7 +119,7 @@ def time_shapes(B: str, N: str, D: str, dtype: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with providers.arithmetic(dtype), ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         problem = problems.make(int(B), int(float(N)), int(D), 45, providers.DTYPES[dtype], device)
-        here = backend.describe(problem.bank.device)
+        here = launches.describe(problem.bank.device)
         chosen = configs.choose(here, "stream", ARITHMETIC[dtype], int(D), int(B))
         in_table = partial(sum_with, chosen, problem)
         in_table()
@@ -170,10 +171,9 @@ def compiles(config: Config, B: int, D: int, dtype: str, device: str) -> str | N
 
 
 def sum_with(config: Config, problem: problems.Problem) -> Any:
-    with patch.object(backend, "choose", lambda *_: config):
-        classes = problem.classes.tensors()
-        given = problem.features.detach(), problem.bank, problem.labels, problem.index, classes
-        return backend.log_scores(*given, problems.SIGMA, True)
+    with patch.object(configs, "choose", lambda *_: config):
+        given = problem.features.detach(), problem.bank, problem.labels, problem.index, problem.classes.layout
+        return backend.log_scores(Batch(*given, problems.SIGMA), True)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def can_look_inside(tensor: Tensor) -> bool:
 
 
 def check_matrix(name: str, matrix: Tensor, shape: str) -> None:
+    """TypeError or ValueError unless the argument is a float matrix; the error names the expected `shape`."""
     if not isinstance(matrix, Tensor):
         raise TypeError(f"{name}: expected a float tensor, got {type(matrix).__name__}")
     if not matrix.is_floating_point():

@@ -21,6 +21,7 @@ from ntdne_kernels.functional import check_update, write_rows
 from ntdne_kernels.label_index import LabelIndex, class_order, fingerprint
 from ntdne_kernels.labels import as_index, as_labels
 from ntdne_kernels.ops.bank_update import skipped_counter
+from ntdne_kernels.ops.schema import Archive
 from ntdne_kernels.storage import allocate, mark, take_place
 from ntdne_kernels.user_warning import warn_user
 
@@ -185,9 +186,9 @@ class MemoryBank(nn.Module):
         return self.scores[:-1]
 
     @property
-    def archive(self) -> list[Tensor]:
-        """What a batch of images is looked up in, of a bank that is not sharded; see `leave_one_out.look_up`."""
-        return [self.labels, self.position, self.scores]
+    def archive(self) -> Archive:
+        """What a batch of images is looked up in, of a bank that is not sharded; see `ops.look_up`."""
+        return Archive(self.labels, self.position, self.scores)
 
     def places(self, index: Tensor) -> Tensor:
         """(B,) rows of `storage` that hold the images `index` (B,), of a bank that is not sharded.

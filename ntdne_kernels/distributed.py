@@ -17,7 +17,8 @@ from torch.distributed.distributed_c10d import ProcessGroup
 
 from ntdne_kernels.ops import sharded
 from ntdne_kernels.ops.leave_one_out import not_again, rows_times
-from ntdne_kernels.ops.losses import Loss, loss_and_slope
+from ntdne_kernels.ops.losses import LossSpec, loss_and_slope
+from ntdne_kernels.ops.schema import Batch
 
 T = TypeVar("T")
 
@@ -192,12 +193,8 @@ class ShardedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         features: Tensor,
-        shard: Tensor,
-        labels: Tensor,
-        index: Tensor,
-        classes: list[Tensor],
-        sigma: float,
-        loss: Loss,
+        batch: Batch,
+        spec: LossSpec,
         indicator: Tensor | None,
         backend: str,
         need_direction: bool,
@@ -205,11 +202,11 @@ class ShardedLoss(torch.autograd.Function):
         ranks: Ranks,
     ) -> tuple[Tensor, Tensor]:
         log_p, direction = sharded.log_scores(
-            features, shard, labels, index, classes, sigma, need_direction, backend, sizes, ranks.name
+            batch._replace(features=features), need_direction, backend, sizes, ranks.name
         )
-        value, slope = loss_and_slope(log_p, indicator, loss)
+        value, slope = loss_and_slope(log_p, indicator, spec)
         own = ranks.own(sizes)
-        if loss.reduction == "none":
+        if spec.reduction == "none":
             value, slope = value[own].clone(), slope[own]
         else:
             slope = ranks.size * slope[own]
@@ -221,7 +218,7 @@ class ShardedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 12
+            return (None,) * 8
         direction, log_p, slope, features = ctx.saved_tensors
         gradient = rows_times(grad * slope, direction, log_p).to(features.dtype)
-        return not_again(gradient, grad, features), *(None,) * 11
+        return not_again(gradient, grad, features), *(None,) * 7

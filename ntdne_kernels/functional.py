@@ -32,16 +32,17 @@ from ntdne_kernels.arguments import (
 )
 from ntdne_kernels.label_index import LabelIndex
 from ntdne_kernels.labels import as_index, as_labels
-from ntdne_kernels.ops import losses, reference
-from ntdne_kernels.ops.backends import BACKENDS, triton_misses
+from ntdne_kernels.ops.backends import BACKENDS
 from ntdne_kernels.ops.chunked import CHUNKED
-from ntdne_kernels.ops.leave_one_out import LeaveOneOutLoss, look_up
+from ntdne_kernels.ops.layout import ClassLayout, PlainLabels
+from ntdne_kernels.ops.losses import LossSpec
+from ntdne_kernels.ops.schema import Archive, Batch
 from ntdne_kernels.user_warning import warn_user
 
 _said: set[str] = set()
 
 
-def ntdne_loss(
+def ntdne_loss(  # noqa: PLR0913  options by name
     features: Tensor,
     bank: Tensor,
     labels: Any,
@@ -84,8 +85,8 @@ def ntdne_loss(
     if k is not None:
         check_number("k", k, 0, 1)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    loss = losses.Loss(q, k, reduction)
-    return loss_and_log_scores(features, bank, labels, bank_labels, index, loss, sigma=sigma, backend=backend)[0]
+    spec = LossSpec(q, k, reduction)
+    return loss_and_log_scores(features, bank, labels, bank_labels, index, spec, sigma=sigma, backend=backend)[0]
 
 
 def snca_loss(
@@ -104,8 +105,8 @@ def snca_loss(
     Queries without a neighbour of their class are ignored: 0 under "none", and "mean" divides by the others.
     """
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    loss = losses.Loss(None, None, reduction)
-    return loss_and_log_scores(features, bank, labels, bank_labels, index, loss, sigma=sigma, backend=backend)[0]
+    spec = LossSpec(None, None, reduction)
+    return loss_and_log_scores(features, bank, labels, bank_labels, index, spec, sigma=sigma, backend=backend)[0]
 
 
 def leave_one_out_log_scores(
@@ -132,7 +133,7 @@ def loss_and_log_scores(
     labels: Any,
     bank_labels: Any,
     index: Any,
-    loss: losses.Loss | None,
+    spec: LossSpec | None,
     *,
     sigma: float,
     backend: str | None,
@@ -141,15 +142,16 @@ def loss_and_log_scores(
     check_number("sigma", sigma, 0, math.inf)
     N = _check_bank(bank)
     B = _check_features(features, bank, bank_may_be_on_host=True)
+    layout: ClassLayout
     if isinstance(bank_labels, LabelIndex):
         if bank_labels.size != N:
             raise ValueError(f"bank_labels: expected an index of the bank's {N} rows, got one of {bank_labels.size}")
-        labels_device = bank_labels.offsets.device
+        layout, labels_device = bank_labels.layout, bank_labels.offsets.device
     else:
-        bank_labels = as_labels(bank_labels, "bank_labels", features.device).to(torch.int64)
-        if len(bank_labels) != N:
-            raise ValueError(f"bank_labels: expected one label for each of the bank's {N} rows, got {len(bank_labels)}")
-        labels_device = bank_labels.device
+        row_labels = as_labels(bank_labels, "bank_labels", features.device).to(torch.int64)
+        if len(row_labels) != N:
+            raise ValueError(f"bank_labels: expected one label for each of the bank's {N} rows, got {len(row_labels)}")
+        layout, labels_device = PlainLabels(row_labels), row_labels.device
     if can_look_inside(features):
         _check_unit("features", features.detach())
     labels = _check_per_query("labels", as_labels(labels, device=features.device).to(torch.int64), B, features)
@@ -160,41 +162,16 @@ def loss_and_log_scores(
         index = _check_per_query("index", as_index(index, device=features.device), B, features)
         check_range("index", index, N)
     check_classes(labels)
-    classes = bank_labels.tensors() if isinstance(bank_labels, LabelIndex) else [bank_labels]
-    return archive_loss(features, bank, labels, index, classes, [], loss, sigma=sigma, backend=backend)
+    return loss_of_batch(Batch(features, bank, labels, index, layout, float(sigma)), None, spec, backend)
 
 
-def archive_loss(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor | None,
-    index: Tensor,
-    classes: list[Tensor],
-    archive: list[Tensor],
-    loss: losses.Loss | None,
-    *,
-    sigma: float,
-    backend: str | None,
+def loss_of_batch(
+    batch: Batch, archive: Archive | None, spec: LossSpec | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """As `loss_and_log_scores`, of checked arguments, or of the images of an archive: see `leave_one_out.look_up`."""
-    name = choose_backend(backend, bank, features.device)
-    chosen = BACKENDS[name] if bank.device == features.device else CHUNKED[name]
-    if chosen is None:
-        indicator = "current" if loss is None else loss.indicator
-        queries = look_up(features, labels, index, classes, archive, accumulator_dtype(bank.dtype), indicator)
-        log_p = reference.log_scores(queries.features, bank, queries.labels, queries.places, classes, sigma)
-        if queries.counted is not None:
-            log_p = torch.where(queries.counted, log_p, torch.nan)
-        return (
-            (log_p, log_p)
-            if loss is None
-            else (losses.value(log_p, queries.indicator, loss, queries.counted), log_p.detach())
-        )
-    need_direction = torch.is_grad_enabled() and features.requires_grad
-    result: Tensor | tuple[Tensor, Tensor] = LeaveOneOutLoss.apply(
-        features, bank, labels, index, classes, archive, float(sigma), loss, chosen, need_direction
-    )
-    return (result, result) if isinstance(result, Tensor) else result
+    """As `loss_and_log_scores`, of checked arguments, or of the images of an archive: see `ops.look_up`."""
+    name = choose_backend(backend, batch.bank, batch.features.device)
+    backends = BACKENDS if batch.bank.device == batch.features.device else CHUNKED
+    return backends[name].loss(batch, archive, spec)
 
 
 def update_bank_(
@@ -272,13 +249,13 @@ def choose_backend(name: str | None, bank: Tensor, device: torch.device) -> str:
     bank = bank.new_empty((0, bank.size(1)), device=device)
     if name is not None:
         check_choice("backend", name, tuple(BACKENDS))
-        missing = triton_misses(bank) if name == "triton" else None
+        missing = BACKENDS[name].missing(bank)
         if missing is not None:
-            raise ValueError(f"backend: 'triton' needs {missing}")
+            raise ValueError(f"backend: {name!r} needs {missing}")
         return name
     if bank.device.type != "cuda":
         return "streaming"
-    missing = triton_misses(bank)
+    missing = BACKENDS["triton"].missing(bank) if "triton" in BACKENDS else "the triton package"
     if missing is None:
         return "triton"
     if missing not in _said and not torch.compiler.is_compiling():

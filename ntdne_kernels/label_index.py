@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ntdne_kernels.arguments import UNLABELLED
 from ntdne_kernels.labels import as_labels
+from ntdne_kernels.ops.layout import ClassOrder, PermutedRows
+from ntdne_kernels.user_warning import warn_user
 
 CHUNK = 1 << 19  # labels looked at together: some 50 MiB; four times as many leave the cache and take twice the time
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -52,11 +54,17 @@ class LabelIndex:
         labels = as_labels(labels)
         return LabelIndex(*class_order(labels, 0, len(labels)), len(labels))
 
-    def tensors(self) -> list[Tensor]:
-        """classes and offsets, with order and position where the rows do not stand in class order."""
+    @property
+    def layout(self) -> ClassOrder | PermutedRows:
+        """The index as ops take it."""
         if self.order is None or self.position is None:
-            return [self.classes, self.offsets]
-        return [self.classes, self.offsets, self.order, self.position]
+            return ClassOrder(self.classes, self.offsets)
+        return PermutedRows(self.classes, self.offsets, self.order, self.position)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of `layout`. Deprecated."""
+        warn_user("LabelIndex.tensors() is deprecated; list(index.layout) is the same", DeprecationWarning)
+        return list(self.layout)
 
     def to(self, device: torch.device | str) -> "LabelIndex":
         """The same index on another device."""

@@ -32,8 +32,10 @@ from ntdne_kernels.distributed import Ranks, ShardedLoss
 from ntdne_kernels.fill import fill_bank
 from ntdne_kernels.labels import as_index, as_labels
 from ntdne_kernels.ops import sharded
-from ntdne_kernels.ops.leave_one_out import indicator_of, log_chance, normalise
-from ntdne_kernels.ops.losses import Loss
+from ntdne_kernels.ops.layout import ClassOrder
+from ntdne_kernels.ops.look_up import indicator_of, log_chance, normalise
+from ntdne_kernels.ops.losses import LossSpec
+from ntdne_kernels.ops.schema import Batch
 from ntdne_kernels.user_warning import warn_user
 from ntdne_kernels.watch import Watch
 
@@ -119,17 +121,8 @@ class _NeighbourhoodLoss(nn.Module):
         check_number("sigma", self.sigma, 0, math.inf)
         if with_both and not torch.compiler.is_compiling():
             self._watch.compare(labels, index, lambda: memory.labels[index.clamp(min=0)])
-        loss, log_p = functional.archive_loss(
-            features,
-            memory.storage,
-            labels,
-            index,
-            memory.index.tensors(),
-            memory.archive,
-            self._loss(),
-            sigma=self.sigma,
-            backend=self._backend,
-        )
+        batch = Batch(features, memory.storage, labels, index, memory.index.layout, float(self.sigma))
+        loss, log_p = functional.loss_of_batch(batch, memory.archive, self._loss(), self._backend)
         if self.training:
             self._note_training(len(features), index if with_index else None)
             memory.record_(log_p, index)
@@ -166,20 +159,24 @@ class _NeighbourhoodLoss(nn.Module):
         loss_kind = self._loss()
         if index is not None and labels is not None and not torch.compiler.is_compiling():
             self._watch.compare(given[1], given[0], lambda: batch.labels[ranks.own(sizes)])
+        units = self._unit(features)
         loss, log_p = ShardedLoss.apply(
-            self._unit(features),
-            memory.storage,
-            batch.labels,
-            memory.local(batch.places),
-            memory.index.tensors(),
-            float(self.sigma),
+            units,
+            Batch(
+                units,
+                memory.storage,
+                batch.labels,
+                memory.local(batch.places),
+                memory.index.layout,
+                float(self.sigma),
+            ),
             loss_kind,
             indicator_of(
                 loss_kind.indicator,
                 batch.scores,
                 batch.labels,
                 batch.images,
-                [memory.classes, memory.offsets],
+                ClassOrder(memory.classes, memory.offsets),
                 len(memory),
             ),
             functional.choose_backend(self._backend, memory.storage, memory.device),
@@ -234,13 +231,16 @@ class _NeighbourhoodLoss(nn.Module):
             else:
                 sizes = [min(max(n - start, 0), REFRESH_CHUNK) for n in memory.ranks.lengths(len(memory))]
                 images, labels, places = memory.ranks.gather(torch.stack([images, labels, places], 1), sizes).unbind(1)
-                log_p, _ = sharded.log_scores(
+                batch = Batch(
                     memory.take(rows),
                     memory.storage,
                     labels,
                     memory.local(places),
-                    memory.index.tensors(),
+                    memory.index.layout,
                     float(self.sigma),
+                )
+                log_p, _ = sharded.log_scores(
+                    batch,
                     False,
                     functional.choose_backend(self._backend, memory.storage, memory.device),
                     sizes,
@@ -274,7 +274,7 @@ class _NeighbourhoodLoss(nn.Module):
     def _backend(self) -> str | None:
         return None if self.fused else "reference"
 
-    def _loss(self) -> Loss:
+    def _loss(self) -> LossSpec:
         raise NotImplementedError
 
     def _check_features(self, features: Tensor) -> None:
@@ -474,15 +474,15 @@ class NTDNELoss(_NeighbourhoodLoss):
             f"momentum={self.momentum}, indicator={self.indicator!r}, fused={self.fused}"
         )
 
-    def _loss(self) -> Loss:
+    def _loss(self) -> LossSpec:
         check_number("q", self.q, 0, 1, upper_included=True)
         _check_k(self.k)
         # With "auto", the k of eq. 13's constant and of features of no image in the archive: chance in C even classes.
         auto = isinstance(self.k, str)
         k = 1 / max(2, len(self.memory.classes)) if isinstance(self.k, str) else self.k
         if not self.pruning or k is None:
-            return Loss(self.q, None, self.reduction)
-        return Loss(self.q, k, self.reduction, "auto" if auto else self.indicator)
+            return LossSpec(self.q, None, self.reduction)
+        return LossSpec(self.q, k, self.reduction, "auto" if auto else self.indicator)
 
     def _log_threshold(self, labels: Tensor) -> Tensor | float:
         """log k of images with these labels (B,); k="auto" is the share of the other images that carry the label."""
@@ -491,7 +491,7 @@ class NTDNELoss(_NeighbourhoodLoss):
             return math.nan  # nothing is at most that
         if not isinstance(self.k, str):
             return math.log(self.k)
-        return log_chance(labels, [memory.classes, memory.offsets], len(memory))
+        return log_chance(labels, ClassOrder(memory.classes, memory.offsets), len(memory))
 
     def _note_pruned_share(self) -> None:
         if self._pruning_much_was_said:
@@ -564,8 +564,8 @@ class SNCALoss(_NeighbourhoodLoss):
     def extra_repr(self) -> str:
         return f"sigma={self.sigma}, momentum={self.momentum}, fused={self.fused}"
 
-    def _loss(self) -> Loss:
-        return Loss(None, None, self.reduction)
+    def _loss(self) -> LossSpec:
+        return LossSpec(None, None, self.reduction)
 
 
 def _check_k(k: float | str | None) -> None:

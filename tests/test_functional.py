@@ -7,7 +7,7 @@ import torch
 
 from ntdne_kernels import LabelIndex, functional
 from tests import formulas
-from tests.conftest import Archive
+from tests.archives import Archive
 
 
 @pytest.mark.parametrize("k", [None, 0.3])
@@ -31,7 +31,7 @@ def test_snca_loss_is_equation_5_and_ignores_queries_without_positives(backend, 
     assert functional.snca_loss(*archive.arguments(), backend=backend).item() == pytest.approx(sum(kept) / len(kept))
 
 
-def test_pruned_queries_have_exactly_no_gradient_and_the_others_that_of_the_unpruned_loss(device):
+def test_pruning_zeroes_gradients_of_pruned_queries_and_changes_no_other(device):
     archive = Archive(B=30, device=device)
     gradients = []
     for k in (None, 0.3):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ntdne_kernels import LabelIndex, label_index
 from ntdne_kernels.label_index import class_order, fingerprint
-from ntdne_kernels.ops.leave_one_out import class_ranges
+from ntdne_kernels.ops.layout import class_ranges
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16]
@@ -60,7 +60,7 @@ def test_the_order_is_that_of_a_stable_sort(labels, chunk):
         index = LabelIndex.from_labels(labels)
     expected = by_sorting(labels)
     in_order = torch.equal(expected[2], torch.arange(len(labels)))
-    assert_same(tuple(index.tensors()), expected[: 2 if in_order else 4])
+    assert_same(tuple(index.layout), expected[: 2 if in_order else 4])
     assert index.size == len(labels)
 
 
@@ -84,8 +84,8 @@ def test_many_labels_of_the_usual_chunks(device):
     source = torch.Generator().manual_seed(0)
     labels = torch.randint(-1, 300_000, (2 * label_index.CHUNK + 17,), generator=source)
     index = LabelIndex.from_labels(labels.to(device))
-    assert all(part.device.type == device.type for part in index.tensors())
-    assert_same(tuple(part.cpu() for part in index.tensors()), by_sorting(labels))
+    assert all(part.device.type == device.type for part in index.layout)
+    assert_same(tuple(part.cpu() for part in index.layout), by_sorting(labels))
 
 
 @given(st.lists(st.integers(-1, 6), min_size=1, max_size=40))

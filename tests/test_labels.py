@@ -61,7 +61,7 @@ def test_labels_of_any_container_are_the_integers_they_are(kind):
     bank.relabel(labels)
     assert torch.equal(bank.labels, expected)
     found, index = LabelIndex.from_labels(labels), LabelIndex.from_labels(expected)
-    assert all(torch.equal(a, b) for a, b in zip(found.tensors(), index.tensors(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found.layout, index.layout, strict=True))
     assert encode_labels(labels)[0].tolist() == CODES
     assert encode_labels(labels)[1] == (0, 1, 2)
     assert audit_labels(torch.randn(6, 4), labels).labels.tolist() == CODES

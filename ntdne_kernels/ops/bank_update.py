@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ntdne_kernels.arguments import accumulator_dtype
 from ntdne_kernels.ops.capture import check_not_capturing
+from ntdne_kernels.ops.schema import implement
 from ntdne_kernels.user_warning import warn_user
 
 VANISHING = 1e-12
@@ -103,12 +104,6 @@ def _warn_of_missing_kernel(device_type: str) -> None:
         )
 
 
-def _update_bank_fake(
-    bank: Tensor, features: Tensor, index: Tensor, momentum: float, position: Tensor | None = None
-) -> None:
-    return None
-
-
 def _load_libraries() -> dict[str, str]:
     """Load what was built; why there is no kernel for a kind of device, for those without."""
     errors = {}
@@ -130,12 +125,6 @@ def _load_libraries() -> dict[str, str]:
     return errors
 
 
-torch.library.define(
-    "ntdne_kernels::update_bank_",
-    "(Tensor(a!) bank, Tensor features, Tensor index, float momentum, Tensor? position=None) -> ()",
-)
-torch.library.impl("ntdne_kernels::update_bank_", "CompositeExplicitAutograd", update_bank_in_pytorch)
-torch.library.register_fake("ntdne_kernels::update_bank_", _update_bank_fake)
-torch.library.define("ntdne_kernels::skipped_rows", "(Tensor bank) -> int")
-torch.library.impl("ntdne_kernels::skipped_rows", "CompositeExplicitAutograd", skipped_rows_in_pytorch)
+implement("update_bank_", update_bank_in_pytorch)
+implement("skipped_rows", skipped_rows_in_pytorch)
 LOAD_ERRORS = _load_libraries()

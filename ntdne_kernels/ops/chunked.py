@@ -7,35 +7,27 @@ the bus: N·D·(bytes per element) / bandwidth.
 Shapes: B queries, N bank rows, n rows of a chunk, D features, C classes.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ntdne_kernels.arguments import NOT_IN_BANK, accumulator_dtype
-from ntdne_kernels.ops.backends import BACKENDS, class_sums_of
+from ntdne_kernels.ops.backends import BACKENDS
 from ntdne_kernels.ops.capture import check_not_capturing
 from ntdne_kernels.ops.class_sums import ClassSums, add_part, log_scores_of
-from ntdne_kernels.ops.leave_one_out import Backend, ClassSumsFunction, log_scores_fake
-from ntdne_kernels.ops.streaming import STREAMING
+from ntdne_kernels.ops.layout import part_of
+from ntdne_kernels.ops.leave_one_out import Backend, GradientInForward
+from ntdne_kernels.ops.schema import Batch, implement
 
 # A chunk must take longer to copy than its sums take to launch, or the bus waits for the host. Reckoned, not measured:
 # 64 MiB take 1.2 ms at the 55 GB/s of PCIe 5, fifty launches 0.3 ms.
 CHUNK_BYTES = 64 << 20
 
 
-def class_sums(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: list[Tensor],
-    sigma: float,
-    need_means: bool,
-    backend: str,
-) -> ClassSums:
+def class_sums(batch: Batch, need_means: bool, backend: str) -> ClassSums:
     """`Backend.class_sums` of the backend so called, for a bank that may be on another device than all the rest.
 
     Returns once a bank elsewhere has been read, so that it may then be written; the sums may still be in the making.
@@ -43,45 +35,26 @@ def class_sums(
     Raises:
         ValueError: the rows of a bank elsewhere are neither in class order nor given with plain labels.
     """
-    sum_part = class_sums_of(backend)
-    if bank.device == features.device:
-        return ClassSums(*sum_part(features, bank, labels, index, classes, sigma, need_means))
-    chunks = chunks_of(bank, features.device, max(CHUNK_BYTES // (bank.size(1) * bank.element_size()), 1))
-    return sum_chunks(features, chunks, labels, index, classes, sigma, need_means, sum_part)
+    bank, device = batch.bank, batch.features.device
+    if bank.device == device:
+        return ClassSums(*BACKENDS[backend].class_sums(batch, need_means))
+    chunks = chunks_of(bank, device, max(CHUNK_BYTES // (bank.size(1) * bank.element_size()), 1))
+    return sum_chunks(batch, chunks, need_means, backend)
 
 
-def sum_chunks(
-    features: Tensor,
-    chunks: Iterable[tuple[int, Tensor]],
-    labels: Tensor,
-    index: Tensor,
-    classes: list[Tensor],
-    sigma: float,
-    need_means: bool,
-    sum_part: ClassSumsFunction,
-) -> ClassSums:
+def sum_chunks(batch: Batch, chunks: Iterable[tuple[int, Tensor]], need_means: bool, backend: str) -> ClassSums:
     """The sums over a bank of which (first row, rows (n, D)) come one after the other, at least one."""
     sums: ClassSums | None = None
     for start, chunk in chunks:
-        inside = (index >= start) & (index < start + len(chunk))
-        place = torch.where(inside, index - start, NOT_IN_BANK)
-        here = _classes_of(classes, start, len(chunk))
-        part = sum_part(features, chunk, labels, place, here, sigma, need_means)
-        sums = add_part(sums, ClassSums(*part))
+        inside = (batch.own >= start) & (batch.own < start + len(chunk))
+        here = batch._replace(
+            bank=chunk,
+            own=torch.where(inside, batch.own - start, NOT_IN_BANK),
+            layout=part_of(batch.layout, start, len(chunk)),
+        )
+        sums = add_part(sums, ClassSums(*BACKENDS[backend].class_sums(here, need_means)))
     assert sums is not None
     return sums
-
-
-def _classes_of(classes: list[Tensor], start: int, n: int) -> list[Tensor]:
-    """The `classes` of `neighbours_of` for the rows from `start` to `start + n` alone."""
-    if len(classes) == 1:
-        return [classes[0][start : start + n]]
-    if len(classes) == 2:
-        return [classes[0], (classes[1] - start).clamp(0, n)]
-    raise ValueError(
-        "bank_labels: expected an index of rows in class order, or plain labels, for a bank that is not on the device "
-        "of the features; got an index of rows in another order, which would be gathered one by one"
-    )
 
 
 def chunks_of(bank: Tensor, device: torch.device, length: int) -> Iterator[tuple[int, Tensor]]:
@@ -125,43 +98,29 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@torch.library.custom_op("ntdne_kernels::chunked_log_scores", mutates_args=())
-def log_scores(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: list[Tensor],
-    sigma: float,
-    need_direction: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`Backend.log_scores` of the backend so called, for a bank that may be on another device than all the rest."""
-    sums = class_sums(features, bank, labels, index, classes, sigma, need_direction, backend)
-    return log_scores_of(sums, sigma, accumulator_dtype(bank.dtype))
+def _log_scores(batch: Batch, need_direction: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`GradientInForward.log_scores` of a backend, for a bank that may be on another device than all the rest."""
+    sums = class_sums(batch, need_direction, backend)
+    return log_scores_of(sums, batch.sigma, accumulator_dtype(batch.bank.dtype))
 
 
-@log_scores.register_fake
-def _(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: list[Tensor],
-    sigma: float,
-    need_direction: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return log_scores_fake(features, features.to(bank.dtype), labels, index, classes, sigma, need_direction)
+def _named_last(function: Callable[..., Any], name: str, *arguments: Any) -> Any:
+    return function(*arguments, name)
 
 
+def _no_bank_gradient(*_: Any) -> Tensor:
+    raise NotImplementedError("bank: one that is not on the device of the features gets no gradient")
+
+
+log_scores = implement("chunked_log_scores", _log_scores)
 CHUNKED: dict[str, Backend] = {
-    name: replace(
-        backend or STREAMING,
-        log_scores=partial(log_scores, backend=name),
-        class_sums=partial(class_sums, backend=name),
-        fused_loss=None,  # a kernel that reads the bank where it is
+    name: GradientInForward(
+        partial(_named_last, log_scores, name),
+        partial(class_sums, backend=name),
+        backend.class_log_sums,
+        _no_bank_gradient,
+        missing=backend.missing,
     )
     for name, backend in BACKENDS.items()
 }
-"""The backends, by name, for a bank elsewhere. Its gradient they do not make."""
+"""The backends, by name, for a bank elsewhere."""

@@ -42,11 +42,11 @@ def reduce_snca(log_p: Tensor, reduction: str, counted: Tensor | None = None) ->
 
 
 @dataclass(frozen=True)
-class Loss:
+class LossSpec:
     """Which loss: NTDNE with exponent q and threshold k (None prunes nothing), SNCA for q None; and its reduction.
 
     `indicator` says which score decides on pruning: the "current" one, the "stored" one of the image, or whether the
-    stored one is above chance ("auto"), as `leave_one_out.indicator_of` has it.
+    stored one is above chance ("auto"), as `look_up.indicator_of` has it.
     """
 
     q: float | None
@@ -55,34 +55,34 @@ class Loss:
     indicator: str = "current"
 
 
-def value(log_p: Tensor, indicator: Tensor | None, loss: Loss, counted: Tensor | None = None) -> Tensor:
+def value(log_p: Tensor, indicator: Tensor | None, spec: LossSpec, counted: Tensor | None = None) -> Tensor:
     """The loss, differentiable by autograd: the definition.
 
     Queries that are not `counted` (B,) are ignored. If none is, a sum or mean is NaN: an encoder that diverged must not
     train on in silence.
     """
-    if loss.q is None:
-        reduced = reduce_snca(log_p, loss.reduction, counted)
+    if spec.q is None:
+        reduced = reduce_snca(log_p, spec.reduction, counted)
     else:
-        reduced = reduce(ntdne(log_p, loss.q, loss.k, indicator), loss.reduction, counted)
-    if counted is None or loss.reduction == "none" or len(log_p) == 0:
+        reduced = reduce(ntdne(log_p, spec.q, spec.k, indicator), spec.reduction, counted)
+    if counted is None or spec.reduction == "none" or len(log_p) == 0:
         return reduced
     return torch.where(counted.any(), reduced, torch.nan)
 
 
 def loss_and_slope(
-    log_p: Tensor, indicator: Tensor | None, loss: Loss, counted: Tensor | None = None
+    log_p: Tensor, indicator: Tensor | None, spec: LossSpec, counted: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The loss, and its derivative with respect to each log p (B,): dL_i/dlog p_i = −p_i^q (eq. 11), of a mean 1/B."""
-    slope = -torch.ones_like(log_p) if loss.q is None else -torch.exp(loss.q * log_p)
-    if loss.k is not None:
-        slope = torch.where(_decisive(log_p, indicator) <= math.log(loss.k), 0, slope)
-    counts = _with_positives(log_p, counted) if loss.q is None else counted
+    slope = -torch.ones_like(log_p) if spec.q is None else -torch.exp(spec.q * log_p)
+    if spec.k is not None:
+        slope = torch.where(_decisive(log_p, indicator) <= math.log(spec.k), 0, slope)
+    counts = _with_positives(log_p, counted) if spec.q is None else counted
     if counts is not None:
         slope = torch.where(counts, slope, 0)
-    if loss.reduction == "mean":
+    if spec.reduction == "mean":
         slope = slope / (max(len(slope), 1) if counts is None else counts.sum().clamp(min=1))
-    return value(log_p, indicator, loss, counted), slope
+    return value(log_p, indicator, spec, counted), slope
 
 
 def _with_positives(log_p: Tensor, counted: Tensor | None) -> Tensor:

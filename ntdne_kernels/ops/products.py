@@ -6,6 +6,8 @@ Shapes: B queries, n rows of a tile, D features.
 import torch
 from torch import Tensor
 
+from ntdne_kernels.ops.schema import implement
+
 
 def scaled_scores_(out: Tensor, queries: Tensor, tile: Tensor, scale: float) -> Tensor:
     """out (B, n) = scale · queries @ tileᵀ; queries (B, D) and tile (n, D) of the bank's dtype."""
@@ -55,7 +57,5 @@ def bf16_mm_in_pytorch(out: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
     out.addmm_(a.float(), b.float(), beta=0, alpha=alpha)
 
 
-torch.library.define("ntdne_kernels::bf16_mm_", "(Tensor(a!) out, Tensor a, Tensor b, float alpha) -> ()")
-torch.library.define("ntdne_kernels::exp_", "(Tensor(a!) x) -> ()")
-torch.library.impl("ntdne_kernels::exp_", "CompositeExplicitAutograd", exp_in_pytorch)
-torch.library.impl("ntdne_kernels::bf16_mm_", "CompositeExplicitAutograd", bf16_mm_in_pytorch)
+implement("exp_", exp_in_pytorch)
+implement("bf16_mm_", bf16_mm_in_pytorch)

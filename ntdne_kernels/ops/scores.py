@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ntdne_kernels.arguments import UNLABELLED
+from ntdne_kernels.ops.schema import implement
 
 
 def record_scores_in_pytorch(scores: Tensor, log_p: Tensor, index: Tensor, image_labels: Tensor) -> None:
@@ -24,8 +25,4 @@ def record_scores_in_pytorch(scores: Tensor, log_p: Tensor, index: Tensor, image
     scores.scatter_reduce_(0, place, log_p.to(scores.dtype), "amax", include_self=False)
 
 
-torch.library.define(
-    "ntdne_kernels::record_scores_", "(Tensor(a!) scores, Tensor log_p, Tensor index, Tensor image_labels) -> ()"
-)
-torch.library.impl("ntdne_kernels::record_scores_", "CompositeExplicitAutograd", record_scores_in_pytorch)
-torch.library.register_fake("ntdne_kernels::record_scores_", lambda scores, log_p, index, image_labels: None)
+implement("record_scores_", record_scores_in_pytorch)

@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import ProcessGroup
 from ntdne_kernels.arguments import accumulator_dtype
 from ntdne_kernels.ops.chunked import class_sums
 from ntdne_kernels.ops.class_sums import ClassSums, contribution, log_p_of
+from ntdne_kernels.ops.schema import Batch, implement
 
 # Its name since torch 2.14, which warns of the old one.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -36,38 +37,28 @@ PIECE = {"cpu": 1 << 62, "cuda": 1024}
 MOST_PIECES = 4  # many ranks would send crumbs, each with a collective's latency
 
 
-@torch.library.custom_op("ntdne_kernels::gather_rows", mutates_args=())
-def gather_rows(rows: Tensor, sizes: list[int], group: str) -> Tensor:
+def _gather_rows(rows: Tensor, sizes: list[int], group: str) -> Tensor:
     """The rows (b, ...) of all ranks (B, ...), those of rank 0 first."""
     return _start_gather(rows, sizes, _group(group))()
 
 
-@torch.library.custom_op("ntdne_kernels::max_over_ranks", mutates_args=())
-def max_over_ranks(x: Tensor, group: str) -> Tensor:
+def _max_over_ranks(x: Tensor, group: str) -> Tensor:
     """The largest of all ranks at each place."""
     x = x.clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(x, distributed.ReduceOp.MAX, group=_group(group))
     return x
 
 
-@torch.library.custom_op("ntdne_kernels::sharded_log_scores", mutates_args=())
-def log_scores(
-    features: Tensor,
-    shard: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: list[Tensor],
-    sigma: float,
-    need_direction: bool,
-    backend: str,
-    sizes: list[int],
-    group: str,
+def _log_scores(
+    batch: Batch, need_direction: bool, backend: str, sizes: list[int], group: str
 ) -> tuple[Tensor, Tensor]:
     """log p (B,) of all ranks' queries, on every rank, and ∂log p/∂f (b, D) or (0, D) of this rank's.
 
-    `features` (b, D) are this rank's, `labels` and `index` (B,) all ranks'; `index` and `classes` speak of the rows of
-    `shard` (n, D), with −1 for queries that are in none of them.
+    `batch.features` (b, D) are this rank's, labels and index (B,) all ranks'; index and layout speak of the rows of
+    `batch.bank` (n, D), with −1 for queries that are in none of them.
     """
+    features, shard, labels = batch.features, batch.bank, batch.labels
+    assert labels is not None
     ranks = _group(group)
     rank, wide = ranks.rank(), accumulator_dtype(shard.dtype)
     rows = features.detach().to(shard.dtype)
@@ -79,15 +70,15 @@ def log_scores(
         gathered = queries()
         if following is not None:
             queries = _start_gather(rows[following[rank]], _lengths(following), ranks)
-        of_labels, of_index = _cut(labels, piece, sizes), _cut(index, piece, sizes)
-        parts.append(class_sums(gathered, shard, of_labels, of_index, classes, sigma, need_direction, backend))
+        part = batch._replace(features=gathered, labels=_cut(labels, piece, sizes), own=_cut(batch.own, piece, sizes))
+        parts.append(class_sums(part, need_direction, backend))
     sums = ClassSums(*(_in_batch_order(columns, pieces) for columns in zip(*parts, strict=True)))
 
     log_same, log_other = _log_sum_exp(torch.stack([sums.log_same, sums.log_other]), ranks)
     log_p = log_p_of(log_same, log_other).to(wide)
     if not need_direction:
         return log_p, features.new_empty((0, features.size(1)), dtype=wide)
-    outgoing = contribution(sums, log_same, log_other, sigma).to(wide)
+    outgoing = contribution(sums, log_same, log_other, batch.sigma).to(wide)
     incoming = outgoing.new_empty((len(sizes), *features.shape))
     distributed.all_to_all_single(
         incoming.flatten(0, 1), outgoing, [len(features)] * len(sizes), list(sizes), group=ranks
@@ -152,29 +143,6 @@ def _log_sum_exp(logs: Tensor, group: ProcessGroup) -> Tensor:
     return torch.log(total) + highest
 
 
-@gather_rows.register_fake
-def _(rows: Tensor, sizes: list[int], group: str) -> Tensor:
-    return rows.new_empty((sum(sizes), *rows.shape[1:]))
-
-
-@max_over_ranks.register_fake
-def _(x: Tensor, group: str) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@log_scores.register_fake
-def _(
-    features: Tensor,
-    shard: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: list[Tensor],
-    sigma: float,
-    need_direction: bool,
-    backend: str,
-    sizes: list[int],
-    group: str,
-) -> tuple[Tensor, Tensor]:
-    b, D = features.shape
-    wide = accumulator_dtype(shard.dtype)
-    return features.new_empty(sum(sizes), dtype=wide), features.new_empty((b if need_direction else 0, D), dtype=wide)
+gather_rows = implement("gather_rows", _gather_rows)
+max_over_ranks = implement("max_over_ranks", _max_over_ranks)
+log_scores = implement("sharded_log_scores", _log_scores)

@@ -20,17 +20,13 @@ from torch import Tensor
 
 from ntdne_kernels.arguments import accumulator_dtype
 from ntdne_kernels.ops.class_sums import SMALLEST_PLAIN_SIGMA, ClassSums, log_scores_of
-from ntdne_kernels.ops.leave_one_out import (
-    Backend,
-    bank_gradient_fake,
-    class_sums_fake,
-    log_scores_fake,
-    neighbours_of,
-)
+from ntdne_kernels.ops.layout import Neighbours, neighbours_of
+from ntdne_kernels.ops.leave_one_out import GradientInForward
 from ntdne_kernels.ops.products import exp_, scaled_scores_, weighted_rows
+from ntdne_kernels.ops.schema import Batch, implement
 
 QUERIES_PER_TILE = 512
-# One after the other in float32, by class_masses: of 8192 equal terms the error passes 1e-4.
+# One after the other in float32, by class_log_sums: of 8192 equal terms the error passes 1e-4.
 ROWS_SUMMED = 1024
 # 256 x 2048 float32 logits are 2 MB, what two cores hold in their L2: 1024 rows are 10 % slower, 4096 rows 3 %.
 TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
@@ -81,20 +77,13 @@ class _Sums:
         return finite
 
 
-def _class_sums(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: list[Tensor],
-    sigma: float,
-    need_means: bool,
-) -> ClassSums:
+def _sums(batch: Batch, need_means: bool) -> ClassSums:
     """The sums of the queries over the bank, and their means, in tiles; all float64."""
+    bank = batch.bank
     with torch.autocast(bank.device.type, enabled=False):
-        queries = features.to(bank.dtype).contiguous()
-        same, bank_labels, order, excluded = neighbours_of(labels, index, classes)
-        by_class = bank_labels is None and bank.device.type == "cpu"
+        queries = batch.features.to(bank.dtype).contiguous()
+        same, row_labels, order, excluded = _neighbours(batch)
+        by_class = row_labels is None and bank.device.type == "cpu"
         if by_class:
             # Queries of one class stand together, so a class's rows in a tile are one block of the logits.
             arrangement = torch.argsort(same[:, 0], stable=True)
@@ -102,10 +91,10 @@ def _class_sums(
             runs = _class_runs(same)
             begins, stops = [run[2] for run in runs], [run[3] for run in runs]
         same_rows, other_rows = _Sums(queries, need_means), _Sums(queries, need_means)
-        tracked = sigma < SMALLEST_PLAIN_SIGMA
+        tracked = batch.sigma < SMALLEST_PLAIN_SIGMA
         nothing = -torch.inf if tracked else 0  # what a row that does not count holds
 
-        for start, tile, rows, weights in _tiles(queries, bank, order, excluded, sigma):
+        for start, tile, rows, weights in _tiles(queries, bank, order, excluded, batch.sigma):
             if not tracked:
                 exp_(weights)
             if by_class:
@@ -119,7 +108,7 @@ def _class_sums(
                         same_rows.add(block, tile[begin:end], slice(first, last), tracked)
                         block.fill_(nothing)
             else:
-                others = _other_class(same[rows], bank_labels, start, len(tile))
+                others = _other_class(same[rows], row_labels, start, len(tile))
                 same_rows.add(weights.masked_fill(others, nothing), tile, rows, tracked)
                 weights.masked_fill_(~others, nothing)
             other_rows.add(weights, tile, rows, tracked)
@@ -134,61 +123,31 @@ def _class_sums(
         return ClassSums(*(x[place] if len(x) else x for x in sums))
 
 
-@torch.library.custom_op("ntdne_kernels::streaming_class_sums", mutates_args=())
-def class_sums(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: list[Tensor],
-    sigma: float,
-    need_means: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _class_sums(batch: Batch, need_means: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`Backend.class_sums` in tiles."""
-    wide = accumulator_dtype(bank.dtype)
-    log_same, log_other, *means = _class_sums(features, bank, labels, index, classes, sigma, need_means)
+    wide = accumulator_dtype(batch.bank.dtype)
+    log_same, log_other, *means = _sums(batch, need_means)
     return log_same, log_other, means[0].to(wide), means[1].to(wide)
 
 
-@torch.library.custom_op("ntdne_kernels::streaming_log_scores", mutates_args=())
-def log_scores(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: list[Tensor],
-    sigma: float,
-    need_direction: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _log_scores(batch: Batch, need_direction: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`Backend.log_scores` in tiles."""
-    return log_scores_of(
-        _class_sums(features, bank, labels, index, classes, sigma, need_direction), sigma, accumulator_dtype(bank.dtype)
-    )
+    return log_scores_of(_sums(batch, need_direction), batch.sigma, accumulator_dtype(batch.bank.dtype))
 
 
-@torch.library.custom_op("ntdne_kernels::streaming_bank_gradient", mutates_args=())
-def bank_gradient(
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: list[Tensor],
-    sigma: float,
-    log_p: Tensor,
-    log_sum_all: Tensor,
-    grad_log_p: Tensor,
-) -> Tensor:
+def _bank_gradient(batch: Batch, log_p: Tensor, log_sum_all: Tensor, grad_log_p: Tensor) -> Tensor:
     """`Backend.bank_gradient` (eq. 12 without its loss factor) in tiles."""
+    bank, sigma = batch.bank, batch.sigma
     with torch.autocast(bank.device.type, enabled=False):
-        queries = features.to(bank.dtype).contiguous()
-        same, bank_labels, order, excluded = neighbours_of(labels, index, classes)
+        queries = batch.features.to(bank.dtype).contiguous()
+        same, row_labels, order, excluded = _neighbours(batch)
         # Queries without positives get no weight; their own sums may be empty, and −inf − (−inf) is NaN.
         log_sum_all = torch.where(log_p == -torch.inf, torch.inf, log_sum_all)
         log_sum_same = torch.where(log_p == -torch.inf, torch.inf, log_sum_all + log_p)
         gradient = torch.empty_like(bank, memory_format=torch.contiguous_format)
         partial: Tensor | None = None
         for start, tile, rows, logits in _tiles(queries, bank, order, excluded, sigma):
-            others = _other_class(same[rows], bank_labels, start, len(tile))
+            others = _other_class(same[rows], row_labels, start, len(tile))
             p_same = torch.exp(logits - log_sum_same[rows].unsqueeze(1)).masked_fill_(others, 0)
             p_all = logits.sub_(log_sum_all[rows].unsqueeze(1)).exp_()
             weights = (p_same - p_all).mul_(grad_log_p[rows].unsqueeze(1) / sigma)
@@ -200,8 +159,8 @@ def bank_gradient(
         return gradient if len(queries) else gradient.zero_()
 
 
-def class_masses(features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor, sigma: float) -> Tensor:
-    """`Backend.class_masses` in tiles, with the bank's rows down and the queries across.
+def class_log_sums(features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor, sigma: float) -> Tensor:
+    """`Backend.class_log_sums` in tiles, with the bank's rows down and the queries across.
 
     The sum over the rows of a class then adds whole rows of the tile, which takes little beside the tile's product;
     along the other dimension it would add number by number.
@@ -235,6 +194,11 @@ def class_masses(features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor,
                 else:
                     masses[here, queries] += sums.index_add_(0, c, exp_(logits))
         return (masses if tracked else masses.log_()).t()
+
+
+def _neighbours(batch: Batch) -> Neighbours:
+    assert batch.labels is not None
+    return neighbours_of(batch.labels, batch.own, batch.layout)
 
 
 def _tiles(
@@ -282,16 +246,15 @@ def _class_runs(same: Tensor) -> list[tuple[int, int, int, int]]:
     ]
 
 
-def _other_class(same: Tensor, bank_labels: Tensor | None, start: int, length: int) -> Tensor:
+def _other_class(same: Tensor, row_labels: Tensor | None, start: int, length: int) -> Tensor:
     """(b, n) mask: True where the bank row is not of the query's class."""
-    if bank_labels is not None:
-        return same.unsqueeze(1) != bank_labels[start : start + length]
+    if row_labels is not None:
+        return same.unsqueeze(1) != row_labels[start : start + length]
     j = torch.arange(start, start + length, device=same.device)
     return (j < same[:, :1]) | (j >= same[:, 1:])
 
 
-class_sums.register_fake(class_sums_fake)
-log_scores.register_fake(log_scores_fake)
-bank_gradient.register_fake(bank_gradient_fake)
-
-STREAMING = Backend(log_scores, class_sums, class_masses, bank_gradient)
+log_scores = implement("streaming_log_scores", _log_scores)
+class_sums = implement("streaming_class_sums", _class_sums)
+bank_gradient = implement("streaming_bank_gradient", _bank_gradient)
+STREAMING = GradientInForward(log_scores, class_sums, class_log_sums, bank_gradient)

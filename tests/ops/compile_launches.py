@@ -13,46 +13,42 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.aot import SHARED_LIMIT, _resource_usage
-from ntdne_kernels import LabelIndex
-from ntdne_kernels.ops import gpu
+from ntdne_kernels.ops import gpu, schema
 from ntdne_kernels.ops.gpu.configs import Device
-from tests.conftest import Archive
-from tests.ops.test_leave_one_out import arguments
+from ntdne_kernels.ops.layout import ClassOrder, PlainLabels
+from ntdne_kernels.ops.losses import LossSpec
+from tests.archives import Archive, batch_of
 
 
 def launch_all(B: int, D: int, dtype: torch.dtype, by: str) -> None:
     """Every launch of a step: with and without gradient, of a whole bank and a part, of a module, both gradients."""
-    features, bank, labels, bank_labels, index = arguments(Archive(B, 4000, D, 7, dtype=dtype), by)
-    classes = bank_labels.tensors() if isinstance(bank_labels, LabelIndex) else [bank_labels]
-    batch = (features, bank, labels, index, classes, 0.1)
-    gpu.log_scores(*batch, False)
-    gpu.class_sums(*batch, False)
-    gpu.class_sums(*batch, True)
-    log_p, _, log_sum_all = gpu.log_scores(*batch, True)
+    batch = batch_of(Archive(B, 4000, D, 7, dtype=dtype), by)
+    gpu.log_scores(batch, False)
+    gpu.class_sums(batch, False)
+    gpu.class_sums(batch, True)
+    log_p, _, log_sum_all = gpu.log_scores(batch, True)
     for q, k, reduction in ((0.7, 0.3, "mean"), (None, None, "sum"), (0.7, None, "none")):
-        gpu.loss_op(*batch[:5], [], 0.1, q, k, reduction, "current", True)
-    if isinstance(bank_labels, LabelIndex):
-        ordered = [bank_labels.classes, bank_labels.offsets]
-        image_labels, position = labels.new_zeros(4000), torch.arange(4000)
-        scores = torch.empty(4001, dtype=log_p.dtype)
+        gpu.fused_loss(batch, None, LossSpec(q, k, reduction), True)
+    if not isinstance(batch.layout, PlainLabels):
+        ordered = batch._replace(layout=ClassOrder(batch.layout.classes, batch.layout.offsets))
+        images = schema.Archive(batch.labels.new_zeros(4000), torch.arange(4000), torch.empty(4001, dtype=log_p.dtype))
         for q, k, indicator, given in (
             (0.7, 0.3, "auto", None),
-            (0.7, 0.3, "stored", labels),
+            (0.7, 0.3, "stored", batch.labels),
             (None,) * 2 + ("current", None),
         ):
-            archive = [image_labels, position, scores]
-            gpu.loss_op(features, bank, given, index, ordered, archive, 0.1, q, k, "mean", indicator, True)
-        gpu.record_scores_(scores, log_p, index, image_labels)
-    gpu.bank_gradient(*batch, log_p, log_sum_all, torch.ones_like(log_p))
-    gpu.class_masses(features.to(dtype), bank, index, torch.arange(0, 4001, 500), 0.1)
+            gpu.fused_loss(ordered._replace(labels=given), images, LossSpec(q, k, "mean", indicator), True)
+        gpu.record_scores_(images.scores, log_p, batch.own, images.labels)
+    gpu.bank_gradient(batch, log_p, log_sum_all, torch.ones_like(log_p))
+    gpu.class_log_sums(batch.features.to(dtype), batch.bank, batch.own, torch.arange(0, 4001, 500), 0.1)
 
 
-def launch_class_masses() -> None:
+def launch_class_log_sums() -> None:
     """Classes of 64 rows and more, with and without a tracked maximum."""
     offsets = torch.arange(0, 4001, 500)
     for dtype, sigma in ((torch.bfloat16, 0.1), (torch.float16, 0.01), (torch.float32, 0.1)):
         archive = Archive(100, 4000, 128, dtype=dtype)
-        gpu.class_masses(archive.features.to(dtype), archive.bank, archive.index, offsets, sigma)
+        gpu.class_log_sums(archive.features.to(dtype), archive.bank, archive.index, offsets, sigma)
 
 
 def main() -> None:
@@ -63,7 +59,7 @@ def main() -> None:
     def pretend(capability: int) -> None:
         no_gpu.get_current_target.return_value = GPUTarget("cuda", capability, 32)
         no_gpu.get_current_device.return_value = no_gpu.get_current_stream.return_value = capability
-        gpu.describe = lambda _: Device(capability, 132, SHARED_LIMIT[capability])
+        gpu.launches.describe = lambda _: Device(capability, 132, SHARED_LIMIT[capability])
 
     def compile_only(kernel, grid):
         def launch(*args, **kwargs):
@@ -82,8 +78,8 @@ def main() -> None:
         compiled.clear()
 
     JITFunction.__getitem__ = compile_only
-    gpu._stream = lambda *_: None  # of CPU tensors; and launches go through __getitem__
-    gpu.hopper_serves = lambda _: False
+    gpu.launches.stream_of = lambda *_: None  # of CPU tensors; and launches go through __getitem__
+    gpu.launches.hopper_serves = lambda _: False
     pretend(90)
     # At D = 1 the bank's stride of 1 is a constant to the compiler.
     for D, dtype, by in ((128, torch.bfloat16, "index"), (1, torch.float32, "labels"), (96, torch.float32, "index")):
@@ -94,7 +90,7 @@ def main() -> None:
     say()
     for capability in SHARED_LIMIT:
         pretend(capability)
-        launch_class_masses()
+        launch_class_log_sums()
         say()
 
 

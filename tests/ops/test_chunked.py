@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from ntdne_kernels import LabelIndex, storage
+from ntdne_kernels import storage
 from ntdne_kernels.ops import chunked
-from ntdne_kernels.ops.backends import class_sums_of
+from ntdne_kernels.ops.backends import BACKENDS
 from ntdne_kernels.ops.class_sums import ClassSums
-from ntdne_kernels.ops.leave_one_out import LeaveOneOutLoss
-from ntdne_kernels.ops.losses import Loss
+from ntdne_kernels.ops.layout import PermutedRows, PlainLabels, part_of
+from ntdne_kernels.ops.losses import LossSpec
+from ntdne_kernels.ops.schema import Batch
 from tests import formulas
-from tests.conftest import Archive
+from tests.archives import Archive, batch_of
 
 SIGMA = 0.1
 
@@ -27,33 +28,29 @@ def by(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def arguments(archive: Archive, by: str) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """features, bank, labels, index and classes; the bank in class order where the classes say so."""
-    features, bank, labels, bank_labels, index = archive.arguments()
+def chunkable(archive: Archive, by: str, sigma: float = SIGMA) -> Batch:
+    """The archive with its bank in class order where the layout says so."""
     if by == "labels":
-        return features, bank, labels, index, [bank_labels]
-    classes = LabelIndex.from_labels(bank_labels)
-    place = torch.where(index >= 0, classes.position[index.clamp(min=0)], -1)
-    return features, bank[classes.order], labels, place, [classes.classes, classes.offsets]
+        return batch_of(archive, by, sigma)
+    return batch_of(archive, "sorted index", sigma)
 
 
-def in_chunks(backend: str, length: int, arguments: tuple, need_means: bool = True) -> ClassSums:
-    features, bank, *others = arguments
-    chunks = chunked.chunks_of(bank, features.device, length)
-    return chunked.sum_chunks(features, chunks, *others, SIGMA, need_means, class_sums_of(backend))
+def in_chunks(backend: str, length: int, batch: Batch, need_means: bool = True) -> ClassSums:
+    chunks = chunked.chunks_of(batch.bank, batch.features.device, length)
+    return chunked.sum_chunks(batch, chunks, need_means, backend)
 
 
 @pytest.mark.parametrize("length", [1, 7, 39, 40, 1000])
 def test_sums_of_chunks_add_up_to_those_of_the_whole_bank(backend, by, length, device):
     if backend == "triton" and length == 1 and device.type == "cpu":
         pytest.skip("forty launches in the interpreter")
-    given = arguments(Archive(C=6, device=device), by)
-    whole = class_sums_of(backend)(*given, SIGMA, True)
+    batch = chunkable(Archive(C=6, device=device), by)
+    whole = BACKENDS[backend].class_sums(batch, True)
     assert (whole[0] == -torch.inf).any()
     assert (whole[0] > -torch.inf).any()
-    parts = in_chunks(backend, length, given)
+    parts = in_chunks(backend, length, batch)
     torch.testing.assert_close(tuple(parts), whole, rtol=1e-12, atol=1e-12)
-    no_means = in_chunks(backend, length, given, need_means=False)
+    no_means = in_chunks(backend, length, batch, need_means=False)
     torch.testing.assert_close(tuple(no_means[:2]), whole[:2], rtol=1e-12, atol=1e-12)
     assert [mean.shape for mean in no_means[2:]] == [(0, 5)] * 2
 
@@ -61,12 +58,12 @@ def test_sums_of_chunks_add_up_to_those_of_the_whole_bank(backend, by, length, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sigma", [0.1, 0.02])
 def test_error_does_not_grow_with_the_number_of_chunks(by, dtype, sigma):
-    features, bank, *others = arguments(Archive(B=16, N=6000, D=16, C=5, dtype=dtype, unlabelled=False), by)
-    queries = features.to(dtype)
-    truth = class_sums_of("reference")(queries.double(), bank.double(), *others, sigma, True)
-    whole = class_sums_of("streaming")(queries, bank, *others, sigma, True)
-    chunks = chunked.chunks_of(bank, bank.device, 11)
-    parts = chunked.sum_chunks(queries, chunks, *others, sigma, True, class_sums_of("streaming"))
+    batch = chunkable(Archive(B=16, N=6000, D=16, C=5, dtype=dtype, unlabelled=False), by, sigma)
+    batch = batch._replace(features=batch.features.to(dtype))
+    exactly = batch._replace(features=batch.features.double(), bank=batch.bank.double())
+    truth = BACKENDS["reference"].class_sums(exactly, True)
+    whole = BACKENDS["streaming"].class_sums(batch, True)
+    parts = in_chunks("streaming", 11, batch)
     epsilon = torch.finfo(torch.float32).eps / sigma
     for exact, in_one, of_many in zip(truth, whole, parts, strict=True):
         finite = exact > -torch.inf
@@ -75,9 +72,11 @@ def test_error_does_not_grow_with_the_number_of_chunks(by, dtype, sigma):
 
 
 def test_an_empty_bank_has_sums_of_nothing(backend, by, device):
-    features, bank, labels, index, classes = arguments(Archive(device=device), by)
-    classes = [classes[0][:0]] if by == "labels" else [classes[0], torch.zeros_like(classes[1])]
-    sums = in_chunks(backend, 7, (features, bank[:0], labels, torch.full_like(index, -1), classes))
+    batch = chunkable(Archive(device=device), by)
+    nothing = batch._replace(
+        bank=batch.bank[:0], own=torch.full_like(batch.own, -1), layout=part_of(batch.layout, 0, 0)
+    )
+    sums = in_chunks(backend, 7, nothing)
     assert (sums.log_same == -torch.inf).all()
     assert (sums.log_other == -torch.inf).all()
     assert not sums.mean_same.any()
@@ -85,26 +84,23 @@ def test_an_empty_bank_has_sums_of_nothing(backend, by, device):
 
 
 def test_rows_in_another_order_are_refused():
-    features, bank, labels, bank_labels, index = Archive().arguments()
-    classes = LabelIndex.from_labels(bank_labels).tensors()
-    assert len(classes) == 4
+    batch = batch_of(Archive(), "index", SIGMA)
+    assert isinstance(batch.layout, PermutedRows)
     with pytest.raises(ValueError, match="bank_labels: expected an index of rows in class order, or plain labels"):
-        in_chunks("streaming", 7, (features, bank, labels, index, classes))
+        in_chunks("streaming", 7, batch)
 
 
-def loss_of(backend: str, given: tuple, loss: Loss | None) -> tuple[Tensor, Tensor]:
+def loss_of(backend: str, batch: Batch, spec: LossSpec | None) -> tuple[Tensor, Tensor]:
     """The loss (or log p) of chunked `Backend`s, and its gradient to the features."""
-    features, *others = given
-    features = features.clone().requires_grad_()
-    result = LeaveOneOutLoss.apply(features, *others, [], SIGMA, loss, chunked.CHUNKED[backend], True)
-    value = result if loss is None else result[0]
+    features = batch.features.clone().requires_grad_()
+    value, _ = chunked.CHUNKED[backend].loss(batch._replace(features=features), None, spec)
     value[value > -torch.inf].sum().backward()
     return value.detach(), features.grad
 
 
 def test_log_p_and_its_gradient_are_those_of_the_formulas(backend, by, device):
     archive = Archive(device=device)
-    log_p, gradient = loss_of(backend, arguments(archive, by), None)
+    log_p, gradient = loss_of(backend, chunkable(archive, by), None)
     expected, p, p_same = formulas.leave_one_out(*archive.arguments(), SIGMA)
     to_features, _ = formulas.log_p_gradients(*archive.arguments()[:2], p, p_same, [1.0] * 9, SIGMA)
     torch.testing.assert_close(log_p.cpu(), torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=1e-11)
@@ -112,26 +108,25 @@ def test_log_p_and_its_gradient_are_those_of_the_formulas(backend, by, device):
 
 
 def test_loss_compiles_into_one_graph_and_gives_the_same(by, device):
-    given = arguments(Archive(device=device, dtype=torch.float32), by)
-    eager = loss_of("streaming", given, None)
+    batch = chunkable(Archive(device=device, dtype=torch.float32), by)
+    eager = loss_of("streaming", batch, None)
 
     @torch.compile(fullgraph=True)
-    def log_scores(features: Tensor, bank: Tensor, labels: Tensor, index: Tensor, classes: list[Tensor]) -> Tensor:
-        return LeaveOneOutLoss.apply(
-            features, bank, labels, index, classes, [], SIGMA, None, chunked.CHUNKED["streaming"], True
-        )
+    def log_scores(features: Tensor) -> Tensor:
+        return chunked.CHUNKED["streaming"].loss(batch._replace(features=features), None, None)[0]
 
-    features = given[0].clone().requires_grad_()
-    log_p = log_scores(features, *given[1:])
+    features = batch.features.clone().requires_grad_()
+    log_p = log_scores(features)
     log_p[log_p > -torch.inf].sum().backward()
     assert torch.equal(log_p, eager[0])
     torch.testing.assert_close(features.grad, eager[1])
 
 
 def test_op_is_what_pytorch_asks_of_one(by, device):
-    given = arguments(Archive(device=device, dtype=torch.bfloat16), by)
+    batch = chunkable(Archive(device=device, dtype=torch.bfloat16), by)
     for need_direction in (True, False):
-        torch.library.opcheck(torch.ops.ntdne_kernels.chunked_log_scores, (*given, SIGMA, need_direction, "streaming"))
+        op = torch.ops.ntdne_kernels.chunked_log_scores.default
+        torch.library.opcheck(op, (*batch.flat(), need_direction, "streaming"))
 
 
 def test_results_are_where_the_features_are():
@@ -139,7 +134,8 @@ def test_results_are_where_the_features_are():
         bank = torch.empty(100, 8, dtype=torch.bfloat16)
         features = torch.empty(4, 8, device="cuda")
         labels, index, bank_labels = (torch.empty(n, dtype=torch.int64, device="cuda") for n in (4, 4, 100))
-        results = chunked.log_scores(features, bank, labels, index, [bank_labels], SIGMA, True, "streaming")
+        batch = Batch(features, bank, labels, index, PlainLabels(bank_labels), SIGMA)
+        results = chunked.log_scores(batch, True, "streaming")
     assert [(x.device.type, x.dtype) for x in results] == [("cuda", torch.float32)] * 3
     assert [x.shape for x in results] == [(4,), (4, 8), (4,)]
 
@@ -151,9 +147,8 @@ def test_losses_are_where_the_features_are(backend):
         bank = torch.empty(100, 8, dtype=torch.bfloat16)
         features = torch.empty(4, 8, device="cuda")
         labels, index, bank_labels = (torch.empty(n, dtype=torch.int64, device="cuda") for n in (4, 4, 100))
-        results = chunked.CHUNKED[backend].loss(
-            features, bank, labels, index, [bank_labels], [], SIGMA, Loss(0.7, None, "mean"), True
-        )
+        batch = Batch(features, bank, labels, index, PlainLabels(bank_labels), SIGMA)
+        results = chunked.CHUNKED[backend].loss_and_gradient(batch, None, LossSpec(0.7, None, "mean"), True)
     assert [x.device.type for x in results] == ["cuda"] * 5
 
 
@@ -298,53 +293,48 @@ def outside(request: pytest.FixtureRequest, tmp_path):
 
 @pytest.mark.gpu
 def test_bank_outside_the_gpu_gives_what_one_inside_gives(fused, by, archive, outside):
-    features, bank, *others = arguments(archive, by)
-    chunks = chunked.chunks_of(bank, bank.device, CHUNK)
-    inside = chunked.sum_chunks(features, chunks, *others, SIGMA, True, class_sums_of(fused))
-    rows = outside(bank)
+    batch = chunkable(archive, by)
+    inside = in_chunks(fused, CHUNK, batch)
+    batch = batch._replace(bank=outside(batch.bank))
     for _ in range(5):  # buffers are used again
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(chunked.class_sums(features, rows, *others, SIGMA, True, fused), inside, strict=True)
-        )
+        assert all(torch.equal(a, b) for a, b in zip(chunked.class_sums(batch, True, fused), inside, strict=True))
 
 
 @pytest.mark.gpu
 def test_bank_outside_may_be_written_as_soon_as_the_sums_were_asked_for(fused, archive, outside):
-    features, bank, *others = arguments(archive, "class order")
-    rows = outside(bank)
-    expected = chunked.class_sums(features, rows, *others, SIGMA, True, fused)
+    batch = chunkable(archive, "class order")
+    batch = batch._replace(bank=outside(batch.bank))
+    expected = chunked.class_sums(batch, True, fused)
     torch.cuda.synchronize()
     torch.cuda._sleep(10**8)  # the GPU is far behind
-    sums = chunked.class_sums(features, rows, *others, SIGMA, True, fused)
-    rows.zero_()
+    sums = chunked.class_sums(batch, True, fused)
+    batch.bank.zero_()
     assert all(torch.equal(a, b) for a, b in zip(sums, expected, strict=True))
 
 
 @pytest.mark.gpu
 def test_memory_on_the_gpu_does_not_grow_with_a_bank_outside(fused, archive, outside):
-    features, bank, *others = arguments(archive, "class order")
+    whole = chunkable(archive, "class order")
     added = []
     for n in (N // 10, N):
-        rows = outside(bank[:n])
-        others[-1] = [others[-1][0], others[-1][1].clamp(max=n)]
+        batch = whole._replace(bank=outside(whole.bank[:n]), layout=part_of(whole.layout, 0, n))
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        chunked.class_sums(features, rows, *others, SIGMA, True, fused)
+        chunked.class_sums(batch, True, fused)
         torch.cuda.synchronize()
         added.append(torch.cuda.max_memory_allocated() - before)
-        del rows
+        del batch
     assert added[1] <= added[0] + (1 << 20)
 
 
 @pytest.mark.gpu
 def test_nothing_but_the_copies_is_waited_for(fused, archive, outside):
-    features, bank, *others = arguments(archive, "class order")
-    rows = outside(bank)
-    chunked.class_sums(features, rows, *others, SIGMA, True, fused)
+    batch = chunkable(archive, "class order")
+    batch = batch._replace(bank=outside(batch.bank))
+    chunked.class_sums(batch, True, fused)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        chunked.class_sums(features, rows, *others, SIGMA, True, fused)
+        chunked.class_sums(batch, True, fused)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,7 +1,4 @@
-"""What queries know after a part of the bank, in every backend: parts of any sizes add up to the whole.
-
-The tests imported from test_leave_one_out.py run once more with a backend that cuts the bank up.
-"""
+"""Sums of queries over a part of the bank, in every backend: parts of any sizes add up to the whole."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -13,62 +10,43 @@ from torch import Tensor
 from ntdne_kernels.arguments import accumulator_dtype
 from ntdne_kernels.functional import BACKENDS
 from ntdne_kernels.ops import reference
-from ntdne_kernels.ops.backends import class_sums_of
 from ntdne_kernels.ops.class_sums import ClassSums, add_part, contribution, log_scores_of
-from ntdne_kernels.ops.leave_one_out import Backend
+from ntdne_kernels.ops.layout import ClassOrder, PlainLabels
+from ntdne_kernels.ops.leave_one_out import GradientInForward
+from ntdne_kernels.ops.schema import Batch
 from ntdne_kernels.ops.streaming import STREAMING
-from tests.conftest import Archive
-from tests.ops import test_leave_one_out as whole
-from tests.ops.test_leave_one_out import (  # noqa: F401
-    op_arguments,
-    small_tiles,
-    test_empty_batch,
-    test_far_positives_at_a_low_temperature_have_a_finite_score,
-    test_log_p_and_both_gradients_are_those_of_the_formulas,
-    test_query_without_positives_has_minus_infinity_and_zero_gradient,
-)
-from tests.ops.test_triton import small_pieces
+from tests.archives import Archive, batch_of
+from tests.ops import contract
+from tests.ops.cutting import small_pieces, small_tiles
 
 
 def parts_of(
-    class_sums: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+    class_sums: Callable[[Batch, bool], tuple[Tensor, Tensor, Tensor, Tensor]],
     cuts: tuple[float, ...],
-    features: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    classes: list[Tensor],
-    sigma: float,
+    batch: Batch,
     need_means: bool,
 ) -> Iterator[ClassSums]:
     """Of the bank cut at these shares of its rows, which stand in class order or have plain labels."""
+    bank, own = batch.bank, batch.own
     for begin, end in pairwise([0, *(int(cut * len(bank)) for cut in cuts), len(bank)]):
-        place = torch.where((index >= begin) & (index < end), index - begin, -1)
-        if len(classes) == 1:
-            here = [classes[0][begin:end]]
+        place = torch.where((own >= begin) & (own < end), own - begin, -1)
+        if isinstance(batch.layout, PlainLabels):
+            here = PlainLabels(batch.layout.row_labels[begin:end])
         else:
-            here = [classes[0], (classes[1] - begin).clamp(0, end - begin)]
-        yield ClassSums(*class_sums(features, bank[begin:end], labels, place, here, sigma, need_means))
+            here = ClassOrder(batch.layout.classes, (batch.layout.offsets - begin).clamp(0, end - begin))
+        yield ClassSums(*class_sums(batch._replace(bank=bank[begin:end], own=place, layout=here), need_means))
 
 
 def in_parts(
-    class_sums: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]], cuts: tuple[float, ...]
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """`Backend.log_scores` that adds parts up."""
+    class_sums: Callable[[Batch, bool], tuple[Tensor, Tensor, Tensor, Tensor]], cuts: tuple[float, ...]
+) -> Callable[[Batch, bool], tuple[Tensor, Tensor, Tensor]]:
+    """`GradientInForward.log_scores` that adds parts up."""
 
-    def log_scores(
-        features: Tensor,
-        bank: Tensor,
-        labels: Tensor,
-        index: Tensor,
-        classes: list[Tensor],
-        sigma: float,
-        need_direction: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def log_scores(batch: Batch, need_direction: bool) -> tuple[Tensor, Tensor, Tensor]:
         sums = None
-        for part in parts_of(class_sums, cuts, features, bank, labels, index, classes, sigma, need_direction):
+        for part in parts_of(class_sums, cuts, batch, need_direction):
             sums = add_part(sums, part)
-        return log_scores_of(sums, sigma, accumulator_dtype(bank.dtype))
+        return log_scores_of(sums, batch.sigma, accumulator_dtype(batch.bank.dtype))
 
     return log_scores
 
@@ -88,12 +66,29 @@ def cuts(request: pytest.FixtureRequest) -> tuple[float, ...]:
 @pytest.fixture
 def backend(backend: str, cuts: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> str:
     """A backend that never sees more than a part of the bank."""
-    class_sums = class_sums_of(backend)
-    bank_gradient = (BACKENDS[backend] or STREAMING).bank_gradient
-    monkeypatch.setitem(
-        BACKENDS, "in parts", Backend(in_parts(class_sums, cuts), class_sums, STREAMING.class_masses, bank_gradient)
-    )
+    class_sums = BACKENDS[backend].class_sums
+    bank_gradient = getattr(BACKENDS[backend], "bank_gradient", STREAMING.bank_gradient)
+    parts = GradientInForward(in_parts(class_sums, cuts), class_sums, STREAMING.class_log_sums, bank_gradient)
+    monkeypatch.setitem(BACKENDS, "in parts", parts)
     return "in parts"
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.1, 0.03, 0.01])
+def test_log_p_and_both_gradients_in_parts_are_those_of_the_formulas(backend, by, sigma, device, monkeypatch):
+    small_tiles(monkeypatch)
+    contract.check_scores_and_gradients(backend, by, sigma, device)
+
+
+def test_far_positives_in_parts_have_a_finite_score(backend, by, device):
+    contract.check_far_positives(backend, by, device)
+
+
+def test_query_without_positives_in_parts_has_minus_infinity(backend, by, device):
+    contract.check_queries_without_positives(backend, by, device)
+
+
+def test_empty_batch_in_parts(backend, by, device):
+    contract.check_empty_batch(backend, by, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -101,16 +96,14 @@ def backend(backend: str, cuts: tuple[float, ...], monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("clustered", [False, True])
 @pytest.mark.parametrize(("by", "cuts"), [("sorted index", (0.35,))])
 def test_error_is_at_most_twice_that_of_plain_pytorch_also_in_parts(backend, by, dtype, sigma, clustered, device):
-    whole.test_error_is_at_most_twice_that_of_plain_pytorch_in_the_same_dtype(
-        backend, by, dtype, sigma, clustered, device
-    )
+    contract.check_error(backend, by, dtype, sigma, clustered, device)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.01])
 def test_parts_add_up_to_the_scores_of_the_whole_bank(fused, by, cuts, sigma, device):
     """log p, its gradient and log Σ_all, in float64."""
     ops = BACKENDS[fused]
-    given = (*op_arguments(Archive(device=device), by), sigma, True)
+    given = batch_of(Archive(device=device), by, sigma), True
     found, expected = in_parts(ops.class_sums, cuts)(*given), ops.log_scores(*given)
     assert (expected[0] == -torch.inf).any()
     assert (expected[0] > -torch.inf).any()
@@ -120,7 +113,7 @@ def test_parts_add_up_to_the_scores_of_the_whole_bank(fused, by, cuts, sigma, de
 @pytest.mark.parametrize("sigma", [0.1, 0.01])
 def test_contributions_of_the_parts_add_up_to_the_gradient(backend, by, cuts, sigma, device):
     ops = BACKENDS[backend]
-    given = (*op_arguments(Archive(device=device), by), sigma, True)
+    given = batch_of(Archive(device=device), by, sigma), True
     parts = list(parts_of(ops.class_sums, cuts, *given))
     log_same, log_other = (torch.stack(sums).logsumexp(dim=0) for sums in list(zip(*parts, strict=True))[:2])
     added = sum(contribution(part, log_same, log_other, sigma) for part in parts)
@@ -134,7 +127,7 @@ def test_sums_of_each_part_are_those_of_the_reference(fused, by, sigma, cuts, de
     """Over ragged tiles, blocks of queries, splits and segments."""
     small_tiles(monkeypatch)
     small_pieces(monkeypatch, splits=3)
-    given = (*op_arguments(Archive(B=19, N=90, D=18, C=7, device=device), by), sigma, True)
+    given = batch_of(Archive(B=19, N=90, D=18, C=7, device=device), by, sigma), True
     found, expected = (
         list(parts_of(function, cuts, *given)) for function in (BACKENDS[fused].class_sums, reference.class_sums)
     )
@@ -144,19 +137,17 @@ def test_sums_of_each_part_are_those_of_the_reference(fused, by, sigma, cuts, de
 @pytest.mark.parametrize("by", ["labels", "sorted index", "index"])
 def test_means_are_not_made_without_need(fused, by, device):
     ops = BACKENDS[fused]
-    given = (*op_arguments(Archive(device=device), by), 0.1)
-    *sums, mean_same, mean_other = ops.class_sums(*given, False)
+    batch = batch_of(Archive(device=device), by)
+    *sums, mean_same, mean_other = ops.class_sums(batch, False)
     assert mean_same.shape == mean_other.shape == (0, 5)
-    torch.testing.assert_close(sums, list(ops.class_sums(*given, True)[:2]), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(sums, list(ops.class_sums(batch, True)[:2]), rtol=1e-14, atol=1e-14)
 
 
 def test_a_part_without_rows_has_sums_of_nothing(fused, by, device):
     for dtype, wide in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
-        features, bank, labels, index, classes = op_arguments(Archive(dtype=dtype, device=device), by)
+        batch = batch_of(Archive(dtype=dtype, device=device), by)
         for need_means in (True, False):
-            (part,) = parts_of(
-                BACKENDS[fused].class_sums, (), features, bank[:0], labels, index, classes, 0.1, need_means
-            )
+            (part,) = parts_of(BACKENDS[fused].class_sums, (), batch._replace(bank=batch.bank[:0]), need_means)
             nothing = torch.full((9,), -torch.inf, dtype=torch.float64, device=device)
             no_mean = torch.zeros((9 if need_means else 0, 5), dtype=wide, device=device)
             torch.testing.assert_close(list(part), [nothing, nothing, no_mean, no_mean], rtol=0, atol=0)
@@ -164,12 +155,12 @@ def test_a_part_without_rows_has_sums_of_nothing(fused, by, device):
 
 @pytest.mark.parametrize("sigma", [0.1, 0.01])
 def test_features_that_are_not_finite_spoil_their_own_row_alone(backend, by, sigma, device):
-    features, bank, labels, index, classes = op_arguments(Archive(device=device), by)
-    clean = BACKENDS[backend].log_scores(features, bank, labels, index, classes, sigma, True)
+    batch = batch_of(Archive(device=device), by, sigma)
+    clean = BACKENDS[backend].log_scores(batch, True)
     spoilt = int((clean[0] > -torch.inf).nonzero()[0])
-    features[spoilt] = torch.nan
-    found = BACKENDS[backend].log_scores(features, bank, labels, index, classes, sigma, True)
-    others = torch.arange(len(features), device=device) != spoilt
+    batch.features[spoilt] = torch.nan
+    found = BACKENDS[backend].log_scores(batch, True)
+    others = torch.arange(len(batch.features), device=device) != spoilt
     for values, clean_values in zip(found, clean, strict=True):
         assert values[spoilt].isnan().all()
         assert torch.equal(values[others], clean_values[others])
@@ -179,5 +170,6 @@ def test_features_that_are_not_finite_spoil_their_own_row_alone(backend, by, sig
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("need_means", [True, False])
 def test_opcheck_of_the_class_sums(fused, by, dtype, need_means, device):
-    given = op_arguments(Archive(dtype=dtype, device=device), by)
-    torch.library.opcheck(BACKENDS[fused].class_sums, (*given, 0.1, need_means))
+    batch = batch_of(Archive(dtype=dtype, device=device), by)
+    op = getattr(torch.ops.ntdne_kernels, f"{fused}_class_sums").default
+    torch.library.opcheck(op, (*batch.flat(), need_means))

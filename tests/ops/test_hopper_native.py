@@ -7,38 +7,36 @@ import torch
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 
-from ntdne_kernels import LabelIndex
 from ntdne_kernels.ops import gpu, reference
 from ntdne_kernels.ops.gpu import configs
 from ntdne_kernels.ops.gpu.configs import Device, hopper_tiles, hopper_width
-from tests.conftest import Archive
-from tests.ops.test_leave_one_out import arguments
+from ntdne_kernels.ops.layout import ClassOrder
+from ntdne_kernels.ops.schema import Batch
+from tests.archives import Archive, batch_of
 
 H200 = Device(capability=90, multiprocessors=132, shared=232_448)
-needs_interpreter = pytest.mark.skipif(not gpu.INTERPRETED, reason="the other way round needs no pretence")
+needs_interpreter = pytest.mark.skipif(not gpu.launches.INTERPRETED, reason="the other way round needs no pretence")
 
 
 @pytest.fixture
 def fresh_plans():
     """Plans made before or in this test are not those of others."""
-    gpu._plan.cache_clear()
+    gpu.launches.plan_of.cache_clear()
     yield
-    gpu._plan.cache_clear()
+    gpu.launches.plan_of.cache_clear()
 
 
-def in_class_order(B: int, N: int, D: int, C: int, device: str = "cuda", seed: int = 0) -> tuple:
-    """What `gpu.log_scores` takes before sigma: a bfloat16 bank in class order, queries of its rows and others."""
-    features, bank, labels, index, own = arguments(
-        Archive(B, N, D, C, seed=seed, dtype=torch.bfloat16, device=device), "sorted index"
-    )
-    assert isinstance(index, LabelIndex)
-    return features, bank, labels, own, index.tensors()
+def in_class_order(B: int, N: int, D: int, C: int, device: str = "cuda", seed: int = 0) -> Batch:
+    """A bfloat16 bank in class order, queries of its rows and others."""
+    batch = batch_of(Archive(B, N, D, C, seed=seed, dtype=torch.bfloat16, device=device), "sorted index")
+    assert isinstance(batch.layout, ClassOrder)
+    return batch
 
 
-def portable(given: tuple, sigma: float, weighted: bool) -> tuple[Tensor, ...]:
+def portable(batch: Batch, weighted: bool) -> tuple[Tensor, ...]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "hopper_serves", lambda _: False)
-        return gpu.log_scores(*given, sigma, weighted)
+        patch.setattr(gpu.launches, "hopper_serves", lambda _: False)
+        return gpu.log_scores(batch, weighted)
 
 
 @pytest.mark.gpu
@@ -51,17 +49,18 @@ def portable(given: tuple, sigma: float, weighted: bool) -> tuple[Tensor, ...]:
 def test_sums_are_those_of_the_portable_kernel_and_of_float64(B, D, weighted):
     """Ragged ends, single rows, more classes than rows in a tile, one class, queries of no class and of no row."""
     for N, C in ((1, 1), (5, 9), (127, 3), (129, 1), (3333, 300), (20_001, 45), (70_001, 2)):
-        given = in_class_order(B, N, D, C, seed=N)
-        assert gpu.hopper_serves(given[1])
-        assert hopper_tiles(gpu.describe(given[1].device), D, B) is not None
-        log_p, direction, log_all = gpu.log_scores(*given, 0.1, weighted)
-        expected = portable(given, 0.1, weighted)
+        batch = in_class_order(B, N, D, C, seed=N)
+        assert gpu.launches.hopper_serves(batch.bank)
+        assert hopper_tiles(gpu.launches.describe(batch.bank.device), D, B) is not None
+        log_p, direction, log_all = gpu.log_scores(batch, weighted)
+        expected = portable(batch, weighted)
         torch.testing.assert_close(log_p, expected[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(log_all, expected[2], rtol=1e-5, atol=1e-6)
         if weighted:
             assert (direction - expected[1]).norm() <= 1e-4 * expected[1].norm() + 1e-6
-        features, bank, labels, own, classes = given
-        exact = reference.log_scores(features.bfloat16().double(), bank.double(), labels, own, classes, 0.1)
+        exact = reference.log_scores(
+            batch._replace(features=batch.features.bfloat16().double(), bank=batch.bank.double())
+        )
         torch.testing.assert_close(log_p.double(), exact, rtol=2e-6, atol=2e-6)
 
 
@@ -70,11 +69,11 @@ def test_sums_are_those_of_the_portable_kernel_and_of_float64(B, D, weighted):
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
 def test_results_repeat_bit_for_bit_also_where_sums_are_added_to_memory(monkeypatch, fresh_plans):
-    monkeypatch.setattr(gpu, "FOLD_ROWS", 1000)
-    given = in_class_order(200, 300_001, 128, 7)
-    first = gpu.log_scores(*given, 0.1, True)
+    monkeypatch.setattr(gpu.launches, "FOLD_ROWS", 1000)
+    batch = in_class_order(200, 300_001, 128, 7)
+    first = gpu.log_scores(batch, True)
     for _ in range(5):
-        assert all(torch.equal(one, other) for one, other in zip(first, gpu.log_scores(*given, 0.1, True), strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(first, gpu.log_scores(batch, True), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def test_which_problems_take_the_kernel_and_with_which_tiles(D, B, expected):
 
 
 @needs_interpreter
-def test_where_it_does_not_compile_the_portable_kernel_takes_over_which_is_said_once(monkeypatch, fresh_plans):
+def test_portable_kernel_takes_over_where_hopper_does_not_compile_said_once(monkeypatch, fresh_plans):
     """As after a change of Gluon: the first launch ends in an error of the compiler."""
 
     class Broken:
@@ -105,16 +104,18 @@ def test_where_it_does_not_compile_the_portable_kernel_takes_over_which_is_said_
 
             return launch
 
-    given = in_class_order(20, 60, 128, 3, device="cpu")
-    expected = gpu.log_scores(*given, 0.1, True)
-    gpu._plan.cache_clear()
+    batch = in_class_order(20, 60, 128, 3, device="cpu")
+    expected = gpu.log_scores(batch, True)
+    gpu.launches.plan_of.cache_clear()
     monkeypatch.setattr(
-        gpu, "hopper", SimpleNamespace(stream=Broken(), descriptors=lambda queries, bank, rows: (queries, bank))
+        gpu.launches,
+        "hopper",
+        SimpleNamespace(stream=Broken(), descriptors=lambda queries, bank, rows: (queries, bank)),
     )
-    monkeypatch.setattr(gpu, "hopper_serves", lambda bank: gpu.hopper is not None)
+    monkeypatch.setattr(gpu.launches, "hopper_serves", lambda bank: gpu.launches.hopper is not None)
     with pytest.warns(RuntimeWarning, match="kernel for Hopper GPUs does not compile with triton") as said:
-        found = gpu.log_scores(*given, 0.1, True)
-        again = gpu.log_scores(*given, 0.1, True)
+        found = gpu.log_scores(batch, True)
+        again = gpu.log_scores(batch, True)
     assert len(said) == 1
     for results in (found, again):
         assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))

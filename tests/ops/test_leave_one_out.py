@@ -9,13 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ntdne_kernels import LabelIndex, MemoryBank
-from ntdne_kernels.functional import BACKENDS, archive_loss, leave_one_out_log_scores, ntdne_loss, snca_loss
-from ntdne_kernels.ops import streaming
+from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, loss_of_batch, ntdne_loss, snca_loss
+from ntdne_kernels.ops import schema, streaming
 from ntdne_kernels.ops.backends import gpu
 from ntdne_kernels.ops.bank_update import skipped_counter
-from ntdne_kernels.ops.losses import Loss
+from ntdne_kernels.ops.layout import ClassOrder
+from ntdne_kernels.ops.losses import LossSpec
+from ntdne_kernels.ops.schema import Batch
 from tests import formulas
-from tests.conftest import Archive, served
+from tests.archives import Archive, arguments, batch_of, labels_of
+from tests.ops import contract
+from tests.ops.cutting import small_tiles
 
 
 @pytest.fixture(params=["labels", "index", "sorted index"])
@@ -23,54 +27,29 @@ def by(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def arguments(archive: Archive, by: str) -> tuple[Tensor, Tensor, Tensor, Tensor | LabelIndex, Tensor]:
-    """The archive as plain labels, as an index of rows in any order, or as an index of rows in class order."""
-    features, bank, labels, bank_labels, index = archive.arguments()
-    if by == "labels":
-        return features, bank, labels, bank_labels, index
-    classes = LabelIndex.from_labels(bank_labels)
-    if by == "index" or classes.order is None:
-        return features, bank, labels, classes, index
-    place = torch.where(index >= 0, classes.position[index.clamp(min=0)], -1)
-    ordered = LabelIndex.from_labels(bank_labels[classes.order])
-    assert ordered.order is None
-    return features, bank[classes.order], labels, ordered, place
-
-
-def labels_of(archive: Archive, by: str) -> Tensor:
-    """(N,) labels of the bank that `arguments` returns."""
-    return archive.bank_labels.sort(stable=True).values if by == "sorted index" else archive.bank_labels
-
-
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several ragged tiles and query blocks also in a small archive."""
-    monkeypatch.setattr(streaming, "TILE_ELEMENTS", {"cpu": 7 * 64, "cuda": 7 * 64})
-    monkeypatch.setattr(streaming, "QUERIES_PER_TILE", 4)
-
-
 @pytest.mark.parametrize("sigma", [1.0, 0.1, 0.03, 0.01])
 def test_log_p_and_both_gradients_are_those_of_the_formulas(backend, by, sigma, device, monkeypatch):
     small_tiles(monkeypatch)
-    archive = Archive(device=device)
-    features, bank, labels, bank_labels, index = arguments(archive, by)
-    features, bank = features.requires_grad_(), bank.clone().requires_grad_()
-    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, sigma=sigma, backend=backend)
-    upstream = torch.linspace(-1, 2, len(log_p), dtype=torch.float64, device=device)
-    finite = log_p > -torch.inf
-    (log_p[finite] * upstream[finite]).sum().backward()
+    contract.check_scores_and_gradients(backend, by, sigma, device)
 
-    expected, p, p_same = formulas.leave_one_out(features, bank, labels, labels_of(archive, by), index, sigma)
-    to_features, to_bank = formulas.log_p_gradients(features, bank, p, p_same, upstream.tolist(), sigma)
-    assert any(math.isinf(x) for x in expected)
-    assert any(not math.isinf(x) for x in expected)
-    scale = 1e-13 / sigma
-    torch.testing.assert_close(log_p.cpu(), torch.tensor(expected, dtype=torch.float64), rtol=scale, atol=scale)
-    torch.testing.assert_close(
-        features.grad.cpu(), torch.tensor(to_features, dtype=torch.float64), rtol=10 * scale, atol=10 * scale
-    )
-    torch.testing.assert_close(
-        bank.grad.cpu(), torch.tensor(to_bank, dtype=torch.float64), rtol=10 * scale, atol=10 * scale
-    )
+
+def test_far_positives_at_a_low_temperature_have_a_finite_score(backend, by, device):
+    contract.check_far_positives(backend, by, device)
+
+
+def test_query_without_positives_has_minus_infinity_and_zero_gradient(backend, by, device):
+    contract.check_queries_without_positives(backend, by, device)
+
+
+def test_empty_batch(backend, by, device):
+    contract.check_empty_batch(backend, by, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sigma", [0.1, 0.05, 0.03, 0.02])
+@pytest.mark.parametrize("clustered", [False, True])
+def test_error_is_at_most_twice_that_of_plain_pytorch_in_the_same_dtype(backend, by, dtype, sigma, clustered, device):
+    contract.check_error(backend, by, dtype, sigma, clustered, device)
 
 
 @given(
@@ -99,54 +78,6 @@ def test_every_shape_agrees_with_the_reference(B, N, D, C, seed, sigma, unlabell
             torch.testing.assert_close(result, results["reference"], rtol=1e-9, atol=1e-10)
 
 
-def plain_pytorch(archive: Archive, sigma: float) -> tuple[Tensor, Tensor]:
-    """log p and its gradient as one writes them in PyTorch: products in the bank's dtype, float32 softmax."""
-    features = archive.features.clone().requires_grad_()
-    logits = (features.to(archive.bank.dtype) @ archive.bank.t()).float() / sigma
-    own = torch.arange(len(archive.bank), device=logits.device) == archive.index.unsqueeze(1)
-    log_share = torch.log_softmax(logits.masked_fill(own, -torch.inf), dim=1)
-    same = (archive.labels.unsqueeze(1) == archive.bank_labels) & ~own
-    log_p = torch.logsumexp(log_share.masked_fill(~same, -torch.inf), dim=1)
-    log_p.sum().backward()
-    return log_p.detach(), features.grad
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sigma", [0.1, 0.05, 0.03, 0.02])
-@pytest.mark.parametrize("clustered", [False, True])
-def test_error_is_at_most_twice_that_of_plain_pytorch_in_the_same_dtype(backend, by, dtype, sigma, clustered, device):
-    archive = Archive(B=64, N=2000, D=48, C=10, dtype=dtype, device=device, unlabelled=False)
-    archive.labels.clamp_(min=0)
-    if clustered:  # p near 1, where both sums nearly cancel
-        centres = archive.bank[:10].float()[archive.bank_labels]
-        archive.bank = nn.functional.normalize(centres + 0.05 * archive.bank.float(), dim=1).to(dtype)
-        noise = torch.randn(64, 48, generator=torch.Generator().manual_seed(3)).to(device)
-        rows = archive.bank.float()[archive.index.clamp(min=0)]
-        archive.features = nn.functional.normalize(rows + 0.02 * noise, dim=1)
-        archive.labels = archive.bank_labels[archive.index.clamp(min=0)]
-    assert_error_at_most_twice_that_of_plain_pytorch(archive, by, backend, sigma)
-
-
-def assert_error_at_most_twice_that_of_plain_pytorch(archive: Archive, by: str, backend: str, sigma: float) -> None:
-    exact = archive.features.double().requires_grad_()
-    truth = leave_one_out_log_scores(
-        exact, archive.bank.double(), *archive.arguments()[2:], sigma=sigma, backend="reference"
-    )
-    truth.sum().backward()
-    features, bank, labels, bank_labels, index = arguments(archive, by)
-    features = features.clone().requires_grad_()
-    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, sigma=sigma, backend=backend)
-    log_p.sum().backward()
-    plain_log_p, plain_gradient = plain_pytorch(archive, sigma)
-    assert log_p.dtype == torch.float32
-
-    # One rounding of s/σ; and of the two means of unit rows, over σ, whose difference is the gradient.
-    epsilon = torch.finfo(torch.float32).eps / sigma
-    assert (log_p - truth).abs().max() <= 2 * (plain_log_p - truth).abs().max() + epsilon
-    error = (features.grad - exact.grad).norm(dim=1).max()
-    assert error <= 2 * (plain_gradient - exact.grad).norm(dim=1).max() + 2 * epsilon
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_does_not_grow_with_the_number_of_tiles(dtype, monkeypatch):
     """Thousands of tiles, as an archive of millions has, are as exact as four."""
@@ -163,24 +94,6 @@ def test_error_does_not_grow_with_the_number_of_tiles(dtype, monkeypatch):
     assert errors[0] < 1.5 * errors[1] + 1e-6
 
 
-def test_far_positives_at_a_low_temperature_have_a_finite_score(backend, by, device):
-    """The truth is near −115; sums with a common offset underflow to −inf."""
-    bank = nn.functional.normalize(torch.tensor([[1.0, 0.02], [1.0, 0.0], [-0.15, 1.0]], device=device), dim=1)
-    archive = Archive(1, 3, 2, 2, device=device, dtype=torch.float32)
-    archive.features = bank[1:2].clone()
-    archive.bank, archive.bank_labels = bank, torch.tensor([0, 1, 1], device=device)
-    archive.labels, archive.index = torch.tensor([1], device=device), torch.tensor([1], device=device)
-    features, bank, labels, bank_labels, index = arguments(archive, by)
-    features.requires_grad_()
-    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, sigma=0.01, backend=backend)
-    log_p.sum().backward()
-    expected, p, p_same = formulas.leave_one_out(features, bank, labels, labels_of(archive, by), index, 0.01)
-    to_features, _ = formulas.log_p_gradients(features, bank, p, p_same, [1.0], 0.01)
-    assert -120 < expected[0] < -110
-    assert log_p.item() == pytest.approx(expected[0], rel=1e-6)
-    torch.testing.assert_close(features.grad.cpu(), torch.tensor(to_features), rtol=1e-5, atol=1e-4)
-
-
 def test_score_is_never_above_one(backend, by, device):
     """With one class p = 1; the difference of two rounded logarithms may come out above 0."""
     for sigma in (0.1, 0.01):
@@ -189,20 +102,6 @@ def test_score_is_never_above_one(backend, by, device):
         log_p = leave_one_out_log_scores(*arguments(archive, by), sigma=sigma, backend=backend)
         assert log_p.max() <= 0
         assert log_p.min() > -1e-5
-
-
-def test_query_without_positives_has_minus_infinity_and_zero_gradient(backend, by, device):
-    archive = Archive(B=3, N=6, device=device)
-    archive.bank_labels = torch.tensor([0, 1, 1, 2, -1, -1], device=device)
-    archive.index = torch.tensor([0, 4, -1], device=device)  # alone in its class; unlabelled; of a class not there
-    archive.labels = torch.tensor([0, -1, 3], device=device)
-    features, bank, labels, bank_labels, index = arguments(archive, by)
-    features, bank = features.requires_grad_(), bank.clone().requires_grad_()
-    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, backend=backend)
-    assert (log_p == -torch.inf).all()
-    torch.where(log_p.isinf(), log_p * 0.5, log_p).sum().backward()
-    assert torch.equal(features.grad, torch.zeros_like(features))
-    assert torch.equal(bank.grad, torch.zeros_like(bank))
 
 
 def test_bank_of_only_the_query_itself_is_defined(backend, device):
@@ -406,17 +305,6 @@ def test_upstream_gradients_of_any_stride(backend, device):
     assert torch.equal(gradients[0], gradients[2])
 
 
-def test_empty_batch(backend, by, device):
-    archive = Archive(B=0, device=device)
-    features, bank, labels, bank_labels, index = arguments(archive, by)
-    features, bank = features.requires_grad_(), bank.clone().requires_grad_()
-    log_p = leave_one_out_log_scores(features, bank, labels, bank_labels, index, backend=backend)
-    assert log_p.shape == (0,)
-    log_p.sum().backward()
-    assert features.grad.shape == (0, 5)
-    assert torch.equal(bank.grad, torch.zeros_like(bank))
-
-
 def test_fused_backends_keep_nothing_of_the_bank(fused, device):
     """forward, update, forward, update, backward: the gradient is that of the rows each forward saw."""
     archive = Archive(device=device)
@@ -459,57 +347,56 @@ def test_gradient_direction_is_not_made_without_need(monkeypatch):
     assert wanted
 
 
-def op_arguments(archive: Archive, by: str) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    features, bank, labels, bank_labels, index = arguments(archive, by)
-    classes = bank_labels.tensors() if isinstance(bank_labels, LabelIndex) else [bank_labels]
-    return features, bank, labels, index, classes
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("need_direction", [True, False])
 def test_opcheck_of_the_forward(fused, by, dtype, need_direction, device):
-    ops = BACKENDS[fused]
-    torch.library.opcheck(ops.log_scores, (*op_arguments(Archive(dtype=dtype, device=device), by), 0.1, need_direction))
+    op = getattr(torch.ops.ntdne_kernels, f"{fused}_log_scores").default
+    batch = batch_of(Archive(dtype=dtype, device=device), by)
+    torch.library.opcheck(op, (*batch.flat(), need_direction))
 
 
 def test_opcheck_of_the_bank_gradient(fused, by, device):
-    ops = BACKENDS[fused]
-    given = op_arguments(Archive(device=device), by)
-    log_p, _, log_sum_all = ops.log_scores(*given, 0.1, False)
-    torch.library.opcheck(ops.bank_gradient, (*given, 0.1, log_p, log_sum_all, torch.ones_like(log_p)))
+    op = getattr(torch.ops.ntdne_kernels, f"{fused}_bank_gradient").default
+    batch = batch_of(Archive(device=device), by)
+    log_p, _, log_sum_all = BACKENDS[fused].log_scores(batch, False)
+    torch.library.opcheck(op, (*batch.flat(), log_p, log_sum_all, torch.ones_like(log_p)))
 
 
 def loss_arguments(device: torch.device, dtype: torch.dtype, with_labels: bool = True) -> tuple:
-    """Arguments of `Backend.loss` up to sigma, of images of an archive and of others."""
+    """Arguments of the op `triton_loss` up to q, of images of an archive and of others."""
     archive = Archive(B=7, N=50, D=20, dtype=dtype, device=device)
     index = LabelIndex.from_labels(archive.bank_labels)
     scores = torch.linspace(-3, 0, 51, device=device, dtype=archive.features.dtype)
-    images = [archive.bank_labels, index.position, torch.where(scores > -0.5, torch.nan, scores)]
+    images = schema.Archive(archive.bank_labels, index.position, torch.where(scores > -0.5, torch.nan, scores))
     labels = archive.labels if with_labels else None
-    return 3 * archive.features, archive.bank, labels, archive.index, [index.classes, index.offsets], images, 0.1
+    layout = ClassOrder(index.classes, index.offsets)
+    return *Batch(3 * archive.features, archive.bank, labels, archive.index, layout, 0.1).flat(), *images
 
 
 @pytest.mark.skipif(gpu is None, reason="needs Triton")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("need_gradient", "reduction"), [(True, "mean"), (False, "none")])
-def test_opcheck_of_the_loss(dtype, need_gradient, reduction, device):
-    served("triton", device)
-    given = loss_arguments(device, dtype, with_labels=need_gradient)
-    torch.library.opcheck(gpu.loss_op, (*given, 0.7, 0.3, reduction, "stored", need_gradient))
-    torch.library.opcheck(gpu.loss_op, (*given, None, None, reduction, "current", need_gradient))
+def test_opcheck_of_the_loss(dtype, need_gradient, reduction, kernel_device):
+    given = loss_arguments(kernel_device, dtype, with_labels=need_gradient)
+    torch.library.opcheck(
+        torch.ops.ntdne_kernels.triton_loss.default, (*given, 0.7, 0.3, reduction, "stored", need_gradient)
+    )
+    torch.library.opcheck(
+        torch.ops.ntdne_kernels.triton_loss.default, (*given, None, None, reduction, "current", need_gradient)
+    )
 
 
 @pytest.mark.skipif(gpu is None, reason="needs Triton")
-def test_eager_and_compiled_outputs_of_the_loss_are_bitwise_equal(device):
-    served("triton", device)
-    given = (*loss_arguments(device, torch.float32), 0.7, 0.3, "mean", "auto", True)
-    compiled = torch.compile(lambda *inputs: gpu.loss_op(*inputs), fullgraph=True)
-    for eager, traced in zip(gpu.loss_op(*given), compiled(*given), strict=True):
+def test_eager_and_compiled_outputs_of_the_loss_are_bitwise_equal(kernel_device):
+    given = (*loss_arguments(kernel_device, torch.float32), 0.7, 0.3, "mean", "auto", True)
+    op = torch.ops.ntdne_kernels.triton_loss.default
+    compiled = torch.compile(lambda *inputs: op(*inputs), fullgraph=True)
+    for eager, traced in zip(op(*given), compiled(*given), strict=True):
         assert torch.equal(eager, traced)
 
 
 def test_eager_and_compiled_outputs_of_the_op_are_bitwise_equal(fused, by, device):
-    given = (*op_arguments(Archive(B=33, N=700, D=20, dtype=torch.float32, device=device), by), 0.1, True)
+    given = batch_of(Archive(B=33, N=700, D=20, dtype=torch.float32, device=device), by), True
     op = BACKENDS[fused].log_scores
     compiled = torch.compile(lambda *inputs: op(*inputs), fullgraph=True)
     for eager, traced in zip(op(*given), compiled(*given), strict=True):
@@ -571,21 +458,12 @@ def archive_of(device: torch.device, dtype: torch.dtype) -> tuple[MemoryBank, Te
 
 
 def loss_of_images(
-    memory: MemoryBank, features: Tensor, index: Tensor, loss: Loss, backend: str
+    memory: MemoryBank, features: Tensor, index: Tensor, spec: LossSpec, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, log p, and the gradient of features of any length, as on a GPU: nothing looks at values."""
     features = features.clone().requires_grad_()
-    value, log_p = archive_loss(
-        features,
-        memory.storage,
-        torch.where(index >= 0, -1, 1),
-        index,
-        memory.index.tensors(),
-        memory.archive,
-        loss,
-        sigma=0.2,
-        backend=backend,
-    )
+    batch = Batch(features, memory.storage, torch.where(index >= 0, -1, 1), index, memory.index.layout, 0.2)
+    value, log_p = loss_of_batch(batch, memory.archive, spec, backend)
     value.sum().backward()
     return value.detach(), log_p, features.grad
 
@@ -595,7 +473,7 @@ def loss_of_images(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_features_without_a_direction_are_left_out(backend, loss, reduction, dtype, device):
     memory, features, index = archive_of(device, dtype)
-    loss = Loss(*loss[:2], reduction, loss[2])
+    loss = LossSpec(*loss[:2], reduction, loss[2])
     memory.record_(torch.linspace(-3, -0.1, 50, device=device), torch.arange(50, device=device))
     before = memory.last_log_p.clone()
     spoilt = torch.tensor([1, 5, 8, 10, 12, 16], device=device)
@@ -629,14 +507,12 @@ def test_features_without_a_direction_are_left_out(backend, loss, reduction, dty
 
 @pytest.mark.parametrize("kind", WITHOUT_DIRECTION)
 @pytest.mark.parametrize("loss", [(0.7, 0.3), (None, None)])
-def test_a_batch_of_features_that_all_lack_a_direction_shows_in_the_loss_and_has_no_gradient(
-    backend, kind, loss, device
-):
+def test_loss_of_a_batch_without_any_direction_is_nan_without_gradient(backend, kind, loss, device):
     """An encoder that diverged must not train on in silence."""
     memory, features, index = archive_of(device, torch.float32)
     features[:, 1] = WITHOUT_DIRECTION[kind]
     features[:, [0, 2, 3, 4, 5]] = 0
-    value, log_p, gradient = loss_of_images(memory, features, index, Loss(*loss, "mean"), backend)
+    value, log_p, gradient = loss_of_images(memory, features, index, LossSpec(*loss, "mean"), backend)
     assert value.isnan()
     assert log_p.isnan().all()
     assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -648,9 +524,9 @@ def test_features_without_a_direction_are_counted(fused, device):
         pytest.skip("nothing is counted on a CPU")
     memory, features, index = archive_of(device, torch.float32)
     before = int(skipped_counter(device))
-    loss_of_images(memory, features, index, Loss(0.7, None, "mean"), fused)
+    loss_of_images(memory, features, index, LossSpec(0.7, None, "mean"), fused)
     assert int(skipped_counter(device)) == before
     features[3], features[17, 4] = 0, torch.nan
-    loss_of_images(memory, features, index, Loss(0.7, None, "mean"), fused)
+    loss_of_images(memory, features, index, LossSpec(0.7, None, "mean"), fused)
     assert int(skipped_counter(device)) == before + 2
     assert device.type == "cpu" or memory.skipped_rows() >= 2

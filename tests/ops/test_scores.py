@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ntdne_kernels.ops.backends import gpu
 from ntdne_kernels.ops.scores import record_scores_in_pytorch
-from tests.conftest import served
 
 op = torch.ops.ntdne_kernels.record_scores_.default
 
@@ -16,7 +15,7 @@ def record_(request: pytest.FixtureRequest, device: torch.device):
     if request.param == "kernel":
         if gpu is None:
             pytest.skip("needs Triton")
-        served("triton", device)
+        request.getfixturevalue("kernel_device")
         return gpu.record_scores_
     return {"PyTorch": record_scores_in_pytorch, "the op": op}[request.param]
 
@@ -83,11 +82,9 @@ def batch(device: torch.device, B: int = 150, N: int = 60) -> tuple[Tensor, Tens
     return tuple(x.to(device) for x in (torch.full((N + 1,), torch.nan), log_p, index, labels))
 
 
-def test_the_kernel_is_the_definition(device):
-    if gpu is None:
-        pytest.skip("needs Triton")
-    served("triton", device)
-    scores, *given = batch(device)
+@pytest.mark.skipif(gpu is None, reason="needs Triton")
+def test_the_kernel_is_the_definition(kernel_device):
+    scores, *given = batch(kernel_device)
     expected = scores.clone()
     gpu.record_scores_(scores, *given)
     record_scores_in_pytorch(expected, *given)

@@ -5,7 +5,6 @@ segments. Without a GPU all of it runs in Triton's interpreter.
 """
 
 import dataclasses
-import inspect
 import itertools
 import math
 from pathlib import Path
@@ -22,45 +21,19 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from benchmarks import providers
 from ntdne_kernels import LabelIndex, functional
 from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, ntdne_loss, snca_loss
-from ntdne_kernels.ops import gpu, leave_one_out, losses, reference
+from ntdne_kernels.ops import gpu, losses, reference, schema
 from ntdne_kernels.ops.bank_update import skipped_counter
 from ntdne_kernels.ops.gpu import configs, kernels
 from ntdne_kernels.ops.gpu.configs import Config, Device, choose, class_tile, columns, split_count
-from tests.conftest import Archive, served
-from tests.ops.test_leave_one_out import (
-    arguments,
-    assert_error_at_most_twice_that_of_plain_pytorch,
-    op_arguments,
-)
+from ntdne_kernels.ops.layout import ClassOrder, part_of
+from ntdne_kernels.ops.look_up import look_up
+from ntdne_kernels.ops.losses import LossSpec
+from tests.archives import Archive, arguments, batch_of
+from tests.ops.contract import check_error_of_archive
+from tests.ops.cutting import small_chunks, small_pieces
 
 H200 = Device(capability=90, multiprocessors=132, shared=232_448)
-needs_interpreter = pytest.mark.skipif(not gpu.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
-
-@pytest.fixture
-def kernel_device(device: torch.device) -> torch.device:
-    """Where this process can run the kernels."""
-    served("triton", device)
-    return device
-
-
-def small_pieces(patch: pytest.MonkeyPatch, splits: int, block_n: int = 16, fold_rows: int = 1 << 14) -> None:
-    """Several blocks of queries, splits, tiles and segments also in a small archive."""
-    patch.setattr(gpu, "choose", lambda *_: Config(16, block_n, 4, 2, 1 << 14))
-    patch.setattr(gpu, "split_count", lambda *_: splits)
-    patch.setattr(gpu, "FOLD_ROWS", fold_rows)
-    patch.setattr(gpu, "_plan", inspect.unwrap(gpu._plan))  # plans are kept beyond a test
-
-
-def small_chunks(patch: pytest.MonkeyPatch) -> None:
-    """Several rounds of each loop over the batch or the columns also in a small problem."""
-    original = gpu._Launch.__init__
-
-    def made(self, kernel, grid, **constants):
-        original(self, kernel, grid, **constants | ({"BLOCK": 16} if "BLOCK" in constants else {}))
-
-    patch.setattr(gpu._Launch, "__init__", made)
-    patch.setattr(gpu, "_plan", inspect.unwrap(gpu._plan))
+needs_interpreter = pytest.mark.skipif(not gpu.launches.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 
 def loss_and_gradients(archive: Archive, by: str, backend: str, **options: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,29 +113,31 @@ def class_ranges(archive: Archive, C: int, seed: int = 0) -> tuple[Tensor, Tenso
     programs=st.sampled_from([1, 8]),
 )
 @needs_interpreter
-def test_class_masses_over_ragged_blocks_tiles_and_classes_agree_with_the_reference(B, N, D, C, seed, sigma, programs):
+def test_class_log_sums_over_ragged_blocks_tiles_and_classes_agree_with_the_reference(
+    B, N, D, C, seed, sigma, programs
+):
     """Float64 sums, so that nothing but a wrong row or a wrong mask can differ."""
     given = class_ranges(Archive(B, N, D, seed=seed), C, seed)
     with pytest.MonkeyPatch.context() as patch:
         small_pieces(patch, splits=1)
         patch.setattr(gpu, "PROGRAMS_PER_MULTIPROCESSOR", 1)
-        patch.setattr(gpu, "describe", lambda _: Device(90, programs, 1 << 14))
-        found = gpu.class_masses(*given, sigma)
+        patch.setattr(gpu.launches, "describe", lambda _: Device(90, programs, 1 << 14))
+        found = gpu.class_log_sums(*given, sigma)
     assert found.shape == (B, C)
-    torch.testing.assert_close(found, reference.class_masses(*given, sigma), rtol=1e-12 / sigma, atol=1e-13 / sigma)
+    torch.testing.assert_close(found, reference.class_log_sums(*given, sigma), rtol=1e-12 / sigma, atol=1e-13 / sigma)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sigma", [0.03, 0.001])
 @pytest.mark.parametrize("clustered", [False, True])
-def test_error_of_class_masses_is_at_most_twice_that_of_plain_pytorch(dtype, sigma, clustered, kernel_device):
+def test_error_of_class_log_sums_is_at_most_twice_that_of_plain_pytorch(dtype, sigma, clustered, kernel_device):
     archive = Archive(B=64, N=1000, D=48, dtype=dtype, device=kernel_device)
     if clustered:  # cosines near 1
         archive.bank = torch.nn.functional.normalize(archive.bank[:1].float() + 0.05 * archive.bank.float()).to(dtype)
         archive.features = archive.bank[archive.index.clamp(min=0)]
     features, bank, index, offsets = class_ranges(archive, C=6)
-    found = gpu.class_masses(features, bank, index, offsets, sigma)
-    truth = reference.class_masses(features.double(), bank.double(), index, offsets, sigma)
+    found = gpu.class_log_sums(features, bank, index, offsets, sigma)
+    truth = reference.class_log_sums(features.double(), bank.double(), index, offsets, sigma)
     logits = (features @ bank.t()).float() / sigma
     logits[torch.arange(1000, device=logits.device) == index.unsqueeze(1)] = -torch.inf
     sizes = offsets.diff().tolist()
@@ -173,19 +148,19 @@ def test_error_of_class_masses_is_at_most_twice_that_of_plain_pytorch(dtype, sig
 
 
 @pytest.mark.parametrize("own", [4, 5, 20, 21, 44])
-def test_class_masses_leave_out_a_query_also_where_the_tile_before_had_passed_it(own, kernel_device, monkeypatch):
+def test_class_log_sums_leave_out_a_query_also_where_the_tile_before_had_passed_it(own, kernel_device, monkeypatch):
     """A class ends inside a tile of 16, whose last rows are the first of the next class."""
     small_pieces(monkeypatch, splits=1)
     monkeypatch.setattr(gpu, "PROGRAMS_PER_MULTIPROCESSOR", 1)
-    monkeypatch.setattr(gpu, "describe", lambda _: Device(90, 1, 1 << 14))
+    monkeypatch.setattr(gpu.launches, "describe", lambda _: Device(90, 1, 1 << 14))
     bank = torch.zeros((48, 4), dtype=torch.float64, device=kernel_device)
     index, offsets = torch.tensor([own], device=kernel_device), torch.tensor([0, 5, 45, 48], device=kernel_device)
-    counts = gpu.class_masses(bank[:1], bank, index, offsets, 0.1).exp()
+    counts = gpu.class_log_sums(bank[:1], bank, index, offsets, 0.1).exp()
     expected = [5 - (own < 5), 40 - (own >= 5), 3]
     torch.testing.assert_close(counts.cpu(), torch.tensor([expected], dtype=torch.float64))
 
 
-def test_class_masses_lose_no_terms_smaller_than_a_rounding_of_their_sum(kernel_device, monkeypatch):
+def test_class_log_sums_lose_no_terms_smaller_than_a_rounding_of_their_sum(kernel_device, monkeypatch):
     """20 tiles of 0.4 roundings each: added one after the other to a float32 all would be lost, 10^−6 together."""
     small_pieces(monkeypatch, splits=1)
     towards, far = torch.tensor([1.0, 0.0]), torch.tensor([-0.685, 0.0])
@@ -193,42 +168,42 @@ def test_class_masses_lose_no_terms_smaller_than_a_rounding_of_their_sum(kernel_
     index, offsets = torch.tensor([-1], device=kernel_device), torch.tensor([0, 336], device=kernel_device)
     lost = math.log1p(20 * math.exp(-1.685 / 0.1))
     assert lost > 9e-7
-    found = gpu.class_masses(bank[:1], bank, index, offsets, 0.1)
+    found = gpu.class_log_sums(bank[:1], bank, index, offsets, 0.1)
     assert abs(found.item() - (10 + math.log(16) + lost)) < 1e-7
 
 
-def test_class_masses_of_strided_tensors_are_those_of_their_copies(kernel_device, monkeypatch):
+def test_class_log_sums_of_strided_tensors_are_those_of_their_copies(kernel_device, monkeypatch):
     small_pieces(monkeypatch, splits=1)
     given = class_ranges(Archive(20, 100, 12, dtype=torch.bfloat16, device=kernel_device), C=7)
-    expected = gpu.class_masses(*given, 0.1)
+    expected = gpu.class_log_sums(*given, 0.1)
     rows_apart = [x.repeat_interleave(2, dim=0)[::2] for x in given]
     columns_apart = [x.repeat_interleave(2, dim=-1)[..., ::2] for x in given]
     for apart in (rows_apart, columns_apart):
-        assert torch.equal(gpu.class_masses(*apart, 0.1), expected)
+        assert torch.equal(gpu.class_log_sums(*apart, 0.1), expected)
 
 
 @pytest.mark.parametrize(("B", "N", "C"), [(0, 9, 2), (3, 0, 2), (3, 9, 0), (1, 1, 1)])
-def test_class_masses_of_no_query_no_row_and_no_class(B, N, C, kernel_device):
+def test_class_log_sums_of_no_query_no_row_and_no_class(B, N, C, kernel_device):
     features, bank = torch.ones(B, 4, device=kernel_device) / 2, torch.ones(N, 4, device=kernel_device) / 2
     index, offsets = torch.zeros(B, device=kernel_device).long(), torch.tensor([0, N, N][: C + 1]).to(kernel_device)
-    found = gpu.class_masses(features, bank, index, offsets, 0.1)
+    found = gpu.class_log_sums(features, bank, index, offsets, 0.1)
     assert found.shape == (B, C)
     assert (found == -torch.inf).all()  # the one row there is is the query itself
 
 
-def test_class_masses_are_one_launch_and_nothing_of_the_size_of_batch_times_bank(launches, kernel_device):
+def test_class_log_sums_are_one_launch_and_nothing_of_the_size_of_batch_times_bank(launches, kernel_device):
     given = class_ranges(Archive(64, 400, 1, dtype=torch.float32, device=kernel_device), C=5)
     with _Allocations() as seen:
-        gpu.class_masses(*given, 0.1)
-    assert [name for name, _ in launches] == ["class_masses"]
+        gpu.class_log_sums(*given, 0.1)
+    assert [name for name, _ in launches] == ["class_log_sums"]
     assert seen.largest < 64 * 400 / 4
 
 
 INSIDE = {
-    gpu.log_scores: gpu._log_scores,
-    gpu.class_sums: gpu._class_sums,
-    gpu.bank_gradient: gpu._bank_gradient,
-    gpu.loss_op: gpu._loss,
+    torch.ops.ntdne_kernels.triton_log_scores.default: gpu._log_scores,
+    torch.ops.ntdne_kernels.triton_class_sums.default: gpu._class_sums,
+    torch.ops.ntdne_kernels.triton_bank_gradient.default: gpu._bank_gradient,
+    torch.ops.ntdne_kernels.triton_loss.default: gpu._loss,
 }
 
 
@@ -243,7 +218,8 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in INSIDE:
             with self:
-                return INSIDE[func](*args, **(kwargs or {}))
+                flat, rest = args[: schema.BATCH_LENGTH], args[schema.BATCH_LENGTH :]
+                return INSIDE[func](schema.Batch.of(*flat), *rest, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         self.operators.append(str(func))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
@@ -271,15 +247,15 @@ class _Recorded:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict]]:
     """The kernels that are launched, in order, with what is compiled into them."""
     notes: list[tuple[str, dict]] = []
-    original = gpu._Launch.__call__
+    original = gpu.launches.Launch.__call__
 
     def noted(self, stream, *arguments):
         notes.append((self.kernel.fn.__name__, self.constants))
         with _disable_current_modes():
             original(self, stream, *arguments)
 
-    monkeypatch.setattr(gpu._Launch, "__call__", noted)
-    for name in ("gradient_to_bank", "class_masses"):
+    monkeypatch.setattr(gpu.launches.Launch, "__call__", noted)
+    for name in ("gradient_to_bank", "class_log_sums"):
         monkeypatch.setattr(kernels, name, _Recorded(name, notes))
     return notes
 
@@ -294,7 +270,8 @@ SORTING = ["aten.sort.stable", "aten.arange.default", "aten.scatter_.src"]
 def test_three_launches_and_a_product_from_features_to_their_gradient(
     by, reduction, launches, kernel_device, monkeypatch
 ):
-    monkeypatch.setattr(functional, "_can_look_inside", lambda _: False)  # as on a GPU
+    for module in ("functional", "arguments"):
+        monkeypatch.setattr(f"ntdne_kernels.{module}.can_look_inside", lambda _: False)  # as on a GPU
     skipped_counter(kernel_device)  # made once for the whole program
     features, *rest = arguments(Archive(9, 60, 8, dtype=torch.bfloat16, device=kernel_device), by)
     features.requires_grad_()
@@ -319,11 +296,12 @@ def test_without_gradients_half_the_work_is_left_out(launches, kernel_device):
 
 @pytest.mark.parametrize("need_means", [True, False])
 def test_three_launches_for_a_part_of_a_bank_and_none_for_a_part_without_rows(need_means, launches, kernel_device):
-    features, bank, labels, index, classes = op_arguments(Archive(device=kernel_device), "sorted index")
-    gpu.class_sums(features, bank[:0], labels, index, [classes[0], classes[1] * 0], 0.1, need_means)
-    gpu.class_sums(features[:0], bank, labels[:0], index[:0], classes, 0.1, need_means)
+    batch = batch_of(Archive(device=kernel_device), "sorted index")
+    gpu.class_sums(batch._replace(bank=batch.bank[:0], layout=part_of(batch.layout, 0, 0)), need_means)
+    no_queries = {"features": batch.features[:0], "labels": batch.labels[:0], "own": batch.own[:0]}
+    gpu.class_sums(batch._replace(**no_queries), need_means)
     assert launches == []
-    gpu.class_sums(features, bank, labels, index, classes, 0.1, need_means)
+    gpu.class_sums(batch, need_means)
     assert [name for name, _ in launches] == ["prepare", "stream", "merge_to_class_sums"]
     assert [given["WEIGHTED"] for _, given in launches[1:]] == [need_means] * 2
 
@@ -341,7 +319,7 @@ def test_nothing_of_the_size_of_batch_times_bank_is_allocated(by, kernel_device)
 
 def far_apart(rows: Tensor, file: Path) -> Tensor:
     """The bfloat16 rows in a sparse file, as far from each other as the kernels take them."""
-    (N, D), stride = rows.shape, gpu._LARGEST_STRIDE
+    (N, D), stride = rows.shape, gpu.launches.LARGEST_STRIDE
     with open(file, "wb") as opened:
         opened.truncate(2 * N * stride)
     memory = torch.from_file(str(file), shared=True, size=N * stride, dtype=torch.bfloat16)
@@ -355,7 +333,9 @@ def test_rows_behind_two_to_the_31_elements(by, splits, tmp_path, monkeypatch):
     """The last rows lie 5·10^9 elements behind the first: 64-bit offsets find them."""
     small_pieces(monkeypatch, splits=splits)
     N = 600
-    assert (1 << 31) // gpu._LARGEST_STRIDE < 300  # in the first of one or two splits, and before the second begins
+    assert (
+        1 << 31
+    ) // gpu.launches.LARGEST_STRIDE < 300  # in the first of one or two splits, and before the second begins
     archive = Archive(9, N, 16, 4, dtype=torch.bfloat16)
     features, rows, labels, bank_labels, index = arguments(archive, by)
     bank = far_apart(rows, tmp_path / "bank")
@@ -369,14 +349,14 @@ def test_rows_behind_two_to_the_31_elements(by, splits, tmp_path, monkeypatch):
 
 
 @needs_interpreter
-def test_class_masses_of_rows_behind_two_to_the_31_elements(tmp_path, monkeypatch):
+def test_class_log_sums_of_rows_behind_two_to_the_31_elements(tmp_path, monkeypatch):
     small_pieces(monkeypatch, splits=1, block_n=64)
     N = 300
-    assert (N - 40) * gpu._LARGEST_STRIDE > 1 << 31
+    assert (N - 40) * gpu.launches.LARGEST_STRIDE > 1 << 31
     features, rows, index, _ = class_ranges(Archive(9, N, 16, dtype=torch.bfloat16), C=1)
     offsets = torch.tensor([0, 10, 270, 300])
-    found = gpu.class_masses(features, far_apart(rows, tmp_path / "bank"), index, offsets, 0.1)
-    assert torch.equal(found, gpu.class_masses(features, rows, index, offsets, 0.1))
+    found = gpu.class_log_sums(features, far_apart(rows, tmp_path / "bank"), index, offsets, 0.1)
+    assert torch.equal(found, gpu.class_log_sums(features, rows, index, offsets, 0.1))
 
 
 def test_a_changing_batch_is_no_new_kernel():
@@ -388,10 +368,10 @@ def test_a_changing_batch_is_no_new_kernel():
         kernels.merge_to_class_sums,
         kernels.record,
         kernels.gradient_to_bank,
-        kernels.class_masses,
+        kernels.class_log_sums,
     ):
         names = {kernel.arg_names.index(name) for name in ("B", "N", "C", "splits") if name in kernel.arg_names}
-        skipped = kernel.do_not_specialize if gpu.INTERPRETED is False else kernel.kwargs["do_not_specialize"]
+        skipped = kernel.do_not_specialize if gpu.launches.INTERPRETED is False else kernel.kwargs["do_not_specialize"]
         assert {kernel.arg_names.index(n) if isinstance(n, str) else n for n in skipped} >= names
     assert len({choose(H200, "stream", "16-bit", 128, B) for B in range(65, 5000)}) == 1
     assert len({choose(H200, "stream", "16-bit", 128, B) for B in range(17, 65)}) == 1
@@ -473,7 +453,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch):
     """Pretend to have a GPU of some compute capability."""
 
     def of(major: int, minor: int) -> None:
-        monkeypatch.setattr(gpu, "INTERPRETED", False)
+        monkeypatch.setattr(gpu.launches, "INTERPRETED", False)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(functional, "_said", set())
         properties = SimpleNamespace(major=major, minor=minor)
@@ -507,9 +487,9 @@ def test_more_columns_than_the_kernels_have_take_streaming(pretend_gpu):
 
 def test_cpu_tensors_take_streaming_and_triton_only_in_the_interpreter(monkeypatch):
     assert chosen(None, "cpu") == "streaming"
-    monkeypatch.setattr(gpu, "INTERPRETED", True)
+    monkeypatch.setattr(gpu.launches, "INTERPRETED", True)
     assert chosen("triton", "cpu") == "triton"
-    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    monkeypatch.setattr(gpu.launches, "INTERPRETED", False)
     with pytest.raises(ValueError, match="backend: 'triton' needs an NVIDIA GPU .*, got cpu"):
         chosen("triton", "cpu")
 
@@ -519,24 +499,26 @@ def test_float32_products_follow_pytorchs_own_setting():
     try:
         for setting, expected in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert gpu._arithmetic(torch.float32) == expected
+            assert gpu.launches.arithmetic_of(torch.float32) == expected
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert gpu._arithmetic(torch.bfloat16) == gpu._arithmetic(torch.float16) == "16-bit"
+    assert gpu.launches.arithmetic_of(torch.bfloat16) == gpu.launches.arithmetic_of(torch.float16) == "16-bit"
 
 
 LOSSES = [(None, None), (0.7, None), (0.7, 0.3), (1e-6, None), (1.0, 0.05)]
 
 
-def images(B: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple:
-    """Arguments of `Backend.loss` up to the archive: images with scores of every size, some of them known before.
+def images(
+    B: int, device: torch.device, dtype: torch.dtype = torch.float32, sigma: float = 0.1
+) -> tuple[schema.Batch, schema.Archive]:
+    """A batch and its archive: images with scores of every size, some of them known before.
 
     The 43 images stand on a circle, class by class, one class of a single image; queries stand anywhere, have any
     length and any class, in the archive or not.
     """
     made = torch.Generator().manual_seed(1)
     labels = torch.cat([torch.arange(42) % 3, torch.tensor([3])])[torch.randperm(43, generator=made)]
-    classes, offsets, order, position = LabelIndex.from_labels(labels).tensors()
+    classes, offsets, order, position = LabelIndex.from_labels(labels).layout
     angle = 2 * labels[order] + 0.2 * torch.randn(43, generator=made)
     bank = torch.stack([angle.cos(), angle.sin()], dim=1).to(dtype)
     index = torch.randint(0, 43, (B,), generator=made)
@@ -550,7 +532,8 @@ def images(B: int, device: torch.device, dtype: torch.dtype = torch.float32) -> 
     scores[::5], scores[1::5] = torch.nan, -torch.inf
     tensors = features, bank, given, index, classes, offsets, labels, position, scores
     features, bank, given, index, classes, offsets, *archive = (x.to(device) for x in tensors)
-    return features, bank, given, index, [classes, offsets], archive
+    batch = schema.Batch(features, bank, given, index, ClassOrder(classes, offsets), sigma)
+    return batch, schema.Archive(*archive)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -563,11 +546,12 @@ def test_the_fused_op_is_the_loss_and_its_derivative(reduction, q, k, indicator,
         pytest.skip("nothing is pruned")
     if B == 40:
         small_chunks(monkeypatch)
-    features, bank, *rest = images(B, kernel_device)
-    value, log_p, slope, _, _ = gpu.loss_op(features, bank, *rest, 0.07, q, k, reduction, indicator, False)
-    queries = leave_one_out.look_up(features, *rest, torch.float32, indicator)
+    batch, archive = images(B, kernel_device, sigma=0.07)
+    spec = LossSpec(q, k, reduction, indicator)
+    value, log_p, slope, _, _ = gpu.fused_loss(batch, archive, spec, False)
+    queries = look_up(batch, archive, indicator)
     exact = log_p.double().requires_grad_()
-    expected = losses.value(exact, queries.indicator, losses.Loss(q, k, reduction), queries.counted)
+    expected = losses.value(exact, queries.indicator, spec, queries.counted)
     (expected_slope,) = torch.autograd.grad(expected.sum(), exact)
     torch.testing.assert_close(value.double(), expected.detach(), rtol=2e-7, atol=0)
     torch.testing.assert_close(slope.double(), expected_slope, rtol=3e-7, atol=0)
@@ -585,13 +569,14 @@ def test_the_fused_op_is_one_step_after_the_other(q, k, indicator, reduction, wi
     """All that it returns, the gradient of features of any length too, is what the definition makes in float64."""
     small_chunks(monkeypatch)
     small_pieces(monkeypatch, splits=2)
-    features, bank, labels, *rest = images(40, kernel_device, torch.float64)
-    features[5], features[6, 0], features[7, 1] = 0, torch.nan, torch.inf
-    loss = losses.Loss(q, k, reduction, indicator)
-    given = (features, bank, labels if with_labels else None, *rest, 0.1, loss, True)
+    batch, archive = images(40, kernel_device, torch.float64)
+    batch.features[5], batch.features[6, 0], batch.features[7, 1] = 0, torch.nan, torch.inf
+    if not with_labels:
+        batch = batch._replace(labels=None)
+    given = batch, archive, LossSpec(q, k, reduction, indicator), True
     plain = dataclasses.replace(BACKENDS["streaming"], fused_loss=None)
     names = ("loss", "log p", "slope", "gradient", "log of all")
-    for name, found, expected in zip(names, gpu.TRITON.loss(*given), plain.loss(*given), strict=True):
+    for name, found, expected in zip(names, gpu.fused_loss(*given), plain.loss_and_gradient(*given), strict=True):
         torch.testing.assert_close(
             found, expected, rtol=1e-10, atol=1e-12, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
         )
@@ -600,9 +585,9 @@ def test_the_fused_op_is_one_step_after_the_other(q, k, indicator, reduction, wi
 @pytest.mark.parametrize(("q", "reduction"), [(0.7, "mean"), (None, "sum")])
 def test_losses_of_more_queries_than_are_added_at_a_time(q, reduction, kernel_device):
     """300 need two rounds of the last program."""
-    given = images(300, kernel_device)
-    value, log_p, *_ = gpu.loss_op(*given, 0.1, q, None, reduction, "current", False)
-    expected = losses.value(log_p.double(), None, losses.Loss(q, None, reduction))
+    spec = LossSpec(q, None, reduction)
+    value, log_p, *_ = gpu.fused_loss(*images(300, kernel_device), spec, False)
+    expected = losses.value(log_p.double(), None, spec)
     torch.testing.assert_close(value.double(), expected, rtol=2e-7, atol=0)
 
 
@@ -681,13 +666,13 @@ def test_a_bank_of_more_than_two_to_the_31_elements():
 @pytest.mark.parametrize("by", ["labels", "index", "sorted index"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "tf32"])
 @pytest.mark.parametrize(("B", "C"), [(300, 45), (300, 2), (48, 45), (5, 45)])
-def test_what_is_launched_for_a_large_bank_errs_at_most_twice_as_much_as_plain_pytorch(B, C, dtype, by):
+def test_error_over_a_large_bank_is_at_most_twice_that_of_plain_pytorch(B, C, dtype, by):
     """Each block of the table of tile shapes, in many splits whose last tile is ragged."""
     with providers.arithmetic(dtype):
         archive = Archive(B, 300_001, 128, C, dtype=providers.DTYPES[dtype], device="cuda", unlabelled=False)
         archive.index.clamp_(min=0)
         archive.labels = archive.bank_labels[archive.index]
-        assert_error_at_most_twice_that_of_plain_pytorch(archive, by, "triton", sigma=0.1)
+        check_error_of_archive(archive, by, "triton", sigma=0.1)
 
 
 @pytest.mark.gpu
@@ -718,7 +703,7 @@ def test_a_captured_graph_replays_with_other_features(by):
 
 @pytest.mark.usefixtures("capturing")
 def test_a_kernel_is_not_compiled_in_a_cuda_graph():
-    launch = gpu._Launch(kernels.record, (1,), BLOCK=64)
+    launch = gpu.launches.Launch(kernels.record, (1,), BLOCK=64)
     with pytest.raises(RuntimeError, match="CUDA graph: the kernel record has not run for such arguments yet; run the"):
         launch(0)
     assert launch.compiled is None

@@ -17,7 +17,7 @@ import torch
 SMALLEST_CAPABILITY = 80  # Triton has no tensor-core code for older cards
 _SAFE = "86"  # the smallest shared memory of all: what fits there fits everywhere
 TABLE = json.loads(Path(__file__).with_name("configs.json").read_text())
-# Whatever PyTorch's setting for float32 products is: a compiler that traces the choice of a backend cannot read it.
+# The float32 precision setting cannot be read while tracing, so the limit is the one that holds for both modes.
 _ARITHMETIC = {
     torch.float64: ("fp64",),
     torch.float32: ("ieee", "tf32"),

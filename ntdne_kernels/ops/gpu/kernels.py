@@ -679,9 +679,9 @@ def gradient_to_bank(
 
 
 @triton.jit(do_not_specialize=["B", "C", "splits"])
-def class_masses(
+def class_log_sums(
     features, bank, index, offsets,
-    log_masses,  # out (C, B)
+    log_sums,  # out (C, B)
     B, C, features_stride, bank_stride, scale: tl.float64, splits,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
     TRACKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -694,7 +694,7 @@ def class_masses(
     live = i < B - first
     features += first * features_stride
     index += first
-    log_masses += first
+    log_sums += first
     q1 = _operand(_load_rows(features, i * features_stride, live, 0, D1, D), D, PRECISION)
     q2 = q1
     if D2 > 0:
@@ -743,4 +743,4 @@ def class_masses(
             total = rounded
         offset = maximum if TRACKED else zeros + 1.0
         log_mass = tl.log(total.to(tl.float64)) + offset.to(tl.float64) * (scale * LN_2)
-        tl.store(log_masses + c * B + i, log_mass, mask=live)
+        tl.store(log_sums + c * B + i, log_mass, mask=live)

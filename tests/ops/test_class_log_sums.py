@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ntdne_kernels.ops import reference
-from ntdne_kernels.ops.backends import class_masses_of
-from tests.ops.test_leave_one_out import small_tiles
+from ntdne_kernels.ops.backends import BACKENDS
+from tests.ops.cutting import small_tiles
 
 SIZES = [0, 1, 9, 0, 23, 1, 1, 30, 0]
 
@@ -30,7 +30,7 @@ def problem(device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[T
 def loops(features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor, sigma: float) -> Tensor:
     """(B, K), as the sums are written."""
     f, g, bounds = features.double().tolist(), bank.double().tolist(), offsets.tolist()
-    log_masses = []
+    log_sums = []
     for query, own in zip(f, index.tolist(), strict=True):
         logits = [math.fsum(a * b for a, b in zip(query, row, strict=True)) / sigma for row in g]
         of_classes = []
@@ -38,18 +38,18 @@ def loops(features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor, sigma:
             rows = [logits[j] for j in range(begin, end) if j != own]
             highest = max(rows, default=0.0)
             of_classes.append(highest + math.log(math.fsum(math.exp(x - highest) for x in rows)) if rows else -math.inf)
-        log_masses.append(of_classes)
-    return torch.tensor(log_masses, dtype=torch.float64)
+        log_sums.append(of_classes)
+    return torch.tensor(log_sums, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 0.1, 0.03, 0.02, 0.001])
 def test_sums_are_those_of_the_formula(backend, device, sigma, monkeypatch):
     small_tiles(monkeypatch)
     arguments = problem(device)
-    log_masses = class_masses_of(backend)(*arguments, sigma)
-    assert log_masses.dtype == torch.float64
+    log_sums = BACKENDS[backend].class_log_sums(*arguments, sigma)
+    assert log_sums.dtype == torch.float64
     scale = 1e-13 / sigma
-    torch.testing.assert_close(log_masses.cpu(), loops(*arguments, sigma), rtol=scale, atol=scale)
+    torch.testing.assert_close(log_sums.cpu(), loops(*arguments, sigma), rtol=scale, atol=scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -59,34 +59,34 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(fused, device, dtype, sigm
     expected = loops(*arguments, sigma)
     found = expected > -torch.inf
 
-    def error(log_masses: Tensor) -> float:
-        return float((log_masses.cpu() - expected)[found].abs().max())
+    def error(log_sums: Tensor) -> float:
+        return float((log_sums.cpu() - expected)[found].abs().max())
 
-    plain = error(reference.class_masses(*arguments, sigma))
+    plain = error(reference.class_log_sums(*arguments, sigma))
     # A float32 exponential is off by some 1e-7 in each.
-    assert error(class_masses_of(fused)(*arguments, sigma)) <= 2 * plain + 1e-6
+    assert error(BACKENDS[fused].class_log_sums(*arguments, sigma)) <= 2 * plain + 1e-6
 
 
 def test_many_equal_terms_keep_their_digits(device):
     N = 8192
     bank = nn.functional.normalize(torch.tensor([[0.3, 0.7]], device=device), dim=1).repeat(N, 1)
     index, offsets = torch.tensor([-1], device=device), torch.tensor([0, N], device=device)
-    log_mass = class_masses_of("streaming")(bank[:1] * 0.97, bank, index, offsets, 0.1)
+    log_sum = BACKENDS["streaming"].class_log_sums(bank[:1] * 0.97, bank, index, offsets, 0.1)
     expected = float(bank[0].double() @ (bank[0] * 0.97).double()) / 0.1 + math.log(N)
-    assert float(log_mass) == pytest.approx(expected, rel=0, abs=3e-5)
+    assert float(log_sum) == pytest.approx(expected, rel=0, abs=3e-5)
 
 
 def test_far_class_is_not_lost_at_a_low_temperature(backend, device):
     bank = torch.tensor([[1.0, 0], [-1.0, 0]], dtype=torch.float32, device=device)
-    log_masses = class_masses_of(backend)(
+    log_sums = BACKENDS[backend].class_log_sums(
         bank[:1], bank, torch.tensor([-1], device=device), torch.tensor([0, 1, 2], device=device), 0.001
     )
-    torch.testing.assert_close(log_masses.cpu(), torch.tensor([[1000.0, -1000.0]], dtype=torch.float64))
+    torch.testing.assert_close(log_sums.cpu(), torch.tensor([[1000.0, -1000.0]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("B", [0, 1])
 def test_few_queries_and_one_class(backend, device, B):
     features, bank, index, offsets = problem(device)
-    log_masses = class_masses_of(backend)(features[:B], bank, index[:B], offsets[[0, -1]], 0.1)
-    assert log_masses.shape == (B, 1)
-    torch.testing.assert_close(log_masses.cpu(), loops(features[:B], bank, index[:B], offsets[[0, -1]], 0.1).view(B, 1))
+    log_sums = BACKENDS[backend].class_log_sums(features[:B], bank, index[:B], offsets[[0, -1]], 0.1)
+    assert log_sums.shape == (B, 1)
+    torch.testing.assert_close(log_sums.cpu(), loops(features[:B], bank, index[:B], offsets[[0, -1]], 0.1).view(B, 1))

@@ -1,0 +1,23 @@
+"""Fixtures of the tests of ops."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _uninitialized_memory_is_poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Memory from `torch.empty` holds NaN, or an integer's largest value: what an op leaves unwritten shows.
+
+    Not in tests that need a GPU: some count launches, and filling is one.
+    """
+    if "gpu" in request.keywords:
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch fills in this mode alone
+    try:
+        assert torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
