@@ -69,7 +69,7 @@ def _range_log_sums(
     Range r has the rows bounds[r] to bounds[r + 1]. A chunk of the bank may end inside of a range, whose sum is then
     carried into the next one.
     """
-    sum_classes = BACKENDS[choose_backend(backend, bank.storage, bank.device)].class_log_sums
+    log_sums_of = BACKENDS[choose_backend(backend, bank.storage, bank.device)].class_log_sums
     queries, begins = bank.take(rows), bounds.tolist()
     carried: Tensor | None = None
     for start, chunk in chunks_of(bank.storage, bank.device, _chunk_rows(bank)):
@@ -78,7 +78,7 @@ def _range_log_sums(
             offsets = bounds[first : last + 1].clamp(start, stop)
             begin, end = max(begins[first], start), min(begins[last], stop)
             index = torch.where((rows >= begin) & (rows < end), rows - begin, NOT_IN_BANK)
-            log_sums = sum_classes(queries, chunk[begin - start : end - start], index, offsets - begin, sigma)
+            log_sums = log_sums_of(queries, chunk[begin - start : end - start], index, offsets - begin, sigma)
             log_sums = log_sums.to(torch.float64).clone(memory_format=torch.contiguous_format)
             if carried is not None:
                 log_sums[:, 0] = torch.logaddexp(log_sums[:, 0], carried)
