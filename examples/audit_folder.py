@@ -4,7 +4,8 @@
 
 ranks your own images, which lie in a folder for each class (photos/oak/1.jpg, photos/ash/7.jpg), prints the most
 suspicious with the class that they should probably be in, and writes all of them to suspects.csv. The images are only
-read. `make_encoder` is the place for a network of your own; any that gives a row of numbers for an image will do.
+read. The encoder's weights are downloaded once; `--weights` takes a file instead. For a network of your own change
+`make_encoder` and D: any network will do that gives D numbers for an image.
 
 Shapes: N images, D features.
 """
