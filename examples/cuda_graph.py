@@ -95,7 +95,7 @@ class GraphedStep:
         """What a graph has fixed: numbers, and where the bank lies."""
         c, memory = self.criterion, self.criterion.memory
         numbers = (c.sigma, c.q, c.k, c.momentum, c.indicator, c.reduction, c.pruning)
-        tensors = (memory.storage, *memory.archive, *memory.index.tensors())  # some are new after relabel
+        tensors = (memory.storage, *memory.archive, *memory.label_index.tensors())  # some are new after relabel
         return (images.shape, images.dtype, *numbers, *((x.data_ptr(), x.shape) for x in tensors))
 
     def run_aside(self, images: Tensor, index: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -31,12 +31,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from ntdne_kernels.bank import MemoryBank
-from ntdne_kernels.distributed import Ranks
+from ntdne_kernels.distributed import OneProcess, Processes, processes_of
 
 PART = 64 * 2**20  # bytes of a tensor that are written and read at a time
 PROBLEMS_SHOWN = 5
-
-T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
@@ -71,9 +69,9 @@ def save_checkpoint(
         TypeError, ValueError: an argument is not as described.
         CheckpointError: a rank failed. The older checkpoints are whole, and nothing is left of this one.
     """
-    ranks = None if no_dist else _ranks(process_group)
-    items = _items(ranks, state, step=(step, 0), keep=(keep, 1))
-    rank = 0 if ranks is None else ranks.rank
+    processes = _processes(process_group, no_dist)
+    items = _items(processes, state, step=(step, 0), keep=(keep, 1))
+    rank = processes.rank
     folder = Path(folder)
     checkpoint = folder / f"step-{step:08d}"
     partial = checkpoint.with_suffix(".partial")
@@ -81,22 +79,22 @@ def save_checkpoint(
     planner = _InParts(flatten_state_dict=False, flatten_sharded_tensors=False)
     failed = f"cannot save {checkpoint}"
     try:
-        with _together(ranks, failed):
+        with _together(processes, failed):
             if rank == 0:
                 _make_room(folder, step)
-        with _together(ranks, failed):
+        with _together(processes, failed):
             entries = _entries({name: item.state_dict() for name, item in items.items()}, items)
             own = {key: value for key, value in entries.items() if rank == 0 or isinstance(value, DTensor)}
             planner.set_up_planner(own, is_coordinator=rank == 0)
             writer.set_up_storage_writer(rank == 0)
             plan = writer.prepare_local_plan(planner.create_local_plan())
-        plans = _gather(ranks, plan)
-        with _together(ranks, failed):
+        plans = processes.gather_objects(plan)
+        with _together(processes, failed):
             plans, metadata = planner.create_global_plan(plans)
             plans = writer.prepare_global_plan(plans)
             written = writer.write_data(planner.finish_plan(plans[rank]), planner).wait()
-        all_written = _gather(ranks, written)
-        with _together(ranks, failed):
+        all_written = processes.gather_objects(written)
+        with _together(processes, failed):
             if rank == 0:
                 writer.finish(metadata, all_written)
                 _check_files(partial, FileSystemReader(partial).read_metadata())
@@ -107,7 +105,7 @@ def save_checkpoint(
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    with _together(ranks, f"saved {checkpoint}, but cannot remove an older one"):
+    with _together(processes, f"saved {checkpoint}, but cannot remove an older one"):
         if rank == 0:
             _remove_all_but(keep, folder)
 
@@ -139,12 +137,12 @@ def load_checkpoint(
         CheckpointError: the checkpoint is damaged or does not fit; the error says that nothing was changed, unless a
             disk failed while it was read.
     """
-    ranks = None if no_dist else _ranks(process_group)
-    items = _items(ranks, state)
+    processes = _processes(process_group, no_dist)
+    items = _items(processes, state)
     folder = Path(folder)
-    with _together(ranks, f"cannot look for checkpoints in {folder}"):
+    with _together(processes, f"cannot look for checkpoints in {folder}"):
         saved = _saved(folder)
-    saved = _gather(ranks, saved)[0]
+    saved = processes.gather_objects(saved)[0]
     if not saved:
         return None
     step = max(saved)
@@ -153,7 +151,7 @@ def load_checkpoint(
     others = {name: item for name, item in items.items() if name not in modules}
 
     refused = f"cannot load {saved[step]}; nothing was changed"
-    with _together(ranks, refused):
+    with _together(processes, refused):
         metadata = reader.read_metadata()
         _check_files(saved[step], metadata)
         before = {name: item.state_dict() for name, item in items.items()}
@@ -164,7 +162,7 @@ def load_checkpoint(
     # DCP loads in place, and a bank's tensors are the bank: what decides on loading is read into copies. Labels first,
     # because one that differs gives ranks another order whose own labels are the same.
     for key in ("labels", "order"):
-        with _together(ranks, refused):
+        with _together(processes, refused):
             banks = _banks(modules)
             copies = {prefix + key: torch.empty_like(entries[prefix + key]) for prefix in banks}
             _read(reader, metadata, copies)
@@ -173,7 +171,7 @@ def load_checkpoint(
                 if problem is not None:
                     raise ValueError(f"{prefix.rstrip('.')}: {problem}")
     try:
-        with _together(ranks, refused):
+        with _together(processes, refused):
             for name, item in others.items():
                 item.load_state_dict(aside[name])
     except CheckpointError:
@@ -182,12 +180,12 @@ def load_checkpoint(
         raise
 
     broken = f"failed in the middle of loading {saved[step]}; what was loaded into is unusable"
-    with _together(ranks, broken):
+    with _together(processes, broken):
         loaded = {key: value for key, value in entries.items() if key not in others}
         _read(reader, metadata, loaded)
         for name in modules:
             before[name].update({key: loaded[f"{name}.{key}"] for key in before[name]})
-    with _together(ranks, broken):
+    with _together(processes, broken):
         for name, module in modules.items():
             module.load_state_dict(before[name])
     return step
@@ -204,9 +202,9 @@ def remove_checkpoints(
     Raises:
         CheckpointError: one of them cannot be removed.
     """
-    ranks = None if no_dist else _ranks(process_group)
-    with _together(ranks, f"cannot remove the checkpoints in {folder}"):
-        if ranks is None or ranks.rank == 0:
+    processes = _processes(process_group, no_dist)
+    with _together(processes, f"cannot remove the checkpoints in {folder}"):
+        if processes.rank == 0:
             _remove_all_but(0, Path(folder))
 
 
@@ -248,24 +246,18 @@ class _InParts(DefaultSavePlanner):
 
 
 @contextmanager
-def _together(ranks: Ranks | None, failed: str) -> Iterator[None]:
+def _together(processes: Processes, failed: str) -> Iterator[None]:
     """Goes on after the block on all ranks, or raises CheckpointError on all of them where one failed in it."""
     error: Exception | None = None
     try:
         yield
     except Exception as raised:
         error = raised
-    problems = _gather(ranks, error and _reason(error))
+    problems = processes.gather_objects(error and _reason(error))
     failing = [rank for rank, problem in enumerate(problems) if problem is not None]
     if failing:
-        who = "" if ranks is None else f"rank {failing[0]}: "
         others = "" if len(failing) == 1 else f" (and {len(failing) - 1} more ranks failed)"
-        raise CheckpointError(f"{failed}: {who}{problems[failing[0]]}{others}") from error
-
-
-def _gather(ranks: Ranks | None, value: T) -> list[T]:
-    """The value of each rank."""
-    return [value] if ranks is None else ranks.tell(value)
+        raise CheckpointError(f"{failed}: {processes.name_of(failing[0])}{problems[failing[0]]}{others}") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -275,13 +267,16 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _ranks(process_group: ProcessGroup | DeviceMesh | None) -> Ranks | None:
+def _processes(process_group: ProcessGroup | DeviceMesh | None, no_dist: bool) -> Processes:
+    """Those that save or load together: this one alone, those of the group, or all there are."""
+    if no_dist:
+        return OneProcess()
     if process_group is None and distributed.is_available() and distributed.is_initialized():
         process_group = distributed.group.WORLD
-    return None if process_group is None else Ranks(process_group)
+    return processes_of(process_group)
 
 
-def _items(ranks: Ranks | None, state: Mapping[str, Any], **numbers: tuple[int, int]) -> dict[str, Any]:
+def _items(processes: Processes, state: Mapping[str, Any], **numbers: tuple[int, int]) -> dict[str, Any]:
     """What the state names, without wrappers, where all ranks were given the same; numbers are at least the second."""
     items: dict[str, Any] = {}
 
@@ -292,10 +287,7 @@ def _items(ranks: Ranks | None, state: Mapping[str, Any], **numbers: tuple[int, 
         items.update(_unwrapped(state))
         return {"state": list(items)} | {name: number for name, (number, _) in numbers.items()}
 
-    if ranks is None:
-        check()
-    else:
-        ranks.same_everywhere(check)
+    processes.same_everywhere(check)
     return items
 
 

@@ -13,6 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntdne_kernels import MemoryBank, NTDNELoss
+from ntdne_kernels.bank import memory_bank
+from ntdne_kernels.bank.state import entries_of
 from ntdne_kernels.ops import bank_update
 from tests import formulas, ranks
 
@@ -308,7 +310,7 @@ def test_a_relabel_that_stops_leaves_the_rows_as_they_were(tmp_path, monkeypatch
 
 def test_a_start_that_stopped_is_made_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryBank, "_start_at_random", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(memory_bank, "fill_at_random", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             on("disk", tmp_path)
     assert torch.equal(on("disk", tmp_path).rows(torch.arange(10)), bank_of().rows(torch.arange(10)))
@@ -565,7 +567,7 @@ def test_an_average_over_state_dicts_is_refused_at_the_next_use_and_can_be_undon
     model.train_on(0)
     memory = copied.criterion.memory
     averaged_state(memory, model.criterion.memory, integers=integers)
-    averaged = {name: tensor.detach().clone() for name, tensor in memory._state().items()}
+    averaged = {name: tensor.detach().clone() for name, tensor in entries_of(memory._shard).items()}
     changed = "the labels of \\d+ of 4000 images were changed" if integers else "the row of image \\d+ has length 0\\."
     for use in (
         loss_of,

@@ -15,7 +15,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ntdne_kernels import MemoryBank, NTDNELoss, SNCALoss, bank
+from ntdne_kernels import MemoryBank, NTDNELoss, SNCALoss
+from ntdne_kernels.bank import memory_bank
 from ntdne_kernels.ops import sharded
 from tests import ranks
 
@@ -390,7 +391,7 @@ def relabelled_but_for_one(folder: str) -> tuple[str, Tensor]:
         def fails(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        bank.take_place = fails
+        memory_bank.take_place = fails
     with pytest.raises((OSError, ValueError), match="No space left on device") as error:
         criterion.memory.relabel(torch.arange(41) % 2)
     return str(error.value), torch.equal(criterion.memory.labels, before)

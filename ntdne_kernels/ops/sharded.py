@@ -1,14 +1,14 @@
 """log p of a batch against a bank of which each rank holds a shard: features and sums travel, the bank never does.
 
-    who has how many queries                        counts       all-gather
-    their images, and what is known of these        look-up      all-gather, all-reduce   2·B and 3·B int64
+    who has how many queries                        counts       all-gather               5 int64
+    their images, and what is known of these        look-up      all-gather, all-reduce   2·B int64, 2·B float64
     every rank has b_r queries, B in all            features     all-gather               B·D of the bank's dtype
     every rank sums all B over its rows             `ClassSums`
     the sums of a query over the whole bank         logarithms   all-reduce (2)           2·B float64
     ∂log p_i/∂f_i adds up from the ranks            to i's rank  all-to-all               B·D in the wide dtype
 
-The first two are `distributed.Ranks` and `MemoryBank.look_up`. Contributions are added in the order of the ranks: the
-same batch gives the same bits again.
+The first two are `distributed.Ranks.exchange` and `bank.batch.find`. Contributions are added in the order of the ranks:
+the same batch gives the same bits again.
 
 Each op takes its process group by name, as PyTorch's own collectives under torch.compile do, which sees one opaque op
 with everything in it. `sizes` is b_r of each rank.
@@ -27,6 +27,8 @@ from torch.distributed.distributed_c10d import ProcessGroup
 from ntdne_kernels.arguments import accumulator_dtype
 from ntdne_kernels.ops.chunked import class_sums
 from ntdne_kernels.ops.class_sums import ClassSums, contribution, log_p_of
+from ntdne_kernels.ops.leave_one_out import not_again, rows_times
+from ntdne_kernels.ops.losses import Loss, loss_and_slope
 
 # Its name since torch 2.14, which warns of the old one.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -51,7 +53,7 @@ def max_over_ranks(x: Tensor, group: str) -> Tensor:
 
 
 @torch.library.custom_op("ntdne_kernels::sharded_log_scores", mutates_args=())
-def log_scores(
+def log_scores(  # noqa: PLR0913, RUF100 - the op's schema
     features: Tensor,
     shard: Tensor,
     labels: Tensor,
@@ -93,6 +95,62 @@ def log_scores(
         incoming.flatten(0, 1), outgoing, [len(features)] * len(sizes), list(sizes), group=ranks
     )
     return log_p, incoming.sum(dim=0, dtype=torch.float64).to(wide)
+
+
+class ShardedLoss(torch.autograd.Function):
+    """As `leave_one_out.LeaveOneOutLoss`, of the batch of all ranks: its loss, and its log p (B,).
+
+    Under "mean" and "sum" the loss is that of the whole batch on every rank, and each rank's gradient is W times that
+    of its own features, so that their average over the ranks, which DistributedDataParallel takes, is the gradient of
+    the loss. Under "none" it is the loss (b,) of the rank's own queries, with its own gradient.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913, RUF100 - an autograd.Function takes its inputs one by one
+        ctx: Any,
+        features: Tensor,
+        shard: Tensor,
+        labels: Tensor,
+        index: Tensor,
+        classes: list[Tensor],
+        sigma: float,
+        loss: Loss,
+        indicator: Tensor | None,
+        backend: str,
+        need_direction: bool,
+        sizes: list[int],
+        rank: int,
+        group: str,
+    ) -> tuple[Tensor, Tensor]:
+        """Arguments as `log_scores`; `indicator` (B,) as `losses.loss_and_slope`."""
+        log_p, direction = log_scores(
+            features, shard, labels, index, classes, sigma, need_direction, backend, sizes, group
+        )
+        value, slope = loss_and_slope(log_p, indicator, loss)
+        own = own_slice(sizes, rank)
+        if loss.reduction == "none":
+            value, slope = value[own].clone(), slope[own]
+        else:
+            slope = len(sizes) * slope[own]
+        ctx.mark_non_differentiable(log_p)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(direction, log_p[own].clone(), slope, features)
+        return value, log_p
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """The gradient of the features; None for all else."""
+        if grad is None:
+            return (None,) * 13
+        direction, log_p, slope, features = ctx.saved_tensors
+        gradient = rows_times(grad * slope, direction, log_p).to(features.dtype)
+        return not_again(gradient, grad, features), *(None,) * 12
+
+
+def own_slice(sizes: list[int], rank: int) -> slice:
+    """Where a rank's queries stand in the batch of all."""
+    begin = sum(sizes[:rank])
+    return slice(begin, begin + sizes[rank])
 
 
 def _group(name: str) -> ProcessGroup:
@@ -163,7 +221,7 @@ def _(x: Tensor, group: str) -> Tensor:
 
 
 @log_scores.register_fake
-def _(
+def _(  # noqa: PLR0913, RUF100 - the op's schema
     features: Tensor,
     shard: Tensor,
     labels: Tensor,
