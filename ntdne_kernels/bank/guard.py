@@ -20,7 +20,7 @@ from ntdne_kernels.bank.shard import Shard
 from ntdne_kernels.bank.unit_rows import first_not_unit
 
 if TYPE_CHECKING:
-    from ntdne_kernels.bank.memory_bank import MemoryBank
+    from ntdne_kernels.bank.module import BankModule
 
 REWRITTEN = (
     "something outside wrote into the bank's tensors, an average over the entries of state_dict() or to_empty() say; "
@@ -33,7 +33,7 @@ class Guard:
     """Which tensors a bank had when it was last known to be right, and the bank it was copied from."""
 
     def __init__(self) -> None:
-        self.source: Callable[[], MemoryBank | None] | None = None
+        self.source: Callable[[], BankModule | None] | None = None
         """The bank that this is a copy of and follows; its call gives None once that is no more."""
         self.generation = 0
         """What the bank writes into its `average_mark`: 0, for a copy one more than its source."""
@@ -64,7 +64,7 @@ class Guard:
         """Whether something was written to a copy's mark since it was sealed."""
         return self.source is not None and self._mark != _version(average_mark)
 
-    def living_source(self) -> "MemoryBank":
+    def living_source(self) -> "BankModule":
         """The bank that this is a copy of.
 
         Raises:
