@@ -34,14 +34,14 @@ class NTDNELoss(NeighbourhoodLoss):
 
     Args:
         labels: (N,) integer class of each archive image, −1 for unlabelled, in a tensor, list, array, Series and the
-            like: `IndexedDataset(dataset).labels`, say. `encode_labels` numbers names.
+            like, `IndexedDataset(dataset).labels` for instance. `encode_labels` numbers names.
         dim: D, features per image.
         sigma: temperature σ > 0 (eq. 3).
         q: exponent in (0, 1].
-        k: pruning threshold in (0, 1); None prunes nothing. "auto" is chance: an image is pruned whose last score says
-            that no more of its neighbours carry its label than of all other images do. That also works while an encoder
-            that starts from nothing gives all images low scores. It does not see wrong labels that agree with each
-            other: where half of a class is called by one other name, these score far above chance.
+        k: pruning threshold in (0, 1); None prunes nothing. "auto" is chance: an image is pruned if its last score is
+            at most the share of all other images that carry its label. That also works while an untrained encoder
+            gives all images low scores. It misses wrong labels that agree with each other: where half of a class is
+            called by one other name, these images score far above chance.
         warmup_epochs: first epoch that prunes: T of the paper.
         momentum: weight m in [0, 1] of the old bank row (eq. 15; 1 − λ).
         indicator: which score decides on pruning: "current", that of this forward (eq. 14), or "stored", the image's
@@ -59,15 +59,31 @@ class NTDNELoss(NeighbourhoodLoss):
         storage, path: "device", "host" or "disk": where the rows live; see `MemoryBank`.
 
     Attributes:
-        sigma, q, k, momentum: may be changed between steps, by a schedule say. A compiled criterion is compiled anew
-            for each new value; torch._dynamo.config.recompile_limit says how often.
+        sigma, q, k, momentum: may be changed between steps, by a schedule for instance. A compiled criterion is
+            compiled again for each new value, at most torch._dynamo.config.recompile_limit times.
         memory: the `MemoryBank`.
         pruning: whether this epoch prunes.
         pruned: (N,) the images that it prunes, by their last scores; none while it does not prune. On ranks, of
             `memory.images` alone.
 
     Raises:
-        TypeError, ValueError: an argument is not as described.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument is not as described.
+        OSError: the file of the bank cannot be made or is in use.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> criterion = NTDNELoss(labels, dim=2, sigma=0.5, warmup_epochs=0, k=0.3)
+        >>> features = torch.tensor([[2.0, 0.1], [1.0, 0.0], [0.1, 1.0], [0.8, 0.6]], requires_grad=True)
+        >>> index = torch.arange(4)
+        >>> _ = criterion.memory.update_(features, index, momentum=0.0)  # fill_bank does this with an encoder
+        >>> loss, scores = criterion(features, index, return_scores=True)
+        >>> loss.backward()
+        >>> criterion.update_bank(features, index)
+        >>> print(f"loss {loss:.2f}, scores {[round(score, 2) for score in scores.tolist()]}")
+        loss 0.56, scores [0.53, 0.54, 0.6, 0.28]
+        >>> criterion.pruned  # the last image looks like the others of class 0
+        tensor([False, False, False,  True])
     """
 
     def __init__(  # noqa: PLR0913, RUF100 - options of a public constructor, by keyword
@@ -119,10 +135,13 @@ class NTDNELoss(NeighbourhoodLoss):
         self._pruning_much_was_said = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the loss which epoch begins, from 0; from epoch `warmup_epochs` on it prunes.
+        """Tell the loss which epoch begins, counted from 0; from epoch `warmup_epochs` on it prunes.
 
-        Warns, once, where nearly every image would be pruned by its last score. To see that it synchronises, once an
-        epoch.
+        Warns once if nearly every image would be pruned by its last score, which it synchronises to see.
+
+        Raises:
+            TypeError: epoch is not an integer.
+            ValueError: epoch is negative.
         """
         super().set_epoch(epoch)
         self.pruning = epoch >= self.warmup_epochs
@@ -131,9 +150,9 @@ class NTDNELoss(NeighbourhoodLoss):
 
     @property
     def pruned(self) -> Tensor:
-        """(N,) bool: images that stopped training the encoder, as their last score is at most the threshold.
+        """(N,) bool: images that no longer train the encoder, because their last score is at most the threshold.
 
-        Not those never scored; none in the warm-up or for k=None.
+        Images that were never scored are not among them; none are in the warm-up or for k=None.
         """
         if not self.pruning:
             return torch.zeros_like(self.memory.last_log_p, dtype=torch.bool)
@@ -149,7 +168,7 @@ class NTDNELoss(NeighbourhoodLoss):
     def _loss_spec(self) -> Loss:
         check_number("q", self.q, 0, 1, upper_included=True)
         _check_k(self.k)
-        # With "auto", the k of eq. 13's constant and of features of no image in the archive: chance in C even classes.
+        # For "auto", k sets the constant of eq. 13 and prunes features of no archive image: chance for C equal classes.
         auto = isinstance(self.k, str)
         k = 1 / max(2, len(self.memory.classes)) if isinstance(self.k, str) else self.k
         if not self.pruning or k is None:
@@ -160,7 +179,7 @@ class NTDNELoss(NeighbourhoodLoss):
         """log k of images with these labels (B,); k="auto" is the share of the other images that carry the label."""
         memory = self.memory
         if self.k is None or len(memory.classes) == 0:
-            return math.nan  # nothing is at most that
+            return math.nan  # no score is at most NaN
         if not isinstance(self.k, str):
             return math.log(self.k)
         return log_chance(labels, [memory.classes, memory.offsets], len(memory))
@@ -197,7 +216,15 @@ class NTDNELoss(NeighbourhoodLoss):
 class SNCALoss(NeighbourhoodLoss):
     """Scalable neighbourhood component analysis: −log p of the leave-one-out score p (eq. 5), for comparison.
 
-    Images without a neighbour of their class are ignored. Arguments, attributes and methods as `NTDNELoss`.
+    Images without a neighbour of their class are ignored: "mean" divides by the number of the others. Arguments,
+    attributes, methods and errors as `NTDNELoss`.
+
+    Example:
+        >>> criterion = SNCALoss(torch.tensor([0, 0, 1, 1]), dim=2, sigma=0.5)
+        >>> features = torch.tensor([[2.0, 0.1], [1.0, 0.0], [0.1, 1.0], [0.8, 0.6]], requires_grad=True)
+        >>> _ = criterion.memory.update_(features, torch.arange(4), momentum=0.0)
+        >>> print(f"{criterion(features, torch.arange(4)):.2f}")
+        0.76
     """
 
     def __init__(  # noqa: PLR0913, RUF100 - options of a public constructor, by keyword

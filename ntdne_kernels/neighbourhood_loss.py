@@ -114,14 +114,14 @@ class NeighbourhoodLoss(nn.Module):
     def fill_bank(
         self, encoder: nn.Module, loader: Iterable[Any], *, progress: bool = True, resume: str | Path | None = None
     ) -> int:
-        """Replace the bank by the encoder's features of the archive; see `ntdne_kernels.fill_bank`."""
+        """Replace the bank's rows by the encoder's features of the archive; see `ntdne_kernels.fill_bank`."""
         return fill_bank(self.memory, encoder, loader, progress=progress, resume=resume)
 
     @torch.no_grad()
     def refresh_indicator(self) -> None:
-        """Score every image anew from its bank row: N²·D work. The results are `memory.last_log_p`.
+        """Score every image from its bank row, N²·D work; the results are `memory.last_log_p`.
 
-        The rows are those of the last updates; `fill_bank` first brings them up to the encoder as it is.
+        Bank rows lag behind the encoder; call `fill_bank` first to score the encoder as it is now.
         """
         check_number("sigma", self.sigma, 0, math.inf)
         memory = self.memory
@@ -131,7 +131,12 @@ class NeighbourhoodLoss(nn.Module):
             memory.record_(log_p, images)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the loss which epoch begins, from 0, as with DistributedSampler.set_epoch."""
+        """Tell the loss which epoch begins, counted from 0, as with DistributedSampler.set_epoch.
+
+        Raises:
+            TypeError: epoch is not an integer.
+            ValueError: epoch is negative.
+        """
         if isinstance(epoch, bool) or not hasattr(epoch, "__index__"):
             raise TypeError(f"epoch: expected an integer, got {type(epoch).__name__}")
         epoch = operator.index(epoch)
@@ -141,7 +146,7 @@ class NeighbourhoodLoss(nn.Module):
         self._epoch_was_set = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Leave the epoch too where the bank will refuse the checkpoint."""
+        """Load nothing, not even the epoch, if the bank will refuse the checkpoint."""
         if self.memory.disagreement(state_dict, f"{prefix}memory.") is None:
             super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -216,7 +221,7 @@ class NeighbourhoodLoss(nn.Module):
         return index, labels
 
     def _note_training(self, B: int, index: Tensor | None) -> None:
-        """Warn, once each, of ways to train that cannot be meant; not in a compiled criterion."""
+        """Warn, once each, of mistakes in the training loop; not from compiled code."""
         if torch.compiler.is_compiling():
             return
         self._watch.trained(B, index, self.memory)
@@ -233,14 +238,14 @@ class NeighbourhoodLoss(nn.Module):
             )
 
     def _note_first_pass(self) -> None:
-        """What can be said once as many images were seen as the archive has."""
+        """Warn of mistakes that show once as many images were seen as the archive has."""
         if self.memory.fresh:
             warn_user(
                 "the whole archive was seen and the bank still holds its random start; call criterion.update_bank("
                 "features, index) after each step"
             )
         if self.memory.scores.device.type != "cpu":
-            return  # looking would synchronise
+            return  # reading the scores would synchronise
         seen = int((~self.memory.last_log_p.isnan()).sum())
         labelled = int((self.memory.labels != UNLABELLED).sum())
         if 0 < seen < labelled // 4:
