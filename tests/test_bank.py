@@ -218,6 +218,22 @@ def test_of_an_image_given_twice_the_higher_score_is_recorded():
     assert (bank.last_log_p[[1, 2, 3, 5, 6, 7, 8, 9]] == -0.1).all()
 
 
+def test_former_names_work_and_say_the_new_ones():
+    bank, images = bank_of(), torch.arange(10)
+    for old, new in (
+        ("index", "label_index"),
+        ("kind", "storage_kind"),
+        ("places", "positions"),
+        ("take", "stored_rows"),
+    ):
+        with pytest.warns(DeprecationWarning, match=f"MemoryBank.{old} is now called {new}"):
+            getattr(bank, old)
+    with pytest.warns(DeprecationWarning, match="is now called"):
+        assert torch.equal(bank.take(bank.places(images)), bank.rows(images))
+        assert torch.equal(bank.index.offsets, bank.offsets)
+        assert bank.kind == "device"
+
+
 @pytest.mark.parametrize("method", ["rows", "update_"])
 def test_an_index_on_another_device_is_named(method):
     index = torch.zeros(1, dtype=torch.int64, device="meta")
@@ -440,7 +456,7 @@ def test_an_averaged_copy_has_the_bank_of_the_model_that_is_trained(use_buffers,
     update_bn([torch.randn(8, 4).to(device)], averaged.module.encoder)
 
 
-def test_an_averaged_copy_follows_new_labels_too_and_may_live_elsewhere_in_another_dtype():
+def test_an_averaged_copy_of_another_dtype_follows_new_labels_too():
     model = Model()
     averaged = AveragedModel(model, use_buffers=True)
     averaged.module.to(torch.bfloat16)

@@ -1,7 +1,7 @@
 """A batch of images against a bank: its loss, its rows, its update.
 
-`Batch` is that of one process, `ShardedBatch` that of all ranks together. They have the same methods, so what uses them
-is written once for both. `find` makes the one that a bank needs.
+`LocalBatch` is that of one process, `ShardedBatch` that of all ranks together. They have the same methods, so what uses
+them is written once for both. `find` makes the one that a bank needs.
 
 The batch of all ranks is what one process would have seen: the queries of rank 0, then those of rank 1, and so on. Each
 rank looks its images up where they are kept and learns the scores of the whole batch, so the loss is made of the same
@@ -26,7 +26,7 @@ from ntdne_kernels.ops.losses import Loss
 
 
 @dataclass
-class Batch:
+class LocalBatch:
     """A batch of one process. Its images are looked up by the op that needs it: on a GPU that is one launch for all."""
 
     shard: Shard
@@ -45,20 +45,20 @@ class Batch:
 
     def rows(self) -> Tensor:
         """(b, D) copy of the rows of this process's images, all of which are in the bank."""
-        return self.shard.stored_rows(self.shard.by_class.position[self.images])
+        return self.shard.stored_rows(self.shard.image_order.position[self.images])
 
     def blend_(self, features: Tensor, momentum: float) -> None:
         """Blend the features (b, D) of this process's queries into the bank's rows, eq. 15."""
         shard = self.shard
         if shard.storage.device == shard.device:
-            _write(shard.storage, features, self.images, momentum, shard.by_class.position)
+            _write(shard.storage, features, self.images, momentum, shard.image_order.position)
         else:
             _write(shard.storage, features, shard.positions(self.images), momentum)
 
     def loss(self, features: Tensor, spec: Loss, sigma: float, backend: str | None) -> tuple[Tensor, Tensor]:
         """The loss of this process's features (b, D), of any length, and log p (B,) of all queries, detached."""
         shard = self.shard
-        archive = [shard.labels, shard.by_class.position, shard.scores]
+        archive = [shard.labels, shard.image_order.position, shard.scores]
         classes = shard.label_index.tensors()
         return functional.archive_loss(
             features, shard.storage, self.labels, self.images, classes, archive, spec, sigma=sigma, backend=backend
@@ -119,7 +119,7 @@ class ShardedBatch:
         See `sharded.ShardedLoss` for what the loss of a rank and its gradient are.
         """
         shard = self.shard
-        classes, offsets = shard.by_class[:2]
+        classes, offsets = shard.image_order[:2]
         indicator = indicator_of(spec.indicator, self.scores, self.labels, self.images, [classes, offsets], shard.size)
         with torch.autocast(features.device.type, enabled=False):
             unit = normalise(features, accumulator_dtype(shard.storage.dtype))[0]
@@ -141,25 +141,22 @@ class ShardedBatch:
         return loss, log_p
 
 
-def find(shard: Shard, images: Tensor, labels: Tensor | None, reports: list[Report]) -> Batch | ShardedBatch:
+def find(shard: Shard, images: Tensor, labels: Tensor | None, reports: list[Report]) -> LocalBatch | ShardedBatch:
     """The batch of which this process has the images (b,), −1 for none, and labels (b,) for those."""
     if isinstance(shard.processes, OneProcess):
-        return Batch(shard, images, labels)
+        return LocalBatch(shard, images, labels)
     ranks, sizes = shard.processes, [report.size for report in reports]
     own_labels = torch.full_like(images, UNLABELLED) if labels is None else labels
     images, given = ranks.gather(torch.stack([images, own_labels], dim=1), sizes).unbind(dim=1)
-    # One rank has each image. Both are numbers that float64 holds exactly; NaN has no maximum.
+    # Positions and scores of the images kept here, −inf for others: the maximum over the ranks is that of the one rank
+    # that keeps an image. float64 holds both exactly; an image never scored sends inf, because NaN has no maximum.
     found = torch.full((2, len(images)), -torch.inf, dtype=torch.float64, device=images.device)
     if shard.images:
         image = shard.local(images)
-        own = image.clamp(min=0)
-        kept = torch.stack(
-            [
-                shard.by_class.position[own].double(),
-                shard.scores[own].double().nan_to_num(nan=torch.inf, neginf=-torch.inf),
-            ]
-        )
-        found = torch.where(image >= 0, kept, found)
+        kept = image.clamp(min=0)
+        position, score = shard.image_order.position[kept].double(), shard.scores[kept].double()
+        score = torch.where(score.isnan(), torch.inf, score)
+        found = torch.where(image >= 0, torch.stack([position, score]), found)
     positions, scores = ranks.maximum(found)
     known = positions >= 0
     positions = torch.where(known, positions, NOT_IN_BANK).long()
@@ -168,7 +165,7 @@ def find(shard: Shard, images: Tensor, labels: Tensor | None, reports: list[Repo
         ranks,
         reports,
         images,
-        torch.where(known, shard.by_class.labels_at(positions), given),
+        torch.where(known, shard.image_order.labels_at(positions), given),
         positions,
         torch.where(known & (scores < torch.inf), scores, torch.nan).to(shard.scores.dtype),
     )
@@ -181,9 +178,9 @@ def score_rows(shard: Shard, start: int, stop: int, sigma: float, backend: str |
     """
     n = len(shard.images)
     rows = torch.arange(min(start, n), min(stop, n), device=shard.device)
-    features, images, positions = shard.stored_rows(rows), shard.by_class.order[rows], rows + shard.images.start
+    features, images, positions = shard.stored_rows(rows), shard.image_order.order[rows], rows + shard.images.start
     if isinstance(shard.processes, OneProcess):
-        labels = shard.by_class.labels_at(positions)
+        labels = shard.image_order.labels_at(positions)
         log_p = functional.leave_one_out_log_scores(
             features, shard.storage, labels, shard.label_index, positions, sigma=sigma, backend=backend
         )
@@ -194,7 +191,7 @@ def score_rows(shard: Shard, start: int, stop: int, sigma: float, backend: str |
     log_p, _ = sharded.log_scores(
         features,
         shard.storage,
-        shard.by_class.labels_at(positions),
+        shard.image_order.labels_at(positions),
         shard.local(positions),
         shard.label_index.tensors(),
         float(sigma),

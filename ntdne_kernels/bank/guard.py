@@ -87,7 +87,7 @@ class Guard:
 def check_labels_and_order(shard: Shard, guard: Guard) -> None:
     """RuntimeError unless labels and order are those of construction or `relabel`. Synchronises."""
     written = f"{REWRITTEN}; memory.relabel(labels) gives new labels"
-    known = shard.by_class.labels_at(shard.by_class.position)
+    known = shard.image_order.labels_at(shard.image_order.position)
     differs = shard.labels != known
     if bool(differs.any()):
         image = int(differs.nonzero()[0])
@@ -95,9 +95,9 @@ def check_labels_and_order(shard: Shard, guard: Guard) -> None:
             f"memory: the labels of {int(differs.sum())} of {len(known)} images were changed, first that of image "
             f"{shard.images[image]} from {int(known[image])} to {shard.labels[image].item()}: {written}"
         )
-    order = shard.by_class.order
+    order = shard.image_order.order
     # A rank of many knows the images of its rows by their order alone: it cannot look whether that is right.
-    changed = not shard.by_class.is_inverse_of(order) if shard.is_whole else guard.order_was_written(order)
+    changed = not shard.image_order.is_inverse_of(order) if shard.is_whole else guard.order_was_written(order)
     if changed:
         raise RuntimeError(f"memory: the order of the rows was changed: {written}")
 
@@ -106,7 +106,7 @@ def check_unit_rows(shard: Shard) -> None:
     """RuntimeError unless all rows are of unit length. Synchronises."""
     found = first_not_unit(shard.storage)
     if found is not None:
-        image, length = int(shard.by_class.order[found[0]]), found[1]
+        image, length = int(shard.image_order.order[found[0]]), found[1]
         raise RuntimeError(f"memory: the row of image {image} has length {length:.4g} instead of 1: {REWRITTEN}")
 
 

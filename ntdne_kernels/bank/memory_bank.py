@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import ProcessGroup
 
 from ntdne_kernels.arguments import BANK_DTYPES, NOT_IN_BANK, can_look_inside, check_range
-from ntdne_kernels.bank.batch import Batch, ShardedBatch, find
+from ntdne_kernels.bank.batch import LocalBatch, ShardedBatch, find
 from ntdne_kernels.bank.guard import check_unit_rows
 from ntdne_kernels.bank.module import BankModule
-from ntdne_kernels.bank.shard import Shard, class_order_of
+from ntdne_kernels.bank.shard import Shard, image_order_of
 from ntdne_kernels.bank.unit_rows import CHUNK, fill_at_random
 from ntdne_kernels.distributed import Report, processes_of
 from ntdne_kernels.functional import check_update
@@ -112,14 +112,14 @@ class MemoryBank(BankModule):
         device = labels.device if device is None else torch.device(device)
         images = processes.shard(len(labels))
         own, n = slice(images.start, images.stop), len(images)
-        by_class = class_order_of(labels, images, device)
+        image_order = image_order_of(labels, images, device)
         rows = processes.together(
             lambda: allocate(storage, (n, dim), dtype, device, own_path, facts | {"first": images.start})
         )
         own_labels = labels[own].to(device, torch.int64, copy=True)
         scores = torch.full((n + 1,), torch.nan, device=device)
         super().__init__(
-            Shard(rows.rows, own_labels, scores, by_class, images, len(labels), processes),
+            Shard(rows.rows, own_labels, scores, image_order, images, len(labels), processes),
             storage,
             own_path,
             rows.fresh,
@@ -168,26 +168,26 @@ class MemoryBank(BankModule):
             return _facts(labels, self._storage.size(1), self._storage.dtype, with_labels=with_labels)
 
         facts = self.processes.same_everywhere(check) | {"first": self.images.start}
-        self.labels.copy_(self._by_class.labels_at(self.position))
+        self.labels.copy_(self._image_order.labels_at(self.position))
         self._seal()
         path = None if self.path is None else self.path.with_name(f"{self.path.name}.relabelled")
         old = self._storage
         with torch.inference_mode(False):  # what the bank keeps can be written outside of it too
-            by_class = class_order_of(labels, self.images, self.device)
+            image_order = image_order_of(labels, self.images, self.device)
             new = self.processes.together(
                 lambda: allocate(self.storage_kind, (len(old), old.size(1)), old.dtype, old.device, path, facts)
             ).rows
         step = max(CHUNK // self.processes.size, 1)  # each process gets the rows of all chunks
         for start in range(0, max(self.processes.lengths(self.size)), step):  # on each as often as on any other
             chunk = slice(start, start + step)
-            new[chunk] = self.rows(by_class.order[chunk]).to(new.device)
+            new[chunk] = self.rows(image_order.order[chunk]).to(new.device)
         if path is None:
             old.copy_(new)
         else:
             own = Path(str(self.path))
             self.processes.together(lambda: take_place(path, own))
             self._storage = new
-        self._take_order(by_class)
+        self._take_order(image_order)
         kept = labels[self.images.start : self.images.stop].to(self.device, torch.int64)
         self.scores[:-1].masked_fill_(kept != self.labels, torch.nan)
         self.labels.copy_(kept)
@@ -200,7 +200,7 @@ class MemoryBank(BankModule):
         """
         torch.ops.ntdne_kernels.record_scores_(self.scores, log_p, self.local(index), self.labels)
 
-    def batch(self, images: Tensor, labels: Tensor | None, reports: list[Report]) -> Batch | ShardedBatch:
+    def batch(self, images: Tensor, labels: Tensor | None, reports: list[Report]) -> LocalBatch | ShardedBatch:
         """The batch of all processes, given this one's images (b,), −1 for none, and labels (b,) for those.
 
         The `reports` are those of all processes; see `Ranks.exchange`.
@@ -215,7 +215,7 @@ class MemoryBank(BankModule):
         on_device = int(skipped_counter(self.device)) if self.device.type != "cpu" else 0
         return on_device + int(torch.ops.ntdne_kernels.skipped_rows(self._storage))
 
-    def _begin(self, call: str, check: Callable[[], Tensor]) -> Batch | ShardedBatch:
+    def _begin(self, call: str, check: Callable[[], Tensor]) -> LocalBatch | ShardedBatch:
         """The batch of all processes, given the images (b,) that each one's check returns."""
 
         def report() -> tuple[Tensor, Report]:

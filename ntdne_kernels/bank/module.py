@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import ProcessGroup
 from ntdne_kernels.arguments import BANK_DTYPES
 from ntdne_kernels.bank import state
 from ntdne_kernels.bank.guard import Guard, check_labels_and_order, check_unit_rows
-from ntdne_kernels.bank.shard import ClassOrder, Shard
+from ntdne_kernels.bank.shard import ImageOrder, Shard
 from ntdne_kernels.distributed import Ranks
 from ntdne_kernels.label_index import LabelIndex
 from ntdne_kernels.user_warning import warn_user
@@ -42,8 +42,8 @@ class BankModule(nn.Module):
 
     def __init__(self, shard: Shard, storage_kind: str, path: Path | None, fresh: bool) -> None:
         super().__init__()
-        self._storage, self.labels, self.scores, by_class, self.images, self.size, self.processes = shard
-        self._take_order(by_class)
+        self._storage, self.labels, self.scores, image_order, self.images, self.size, self.processes = shard
+        self._take_order(image_order)
         self.register_buffer("average_mark", torch.zeros((), device=shard.device), persistent=False)
         self.storage_kind, self.path, self.fresh = storage_kind, path, fresh
         self._guard = Guard()
@@ -163,17 +163,17 @@ class BankModule(nn.Module):
 
     @property
     def _shard(self) -> Shard:
-        return Shard(self._storage, self.labels, self.scores, self._by_class, self.images, self.size, self.processes)
+        return Shard(self._storage, self.labels, self.scores, self._image_order, self.images, self.size, self.processes)
 
     @property
-    def _by_class(self) -> ClassOrder:
-        return ClassOrder(self.classes, self.offsets, self.order, self.position)
+    def _image_order(self) -> ImageOrder:
+        return ImageOrder(self.classes, self.offsets, self.order, self.position)
 
-    def _take_order(self, by_class: ClassOrder) -> None:
-        self.classes, self.offsets, self.order, self.position = by_class
+    def _take_order(self, image_order: ImageOrder) -> None:
+        self.classes, self.offsets, self.order, self.position = image_order
 
     def _all_but_rows(self) -> dict[str, Tensor]:
-        return {"labels": self.labels, "scores": self.scores} | self._by_class._asdict()
+        return {"labels": self.labels, "scores": self.scores} | self._image_order._asdict()
 
     def _seal(self) -> None:
         self._guard.seal(self.labels, self.order, self.average_mark)
@@ -288,15 +288,17 @@ class BankModule(nn.Module):
         _warn_renamed("kind", "storage_kind")
         return self.storage_kind
 
-    def places(self, index: Tensor) -> Tensor:
+    @property
+    def places(self) -> Callable[[Tensor], Tensor]:
         """Former name of `positions`."""
         _warn_renamed("places", "positions")
-        return self.positions(index)
+        return self.positions
 
-    def take(self, rows: Tensor) -> Tensor:
+    @property
+    def take(self) -> Callable[[Tensor], Tensor]:
         """Former name of `stored_rows`."""
         _warn_renamed("take", "stored_rows")
-        return self.stored_rows(rows)
+        return self.stored_rows
 
 
 def _warn_renamed(old: str, new: str) -> None:

@@ -17,8 +17,8 @@ from ntdne_kernels.distributed import Processes
 from ntdne_kernels.label_index import LabelIndex, class_order
 
 
-class ClassOrder(NamedTuple):
-    """Where the classes stand, and which image has which position."""
+class ImageOrder(NamedTuple):
+    """Which image has which position, and where the classes begin."""
 
     classes: Tensor
     """(C,) the labels that occur, ascending, without −1."""
@@ -41,12 +41,12 @@ class ClassOrder(NamedTuple):
         return torch.equal(order[self.position], torch.arange(len(order), device=order.device))
 
 
-def class_order_of(labels: Tensor, images: range, device: torch.device) -> ClassOrder:
+def image_order_of(labels: Tensor, images: range, device: torch.device) -> ImageOrder:
     """The order by class of all labels (N,), as the process that keeps the rows and labels of `images` needs it."""
     classes, offsets, order, position = class_order(labels, images.start, len(images))
     unchanged = torch.arange(images.start, images.stop)
     tensors = (classes, offsets, unchanged if order is None else order, unchanged if position is None else position)
-    return ClassOrder(*(tensor.to(device, copy=True) for tensor in tensors))
+    return ImageOrder(*(tensor.to(device, copy=True) for tensor in tensors))
 
 
 class Shard(NamedTuple):
@@ -58,7 +58,7 @@ class Shard(NamedTuple):
     """(n,) int64, by image."""
     scores: Tensor
     """(n + 1,) last log p of each image; NaN: none yet. The last one takes what belongs to no image."""
-    by_class: ClassOrder
+    image_order: ImageOrder
     images: range
     """The images whose labels and scores are kept, and the positions whose rows are."""
     size: int
@@ -78,10 +78,10 @@ class Shard(NamedTuple):
     @property
     def label_index(self) -> LabelIndex:
         """The classes of the rows kept here."""
-        offsets = self.by_class.offsets
+        offsets = self.image_order.offsets
         if not self.is_whole:
             offsets = (offsets - self.images.start).clamp(0, len(self.images))
-        return LabelIndex(self.by_class.classes, offsets, None, None, len(self.images))
+        return LabelIndex(self.image_order.classes, offsets, None, None, len(self.images))
 
     def local(self, x: Tensor) -> Tensor:
         """Images or positions (B,) of the whole bank as they are counted here; −1 for those that are kept elsewhere."""
@@ -93,7 +93,7 @@ class Shard(NamedTuple):
     def positions(self, images: Tensor) -> Tensor:
         """(B,) positions of the images (B,) of a bank that is kept here as a whole; other indices stay as they are."""
         inside = (images >= 0) & (images < self.size)
-        return torch.where(inside, self.by_class.position[images.clamp(0, self.size - 1)], images)
+        return torch.where(inside, self.image_order.position[images.clamp(0, self.size - 1)], images)
 
     def stored_rows(self, rows: Tensor) -> Tensor:
         """(B, D) copy of the rows (B,), on the device of the labels."""

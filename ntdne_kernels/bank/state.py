@@ -24,7 +24,7 @@ def entries_of(shard: Shard) -> dict[str, Tensor]:
     return {
         "storage": shard.storage,
         "labels": shard.labels,
-        "order": shard.by_class.order,
+        "order": shard.image_order.order,
         "scores": shard.scores[:-1],
     }
 
@@ -66,7 +66,7 @@ def _wrong_shapes(shard: Shard, entries: dict[str, Tensor]) -> str | None:
 
 
 def _wrong_labels(shard: Shard, labels: Tensor) -> str | None:
-    known = shard.by_class.labels_at(shard.by_class.position)  # those of construction, whatever was written since
+    known = shard.image_order.labels_at(shard.image_order.position)  # those of construction, whatever was written since
     if len(labels) != len(known):
         return f"expected the {len(known)} images of this rank, the checkpoint holds {len(labels)}"
     differs: Tensor = labels != known
@@ -83,5 +83,5 @@ def _wrong_labels(shard: Shard, labels: Tensor) -> str | None:
 
 def _wrong_order(shard: Shard, order: Tensor) -> str | None:
     # All of an order can be told from the positions alone, also where the bank's own order was written to.
-    fits = shard.by_class.is_inverse_of(order) if shard.is_whole else torch.equal(order, shard.by_class.order)
+    fits = shard.image_order.is_inverse_of(order) if shard.is_whole else torch.equal(order, shard.image_order.order)
     return None if fits else "the checkpoint's row order is not the class order of its labels"
