@@ -5,9 +5,9 @@ to m = max b_r. A value has e bytes in the bank and w in the arithmetic around i
 Forward gathers the features in P = ⌈m/max(⌊PIECE/W⌋, ⌈m/MOST_PIECES⌉)⌉ pieces.
 
     forward                          payload     sent by rank r
-    counts        all-gather         16          (W − 1)·16
+    counts        all-gather         40          (W − 1)·40
     images        all-gather         16·m        (W − 1)·16·m
-    look-up       all-reduce         24·B        2·(W − 1)/W·24·B
+    look-up       all-reduce         16·B        2·(W − 1)/W·16·B
     features      all-gather, P ×    e·D·m       (W − 1)·e·D·m
     log sums      all-reduce, 2 ×    32·B        2·(W − 1)/W·32·B
     directions    all-to-all         w·D·B       w·D·(B − b_r)
@@ -17,7 +17,7 @@ Forward gathers the features in P = ⌈m/max(⌊PIECE/W⌋, ⌈m/MOST_PIECES⌉)
     features      all-gather         w·D·m       (W − 1)·w·D·m
 
 The payload is what a rank hands to the collectives, in bytes. Sent is what leaves the rank if all-gather and all-reduce
-go round a ring. With even batches each rank sends (W − 1)·(32 + b·(192 + (e + 2w)·D)) bytes in all, whatever N is.
+go round a ring. With even batches each rank sends (W − 1)·(80 + b·(160 + (e + 2w)·D)) bytes in all, whatever N is.
 
 Shapes: W ranks, b queries of each, B of all, N images, n images of the rank with most, D features, C classes.
 """
@@ -97,15 +97,15 @@ def messages(sizes: list[int], rank: int, D: int, bank_bytes: int, piece: int = 
         return Message(phase, name, "all-reduce", calls, payload, 2 * (W - 1) / W * payload)
 
     return [
-        gather("forward", "counts", 16),
+        gather("forward", "counts", 40),
         gather("forward", "images", 16 * m),
-        reduce("forward", "look-up", 24 * B),
+        reduce("forward", "look-up", 16 * B),
         gather("forward", "features", bank_bytes * D * m, pieces(sizes, piece)),
         reduce("forward", "log sums", 32 * B, 2),
         Message("forward", "directions", "all-to-all", 1, wide_bytes * D * B, wide_bytes * D * to_others),
-        gather("update_bank", "counts", 16),
+        gather("update_bank", "counts", 40),
         gather("update_bank", "images", 16 * m),
-        reduce("update_bank", "look-up", 24 * B),
+        reduce("update_bank", "look-up", 16 * B),
         gather("update_bank", "features", wide_bytes * D * m),
     ]
 

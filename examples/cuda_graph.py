@@ -97,7 +97,7 @@ class GraphedStep:
         """All that a graph fixes and that may change: shapes, numbers, and where the bank's tensors lie."""
         c, memory = self.criterion, self.criterion.memory
         numbers = (c.sigma, c.q, c.k, c.momentum, c.indicator, c.reduction, c.pruning)
-        tensors = (memory.storage, *memory.archive, *memory.index.layout)  # some are new after relabel
+        tensors = (memory.storage, *memory.archive, *memory.label_index.layout)  # some are new after relabel
         return (images.shape, images.dtype, *numbers, *((x.data_ptr(), x.shape) for x in tensors))
 
     def run_aside(self, images: Tensor, index: Tensor) -> Tensor:

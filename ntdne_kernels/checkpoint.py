@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: whole or not there at all, and loaded by any number of processes.
+"""Checkpoints of a training run: written as a whole or not at all, and loaded by any number of processes.
 
 A checkpoint is a folder in the format of torch.distributed.checkpoint (DCP). Tensors that are sharded over the ranks,
-as those of a sharded MemoryBank, are written by the ranks that hold them; everything else is replicated, and rank 0's
-is written. DCP's planners, writer and reader do the work; the ranks' talk is our own, because dcp.save sends exceptions
-pickled, so that one which cannot be pickled leaves the other ranks waiting.
+such as those of a sharded MemoryBank, are written by the ranks that hold them; everything else is replicated, and rank
+0 writes its copy. DCP's planners, writer and reader do the work. What the ranks tell each other is sent here and not by
+dcp.save, which pickles exceptions: one that cannot be pickled leaves the other ranks waiting.
 
 Shapes: W ranks, N images.
 """
@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -31,12 +31,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from ntdne_kernels.bank import MemoryBank
-from ntdne_kernels.distributed import Ranks
+from ntdne_kernels.distributed import OneProcess, Processes, processes_of
 
 PART = 64 * 2**20  # bytes of a tensor that are written and read at a time
 PROBLEMS_SHOWN = 5
-
-T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
@@ -54,26 +52,36 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint of what a training loop needs to continue, and remove all but the newest ones.
 
-    All ranks call it together, with a folder that all of them see. It is written beside its place and renamed when
-    every file is on the disk, so at any moment a run may be killed, or a disk be full, and the one before is whole.
+    All ranks call it together, with a folder that all of them see. The checkpoint is written under another name and
+    renamed once every file is on the disk. So a run may be killed, or a disk be full, at any moment, and the checkpoint
+    before is whole.
 
     Args:
         folder: of this run's checkpoints, and of no other run's.
         state: name (without a dot) → module, optimizer, scheduler or anything else with state_dict and load_state_dict.
-            DistributedDataParallel and torch.compile leave no trace in the names. What is no module has to be the same
-            on all ranks: optimizers, that is, of parameters that are replicated.
+            DistributedDataParallel and torch.compile leave no trace in the names. Whatever is not a module must be the
+            same on all ranks: optimizers must be of replicated parameters.
         step: number of this checkpoint, larger than those before.
         keep: how many checkpoints to keep, this one included.
-        process_group: the ranks that save; None: all of them, or this process alone where there is no process group.
+        process_group: the ranks that save; None: all of them, or this process alone if there is no process group.
         no_dist: this process saves alone, whatever other ranks do.
 
     Raises:
-        TypeError, ValueError: an argument is not as described.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is not as described, or not the same on all ranks.
         CheckpointError: a rank failed. The older checkpoints are whole, and nothing is left of this one.
+
+    Example:
+        >>> import tempfile
+        >>> encoder = nn.Linear(4, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_checkpoint(folder, {"encoder": encoder}, step=1)
+        ...     load_checkpoint(folder, {"encoder": encoder})
+        1
     """
-    ranks = None if no_dist else _ranks(process_group)
-    items = _items(ranks, state, step=(step, 0), keep=(keep, 1))
-    rank = 0 if ranks is None else ranks.rank
+    processes = _processes(process_group, no_dist)
+    items = _items(processes, state, step=(step, 0), keep=(keep, 1))
+    rank = processes.rank
     folder = Path(folder)
     checkpoint = folder / f"step-{step:08d}"
     partial = checkpoint.with_suffix(".partial")
@@ -81,22 +89,22 @@ def save_checkpoint(
     planner = _InParts(flatten_state_dict=False, flatten_sharded_tensors=False)
     failed = f"cannot save {checkpoint}"
     try:
-        with _together(ranks, failed):
+        with _together(processes, failed):
             if rank == 0:
                 _make_room(folder, step)
-        with _together(ranks, failed):
+        with _together(processes, failed):
             entries = _entries({name: item.state_dict() for name, item in items.items()}, items)
             own = {key: value for key, value in entries.items() if rank == 0 or isinstance(value, DTensor)}
             planner.set_up_planner(own, is_coordinator=rank == 0)
             writer.set_up_storage_writer(rank == 0)
             plan = writer.prepare_local_plan(planner.create_local_plan())
-        plans = _gather(ranks, plan)
-        with _together(ranks, failed):
+        plans = processes.gather_objects(plan)
+        with _together(processes, failed):
             plans, metadata = planner.create_global_plan(plans)
             plans = writer.prepare_global_plan(plans)
             written = writer.write_data(planner.finish_plan(plans[rank]), planner).wait()
-        all_written = _gather(ranks, written)
-        with _together(ranks, failed):
+        all_written = processes.gather_objects(written)
+        with _together(processes, failed):
             if rank == 0:
                 writer.finish(metadata, all_written)
                 _check_files(partial, FileSystemReader(partial).read_metadata())
@@ -107,7 +115,7 @@ def save_checkpoint(
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    with _together(ranks, f"saved {checkpoint}, but cannot remove an older one"):
+    with _together(processes, f"saved {checkpoint}, but cannot remove an older one"):
         if rank == 0:
             _remove_all_but(keep, folder)
 
@@ -121,30 +129,35 @@ def load_checkpoint(
 ) -> int | None:
     """Load the newest checkpoint into what `save_checkpoint` was given, in place; all ranks call it together.
 
-    The number of ranks may be another than when it was saved. Whether the checkpoint is whole and fits is known before
-    anything is changed: every file is there and long enough, every tensor has its shape here, nothing is missing or
-    left over, and the labels are those of the bank. `state` may name less than was saved: an encoder alone, say.
+    The number of ranks may differ from that of the save. Before anything is changed, the checkpoint is checked: every
+    file is there and long enough, every tensor has its shape here, nothing is missing or left over, and the labels are
+    those of the bank. `state` may name less than was saved, an encoder alone for instance.
 
     Args:
         folder: of this run's checkpoints.
         state: name → what was saved under that name.
-        process_group: the ranks that load; None: all of them, or this process alone where there is no process group.
+        process_group: the ranks that load; None: all of them, or this process alone if there is no process group.
         no_dist: this process loads alone, whatever other ranks do.
 
     Returns:
-        The step of the checkpoint; None where there is none yet, and nothing was loaded.
+        The step of the checkpoint, or None if there is none yet and nothing was loaded.
 
     Raises:
-        TypeError, ValueError: an argument is not as described.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is not as described, or not the same on all ranks.
         CheckpointError: the checkpoint is damaged or does not fit; the error says that nothing was changed, unless a
             disk failed while it was read.
+
+    Example:
+        >>> load_checkpoint("no such folder", {"encoder": nn.Linear(4, 2)}) is None
+        True
     """
-    ranks = None if no_dist else _ranks(process_group)
-    items = _items(ranks, state)
+    processes = _processes(process_group, no_dist)
+    items = _items(processes, state)
     folder = Path(folder)
-    with _together(ranks, f"cannot look for checkpoints in {folder}"):
+    with _together(processes, f"cannot look for checkpoints in {folder}"):
         saved = _saved(folder)
-    saved = _gather(ranks, saved)[0]
+    saved = processes.gather_objects(saved)[0]
     if not saved:
         return None
     step = max(saved)
@@ -153,7 +166,7 @@ def load_checkpoint(
     others = {name: item for name, item in items.items() if name not in modules}
 
     refused = f"cannot load {saved[step]}; nothing was changed"
-    with _together(ranks, refused):
+    with _together(processes, refused):
         metadata = reader.read_metadata()
         _check_files(saved[step], metadata)
         before = {name: item.state_dict() for name, item in items.items()}
@@ -161,10 +174,10 @@ def load_checkpoint(
         _check_entries(entries, metadata, items)
         aside: dict[str, Any] = dict.fromkeys(others)
         _read(reader, metadata, aside)
-    # DCP loads in place, and a bank's tensors are the bank: what decides on loading is read into copies. Labels first,
-    # because one that differs gives ranks another order whose own labels are the same.
+    # DCP loads in place, into the bank's own tensors, so what decides on loading is read into copies. Labels are first:
+    # where one differs, only the rank that keeps it can say so, while the order differs on other ranks too.
     for key in ("labels", "order"):
-        with _together(ranks, refused):
+        with _together(processes, refused):
             banks = _banks(modules)
             copies = {prefix + key: torch.empty_like(entries[prefix + key]) for prefix in banks}
             _read(reader, metadata, copies)
@@ -173,7 +186,7 @@ def load_checkpoint(
                 if problem is not None:
                     raise ValueError(f"{prefix.rstrip('.')}: {problem}")
     try:
-        with _together(ranks, refused):
+        with _together(processes, refused):
             for name, item in others.items():
                 item.load_state_dict(aside[name])
     except CheckpointError:
@@ -182,12 +195,12 @@ def load_checkpoint(
         raise
 
     broken = f"failed in the middle of loading {saved[step]}; what was loaded into is unusable"
-    with _together(ranks, broken):
+    with _together(processes, broken):
         loaded = {key: value for key, value in entries.items() if key not in others}
         _read(reader, metadata, loaded)
         for name in modules:
             before[name].update({key: loaded[f"{name}.{key}"] for key in before[name]})
-    with _together(ranks, broken):
+    with _together(processes, broken):
         for name, module in modules.items():
             module.load_state_dict(before[name])
     return step
@@ -199,23 +212,23 @@ def remove_checkpoints(
     process_group: ProcessGroup | DeviceMesh | None = None,
     no_dist: bool = False,
 ) -> None:
-    """Remove all checkpoints in the folder, of a run that has reached its end; all ranks call it together.
+    """Remove all checkpoints in the folder, at the end of a run; all ranks call it together.
 
     Raises:
         CheckpointError: one of them cannot be removed.
     """
-    ranks = None if no_dist else _ranks(process_group)
-    with _together(ranks, f"cannot remove the checkpoints in {folder}"):
-        if ranks is None or ranks.rank == 0:
+    processes = _processes(process_group, no_dist)
+    with _together(processes, f"cannot remove the checkpoints in {folder}"):
+        if processes.rank == 0:
             _remove_all_but(0, Path(folder))
 
 
 class _InParts(DefaultSavePlanner):
     """Cuts large tensors into ranges of rows.
 
-    DCP copies what it writes, from a GPU say, and reads what it loads, one such part at a time: loading a bank of 2 GB
-    takes 0.13 GB more, where a bank in one part takes 2 GB more, and a rank that needs some rows of another's shard
-    reads the parts that have them.
+    DCP copies what it writes, from a GPU for instance, and reads what it loads, one such part at a time. Loading a bank
+    of 2 GB takes 0.13 GB more; in one part it would take 2 GB more. A rank that needs some rows of another rank's shard
+    reads only the parts that have them.
     """
 
     def create_local_plan(self) -> SavePlan:
@@ -248,41 +261,41 @@ class _InParts(DefaultSavePlanner):
 
 
 @contextmanager
-def _together(ranks: Ranks | None, failed: str) -> Iterator[None]:
-    """Goes on after the block on all ranks, or raises CheckpointError on all of them where one failed in it."""
+def _together(processes: Processes, failed: str) -> Iterator[None]:
+    """Wait for all processes at the end of the block; raise CheckpointError on all of them if it failed on one."""
     error: Exception | None = None
     try:
         yield
     except Exception as raised:
         error = raised
-    problems = _gather(ranks, error and _reason(error))
+    problems = processes.gather_objects(error and _reason(error))
     failing = [rank for rank, problem in enumerate(problems) if problem is not None]
     if failing:
-        who = "" if ranks is None else f"rank {failing[0]}: "
         others = "" if len(failing) == 1 else f" (and {len(failing) - 1} more ranks failed)"
-        raise CheckpointError(f"{failed}: {who}{problems[failing[0]]}{others}") from error
-
-
-def _gather(ranks: Ranks | None, value: T) -> list[T]:
-    """The value of each rank."""
-    return [value] if ranks is None else ranks.tell(value)
+        raise CheckpointError(f"{failed}: {processes.name_of(failing[0])}{problems[failing[0]]}{others}") from error
 
 
 def _reason(error: BaseException) -> str:
-    # Where a disk is full, torch.save raises RuntimeError: unexpected pos 704 vs 598, on top of the reason.
+    # On a full disk torch.save raises "RuntimeError: unexpected pos 704 vs 598" on top of the reason.
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
         error = error.__context__
     return f"{type(error).__name__}: {error}"
 
 
-def _ranks(process_group: ProcessGroup | DeviceMesh | None) -> Ranks | None:
+def _processes(process_group: ProcessGroup | DeviceMesh | None, no_dist: bool) -> Processes:
+    """Those that save or load together: this one alone, those of the group, or all there are."""
+    if no_dist:
+        return OneProcess()
     if process_group is None and distributed.is_available() and distributed.is_initialized():
         process_group = distributed.group.WORLD
-    return None if process_group is None else Ranks(process_group)
+    return processes_of(process_group)
 
 
-def _items(ranks: Ranks | None, state: Mapping[str, Any], **numbers: tuple[int, int]) -> dict[str, Any]:
-    """What the state names, without wrappers, where all ranks were given the same; numbers are at least the second."""
+def _items(processes: Processes, state: Mapping[str, Any], **numbers: tuple[int, int]) -> dict[str, Any]:
+    """The items of the state, without wrappers, once all processes were given the same names and numbers.
+
+    Each of the numbers comes with the least it may be.
+    """
     items: dict[str, Any] = {}
 
     def check() -> dict[str, Any]:
@@ -292,15 +305,12 @@ def _items(ranks: Ranks | None, state: Mapping[str, Any], **numbers: tuple[int, 
         items.update(_unwrapped(state))
         return {"state": list(items)} | {name: number for name, (number, _) in numbers.items()}
 
-    if ranks is None:
-        check()
-    else:
-        ranks.same_everywhere(check)
+    processes.same_everywhere(check)
     return items
 
 
 def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state without the wrappers that give every entry of a module another name."""
+    """The state without wrappers, which would rename every entry of a module."""
     items = {}
     if not isinstance(state, Mapping):
         raise TypeError(f"state: expected a dict of names and what to save, got {type(state).__name__}")
@@ -318,7 +328,7 @@ def _unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _entries(states: dict[str, Any], items: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds: each entry of a module as `name.key`; the state of anything else in one piece."""
+    """What a checkpoint holds: each entry of a module as `name.key`, the state of anything else in one piece."""
     entries: dict[str, Any] = {}
     for name, state in states.items():
         if isinstance(items[name], nn.Module):
@@ -329,7 +339,7 @@ def _entries(states: dict[str, Any], items: dict[str, Any]) -> dict[str, Any]:
 
 
 def _banks(modules: dict[str, nn.Module]) -> dict[str, MemoryBank]:
-    """The banks in the modules, by what the names of their entries begin with."""
+    """The banks in the modules, by the prefix of their entries."""
     return {
         ".".join(filter(None, (name, path))) + ".": module
         for name, root in modules.items()
@@ -347,7 +357,7 @@ def _read(reader: FileSystemReader, metadata: Metadata, entries: dict[str, Any])
 
 
 def _check_files(checkpoint: Path, metadata: Metadata) -> None:
-    """Refuse a checkpoint of which a file is missing or cut off; to see that nothing is read."""
+    """Refuse a checkpoint of which a file is missing or cut off, without reading any."""
     needed: dict[str, int] = {}
     for place in metadata.storage_data.values():
         needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
@@ -360,7 +370,7 @@ def _check_files(checkpoint: Path, metadata: Metadata) -> None:
 
 
 def _check_entries(entries: dict[str, Any], metadata: Metadata, names: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of something else, by the names and shapes of its entries."""
+    """Refuse a checkpoint whose entries have other names or shapes."""
     saved = {key: entry for key, entry in metadata.state_dict_metadata.items() if key.split(".")[0] in names}
     problems = [f"{key} is not in the checkpoint" for key in entries if key not in saved]
     problems += [f"{key} is in the checkpoint only" for key in saved if key not in entries]
@@ -404,7 +414,7 @@ def _make_room(folder: Path, step: int) -> None:
 
 
 def _remove_all_but(newest: int, folder: Path) -> None:
-    """Renamed first: where a removal is interrupted, what is left of a checkpoint is none."""
+    """Each is renamed first, so an interrupted removal leaves nothing that passes for a checkpoint."""
     saved = _saved(folder)
     for step in sorted(saved)[: max(len(saved) - newest, 0)]:
         saved[step].rename(saved[step].with_suffix(".partial"))
@@ -417,7 +427,7 @@ def _remove_partial(folder: Path) -> None:
 
 
 def _to_disk(folder: Path) -> None:
-    """Make the names in the folder survive a power cut; their files' contents already do."""
+    """Make the names in the folder survive a power cut; the files' contents already do."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,14 +1,15 @@
-"""The ranks that share a bank, and the loss of a batch of which each of them holds a part.
+"""The processes that share a bank: the ranks of a process group, or this process alone.
 
-The batch of all ranks is what one process would have seen: the queries of rank 0, then those of rank 1, and so on. Each
-rank looks its images up where they are kept, and learns the scores of the whole batch, so the loss is made of the same
-(B,) numbers by the same code as in one process.
+`Ranks` and `OneProcess` have the same methods, so what a bank, a loss and a checkpoint do is written once for both.
+`OneProcess` answers from its arguments: it starts no collective and copies nothing.
 
-Shapes: W ranks, b queries of this rank, B of all, N images, n of this rank, D features.
+Shapes: W processes, b queries of this one, B of all, N images, n of this one.
 """
 
+import zlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -16,15 +17,93 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import ProcessGroup
 
 from ntdne_kernels.ops import sharded
-from ntdne_kernels.ops.leave_one_out import not_again, rows_times
-from ntdne_kernels.ops.losses import LossSpec, loss_and_slope
-from ntdne_kernels.ops.schema import Batch
 
 T = TypeVar("T")
 
 CALLS = ("forward", "update_bank", "rows", "fill_bank", "MemoryBank")
-COUNT_BITS = 40  # of a number that says also which call it belongs to
-FAILED = -1  # what a rank reports in its place
+
+
+class Report(NamedTuple):
+    """What a process tells the others when a call begins."""
+
+    size: int
+    """How many queries it has, or whatever else it counts."""
+    wants_gradient: bool = False
+    settings: int = 0
+    """The `checksum` of what must be the same on all of them."""
+
+
+class OneProcess:
+    """This process alone, with the methods of `Ranks`."""
+
+    size = 1
+    rank = 0
+    group = None
+
+    def shard(self, N: int) -> range:
+        """All of N things."""
+        return range(N)
+
+    def lengths(self, N: int) -> list[int]:
+        """How many of N things each process holds: all."""
+        return [N]
+
+    def own_path(self, path: Path) -> Path:
+        """The path of this process's file."""
+        return path
+
+    def name_of(self, rank: int) -> str:
+        """What the message of an error on a rank begins with."""
+        return ""
+
+    def checksum(self, settings: tuple[Any, ...]) -> int:
+        """Nothing to compare with."""
+        return 0
+
+    def gather_objects(self, value: T) -> list[T]:
+        """The value."""
+        return [value]
+
+    def together(self, call: Callable[[], T]) -> T:
+        """What the call returns."""
+        return call()
+
+    def same_everywhere(self, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the check returns."""
+        return check()
+
+    def first_problem(self, problem: str | None) -> str | None:
+        """The problem."""
+        return problem
+
+    def counts(self, call: str, check: Callable[[], int]) -> list[int]:
+        """What the check returns."""
+        return [check()]
+
+    def exchange(self, call: str, check: Callable[[], tuple[T, Report]]) -> tuple[T, list[Report]]:
+        """What the check returns."""
+        result, report = check()
+        return result, [report]
+
+    def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
+        """The rows (b, ...)."""
+        return rows
+
+    def to_state(self, part: Tensor, N: int) -> Tensor:
+        """The part, which is the whole."""
+        return part
+
+    def from_state(self, x: Tensor) -> Tensor:
+        """The tensor (N, ...).
+
+        Raises:
+            ValueError: it is sharded over ranks.
+        """
+        if hasattr(x, "full_tensor"):
+            raise ValueError(
+                "the checkpoint's tensors are sharded; load_checkpoint loads what save_checkpoint wrote on any ranks"
+            )
+        return x
 
 
 class Ranks:
@@ -55,21 +134,30 @@ class Ranks:
         self.rank = process_group.rank()
         self.group = process_group
 
-    def shard(self, N: int) -> tuple[int, int]:
-        """The first of N things that this rank holds, and how many, as DTensor's Shard(0) and torch.chunk cut them."""
-        most = self.most(N)
-        first = min(self.rank * most, N)
-        return first, min(most, N - first)
+    def shard(self, N: int) -> range:
+        """Which of N things this rank holds: cut as by DTensor's Shard(0) and torch.chunk."""
+        largest = -(-N // self.size)
+        first = min(self.rank * largest, N)
+        return range(first, min(first + largest, N))
 
     def lengths(self, N: int) -> list[int]:
         """How many of N things each rank holds."""
-        return [min(self.most(N), max(N - rank * self.most(N), 0)) for rank in range(self.size)]
+        largest = -(-N // self.size)
+        return [min(largest, max(N - rank * largest, 0)) for rank in range(self.size)]
 
-    def most(self, N: int) -> int:
-        """How many of N things the ranks with the most of them hold."""
-        return -(-N // self.size)
+    def own_path(self, path: Path) -> Path:
+        """The path of this rank's file, <path>.<rank>-of-<W>."""
+        return path.with_name(f"{path.name}.{self.rank}-of-{self.size}")
 
-    def tell(self, value: T) -> list[T]:
+    def name_of(self, rank: int) -> str:
+        """What the message of an error on a rank begins with."""
+        return f"rank {rank}: "
+
+    def checksum(self, settings: tuple[Any, ...]) -> int:
+        """A number that is the same on all ranks where the settings are; 0 in compiled code, which cannot hash."""
+        return 0 if torch.compiler.is_compiling() else zlib.crc32(repr(settings).encode())
+
+    def gather_objects(self, value: T) -> list[T]:
         """The value of each rank, whatever can be pickled."""
         values: list[Any] = [None] * self.size
         distributed.all_gather_object(values, value, group=self.group)
@@ -79,7 +167,8 @@ class Ranks:
         """What the call returns, where it succeeds on all ranks.
 
         Raises:
-            What this rank's call raises; ValueError that names the rank where another's raises.
+            Exception: what this rank's call raises.
+            ValueError: another rank's call raised; the message names the rank.
         """
         try:
             result = call()
@@ -95,10 +184,11 @@ class Ranks:
         """The facts that the check finds, where they are the same on all ranks.
 
         Raises:
-            As `together`; ValueError that names the ranks where they differ from rank 0's.
+            Exception: as `together`.
+            ValueError: some differ from rank 0's; the message names the ranks.
         """
         facts = self.together(check)
-        of_ranks = self.tell(facts)
+        of_ranks = self.gather_objects(facts)
         for name, expected in of_ranks[0].items():
             differing = [f"rank {r} has {found[name]}" for r, found in enumerate(of_ranks) if found[name] != expected]
             if differing:
@@ -108,55 +198,58 @@ class Ranks:
         return facts
 
     def first_problem(self, problem: str | None) -> str | None:
-        """The problem of the first rank that has one, naming it where it is another's."""
-        found = next(((rank, text) for rank, text in enumerate(self.tell(problem)) if text is not None), None)
-        return problem or (found and f"rank {found[0]}: {found[1]}")
+        """The problem of the first rank that has one; one of another rank names it."""
+        found = next(((r, text) for r, text in enumerate(self.gather_objects(problem)) if text is not None), None)
+        return problem or (found and f"{self.name_of(found[0])}{found[1]}")
 
     def counts(self, call: str, check: Callable[[], int]) -> list[int]:
-        """What each rank's check returns, how many queries it has, say. Synchronises a GPU unless there is Gloo too.
+        """What each rank's check returns, how many queries it has, say; as `exchange`."""
+        _, reports = self.exchange(call, lambda: (None, Report(check())))
+        return [report.size for report in reports]
+
+    def exchange(self, call: str, check: Callable[[], tuple[T, Report]]) -> tuple[T, list[Report]]:
+        """Begin a call: this rank's result of the check, and the reports of all ranks.
+
+        Synchronises a GPU, unless the group has Gloo beside NCCL.
+
+        Args:
+            call: its name, one of `CALLS`.
+            check: looks at what the rank was given.
 
         Raises:
-            What this rank's check raises; RuntimeError that names the rank where another's raises, or where another
-            makes another call than this one, one of `CALLS`.
+            Exception: what this rank's check raises.
+            RuntimeError: another rank's check raised, or another rank makes another call; the message names the rank.
         """
-        return [count for count, _ in self.exchange(call, lambda: (check(), 0))]
-
-    def exchange(self, call: str, check: Callable[[], tuple[int, int]]) -> list[tuple[int, int]]:
-        """As `counts`, with a second number beside the count."""
         if torch.compiler.is_compiling():
-            return [check()] * self.size  # sizes unknown to the compiler would break its graph
+            result, report = check()
+            return result, [report] * self.size  # sizes unknown to the compiler would break its graph
         try:
-            own = check()
+            result, report = check()
         except BaseException as error:
-            self._exchange(FAILED, 0)  # the others wait for this rank
+            self._gather_numbers([True, 0, 0, False, 0])  # the others wait for this rank
             self.first_problem(f"{type(error).__name__}: {error}")
             raise
-        found = self._exchange(own[0] | CALLS.index(call) << COUNT_BITS, own[1])
-        if any(count == FAILED for count, _ in found):
+        found = self._gather_numbers([False, CALLS.index(call), *report])
+        if any(failed for failed, *_ in found):
             raise RuntimeError(f"nothing was computed or written on any rank, for {self.first_problem(None)}")
-        calls = [CALLS[count >> COUNT_BITS] for count, _ in found]
+        calls = [CALLS[number] for _, number, *_ in found]
         if len(set(calls)) > 1:
             made = ", ".join(f"rank {rank} {name}" for rank, name in enumerate(calls))
             raise RuntimeError(f"all ranks make the same calls in the same order, but now called {made}")
-        return [(count & ((1 << COUNT_BITS) - 1), more) for count, more in found]
+        return result, [Report(size, bool(gradient), settings) for _, _, size, gradient, settings in found]
 
     def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
         """The rows (b, ...) of all ranks (B, ...), given how many each has."""
         gathered: Tensor = sharded.gather_rows(rows, sizes, self.name)
         return gathered
 
-    def largest(self, x: Tensor) -> Tensor:
+    def maximum(self, x: Tensor) -> Tensor:
         """The largest of all ranks at each place of x."""
         highest: Tensor = sharded.max_over_ranks(x, self.name)
         return highest
 
-    def own(self, sizes: list[int]) -> slice:
-        """Where this rank's queries stand in the batch of all."""
-        begin = sum(sizes[: self.rank])
-        return slice(begin, begin + sizes[self.rank])
-
-    def as_dtensor(self, part: Tensor, N: int) -> Tensor:
-        """The (N, ...) DTensor of which this rank holds `part` (n, ...)."""
+    def to_state(self, part: Tensor, N: int) -> Tensor:
+        """The (N, ...) DTensor of which this rank holds `part` (n, ...), as state dicts have it."""
         from torch.distributed.tensor import DTensor, Shard  # 0.6 s, which users of one process need not wait
 
         mesh = DeviceMesh.from_group(self.group, part.device.type)
@@ -164,61 +257,29 @@ class Ranks:
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
-    def part(self, x: Tensor) -> Tensor:
-        """What this rank holds of a DTensor or a tensor (N, ...)."""
+    def from_state(self, x: Tensor) -> Tensor:
+        """What this rank holds (n, ...) of a DTensor or a tensor (N, ...)."""
         from torch.distributed.tensor import DTensor
 
-        first, n = self.shard(len(x))
-        return x.to_local() if isinstance(x, DTensor) else x[first : first + n]
+        if isinstance(x, DTensor):
+            return x.to_local()
+        own = self.shard(len(x))
+        return x[own.start : own.stop]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
         return self  # a copy of a bank is shared by the same processes
 
-    def _exchange(self, count: int, more: int) -> list[tuple[int, int]]:
+    def _gather_numbers(self, numbers: list[int]) -> list[list[int]]:
+        """The numbers of each rank."""
         on_cpu = torch.device("cpu") in self.group._device_types
         device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-        numbers = self.gather(torch.tensor([[count, more]], device=device), [1] * self.size).tolist()
-        return [(count, more) for count, more in numbers]
+        gathered: list[list[int]] = self.gather(torch.tensor([numbers], device=device), [1] * self.size).tolist()
+        return gathered
 
 
-class ShardedLoss(torch.autograd.Function):
-    """As `leave_one_out.LeaveOneOutLoss`, of the batch of all ranks: its loss, and its log p (B,).
+Processes = OneProcess | Ranks
 
-    Under "mean" and "sum" the loss is that of the whole batch on every rank, and each rank's gradient is W times that
-    of its own features, so that their average over the ranks, which DistributedDataParallel takes, is the gradient of
-    the loss. Under "none" it is the loss (b,) of the rank's own queries, with its own gradient.
-    """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        batch: Batch,
-        spec: LossSpec,
-        indicator: Tensor | None,
-        backend: str,
-        need_direction: bool,
-        sizes: list[int],
-        ranks: Ranks,
-    ) -> tuple[Tensor, Tensor]:
-        log_p, direction = sharded.log_scores(
-            batch._replace(features=features), need_direction, backend, sizes, ranks.name
-        )
-        value, slope = loss_and_slope(log_p, indicator, spec)
-        own = ranks.own(sizes)
-        if spec.reduction == "none":
-            value, slope = value[own].clone(), slope[own]
-        else:
-            slope = ranks.size * slope[own]
-        ctx.mark_non_differentiable(log_p)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(direction, log_p[own].clone(), slope, features)
-        return value, log_p
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 8
-        direction, log_p, slope, features = ctx.saved_tensors
-        gradient = rows_times(grad * slope, direction, log_p).to(features.dtype)
-        return not_again(gradient, grad, features), *(None,) * 7
+def processes_of(process_group: ProcessGroup | DeviceMesh | None) -> Processes:
+    """The ranks of the group; None: this process alone."""
+    return OneProcess() if process_group is None else Ranks(process_group)

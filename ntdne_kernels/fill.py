@@ -76,7 +76,7 @@ def fill_bank(
     saved = None if resume is None else _SavedPass(Path(resume), bank, filled)
     if saved is not None:
         loader = saved.take_up(loader)
-    is_first_rank = bank.ranks is None or bank.ranks.rank == 0
+    is_first_rank = bank.processes.rank == 0
     batches = iter(with_progress(loader, "Filling the bank") if progress and is_first_rank else loader)
     if isinstance(encoder, nn.parallel.DistributedDataParallel):
         encoder = encoder.module  # the wrapper's forward waits for all ranks, and some may have no batch left
@@ -112,7 +112,7 @@ class _Filled(nn.Module):
     def __init__(self, bank: MemoryBank) -> None:
         super().__init__()
         self.register_buffer("filled", torch.zeros_like(bank.labels, dtype=torch.bool))
-        self.ranks, self.local, self.whole, self.part = bank.ranks, bank.local, bank.whole, bank.part
+        self.processes, self.local, self.whole, self.part = bank.processes, bank.local, bank.whole, bank.part
 
     def mark(self, index: Tensor) -> None:
         """Note the images (b,) of this rank's batch as filled, where they are kept."""
@@ -125,9 +125,7 @@ class _Filled(nn.Module):
 
     def _of_all_ranks(self, values: Tensor) -> Tensor:
         """The values (b,) of each rank, one after the other."""
-        if self.ranks is None:
-            return values
-        return self.ranks.gather(values, self.ranks.counts("fill_bank", values.__len__))
+        return self.processes.gather(values, self.processes.counts("fill_bank", values.__len__))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -188,7 +186,7 @@ def _evaluating(encoder: nn.Module) -> Iterator[None]:
 
 def _on_each_rank(bank: MemoryBank, count: Callable[[], int]) -> list[int]:
     """What the function returns on each rank that shares the bank."""
-    return [count()] if bank.ranks is None else bank.ranks.counts("fill_bank", count)
+    return bank.processes.counts("fill_bank", count)
 
 
 def _encode(encoder: nn.Module, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,11 @@
 """Where the rows of a memory bank live: on its device, in host memory, or in a file that is mapped into memory.
 
-A file holds the N·D values as they stand in memory, and <path>.json describes the bank they are of. A process that is
-killed loses nothing it has written to the mapped rows: the system has them, and whoever opens the file next finds them.
-`flush` is for machines that stop.
+A file holds the N·D values as in memory, and <path>.json describes the bank they belong to. If the process is killed,
+nothing it wrote to the mapped rows is lost: the system keeps the pages and writes them to the file. If the machine
+stops, only what was flushed before survives (`flush`).
 
-The description is written before the file gets its size, and says "ready": false until the rows are filled (`mark`): a
-start that did not finish is started anew.
+The description is written before the file gets its size, with "ready": false until the rows are filled (`mark`). A file
+that is not ready is filled again.
 
 Shapes: N rows, D values.
 """
@@ -31,64 +31,66 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-KINDS = ("device", "host", "disk")
+STORAGE_KINDS = ("device", "host", "disk")
 FORMAT = 1
-LOCK_SECONDS = 10.0  # a killed process's DataLoader workers, which have its lock too, outlive it by 5
+LOCK_SECONDS = 10.0  # the DataLoader workers of a killed process hold its lock for up to 5 s after it
 
 
 class Rows(NamedTuple):
-    """The rows of a bank, and whether they are still to be filled."""
+    """The rows of a bank, and whether they must still be filled."""
 
     rows: Tensor
     """(N, D), contiguous."""
     fresh: bool
-    """Their values mean nothing yet; False for those of a file that was filled before."""
+    """The values mean nothing yet; False for a file that was filled before."""
 
 
 def allocate(
-    kind: str,
+    storage_kind: str,
     shape: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
     path: str | os.PathLike[str] | None = None,
     facts: dict[str, Any] | None = None,
 ) -> Rows:
-    """Rows for a bank.
+    """Make the rows of a bank, or open the file that holds them.
 
-    Once fresh rows of a file are filled, say so: `mark(path, ready=True)`. The file is locked as long as a tensor of
-    its rows lives, here or in a forked process.
+    Call `mark(path, ready=True)` once fresh rows of a file are filled. The file stays locked as long as a tensor of its
+    rows lives, here or in a forked process.
 
     Args:
-        kind: "device"; "host", memory of the host, which a GPU can read on its own (pinned) where `device` is one; or
-            "disk", the file `path`, which is created, with its place on the disk, or taken up where it is there.
+        storage_kind: "device"; "host", memory of the host, pinned if `device` is a GPU, which then reads it directly;
+            or "disk", the file `path`, which is created at its full size, or opened with its rows if it exists.
         shape: (N, D).
         dtype: of the rows.
         device: of the features that the bank is for.
-        path: the file; its folder must be there. Only for "disk".
-        facts: what else must be the same for a file to be taken up, as JSON has it; a fingerprint of the labels, say.
+        path: the file, in a folder that exists. Only for "disk".
+        facts: values for JSON that must be the same to open an existing file, such as a fingerprint of the labels.
 
     Raises:
-        ValueError: kind or path is not as described, or the file is another bank's (the message says where they differ)
-            or none. Nothing was changed.
+        ValueError: storage_kind or path is not as described, the file is no bank's, or it is another bank's; the
+            message says where they differ. Nothing was changed.
         OSError: the file cannot be opened for writing, another bank has it open (BlockingIOError), or the disk has no
-            place for it. Nothing is left behind.
+            room for it. Nothing is left behind.
     """
-    check_choice("storage", kind, KINDS)
-    if (path is not None) != (kind == "disk"):
-        raise ValueError(f"path: expected a file for storage='disk', and None otherwise, got {path!r} for {kind!r}")
+    check_choice("storage", storage_kind, STORAGE_KINDS)
+    if (path is not None) != (storage_kind == "disk"):
+        raise ValueError(
+            f"path: expected a file for storage='disk', and None otherwise, got {path!r} for {storage_kind!r}"
+        )
     if path is not None:
         return _map(Path(path), shape, dtype, facts or {})
-    if kind == "host":
-        # PyTorch takes a power of two of pinned bytes; PYTORCH_CUDA_ALLOC_CONF=pinned_max_round_threshold_mb:1024 takes
-        # what is asked for.
+    if storage_kind == "host":
+        # PyTorch rounds pinned memory up to a power of two; PYTORCH_CUDA_ALLOC_CONF=pinned_max_round_threshold_mb:1024
+        # stops that.
         return Rows(torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda"), fresh=True)
     return Rows(torch.empty(shape, dtype=dtype, device=device), fresh=True)
 
 
 def mark(path: str | os.PathLike[str], *, ready: bool) -> None:
-    """Say whether the file's rows can be taken up as they are.
+    """Record whether the file's rows can be used as they are.
 
-    Rows that are ready are flushed first. Those that are about to change places, say, are not ready.
+    Rows that are ready are flushed first. Rows that are about to be replaced are not ready.
     """
     if ready:
         flush(path)
@@ -96,7 +98,7 @@ def mark(path: str | os.PathLike[str], *, ready: bool) -> None:
 
 
 def flush(path: str | os.PathLike[str]) -> None:
-    """Return once everything written to the rows is on the disk, where a machine that stops leaves it."""
+    """Return once everything written to the rows is on the disk, where it survives a machine that stops."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -105,11 +107,11 @@ def flush(path: str | os.PathLike[str]) -> None:
 
 
 def take_place(new: Path, path: Path) -> None:
-    """Let the rows of the file `new`, which are filled but not marked, and its facts, be those of `path`.
+    """Replace the file `path` by the file `new`, which is filled but not marked ready, together with its description.
 
-    Where that is interrupted, the rows of one of them are ready, or of none: never are they taken for others.
+    If that is interrupted, at most one of the two files is ready, and each description is that of its own rows.
     """
-    flush(new)  # which may take long, and the rows of `path` are still there
+    flush(new)  # may take long, and until here the rows of `path` are ready
     mark(path, ready=False)
     new.replace(path)
     _description_of(new).replace(_description_of(path))
@@ -120,7 +122,7 @@ def _map(path: Path, shape: tuple[int, int], dtype: torch.dtype, facts: dict[str
     if fcntl is None:
         raise ValueError("storage: 'disk' needs file locks, which Windows does not have")
     values = shape[0] * shape[1] * dtype.itemsize
-    size = max(values, 1)  # of a rank that has no row: an empty file cannot be mapped
+    size = max(values, 1)  # an empty file cannot be mapped, and a rank may have no row
     expected = {"format": FORMAT, "shape": shape, "dtype": str(dtype).removeprefix("torch."), **facts}
     expected = json.loads(json.dumps(expected))  # a tuple comes back as a list
     description = _description_of(path)
@@ -151,13 +153,13 @@ def _open(path: Path) -> int:
 
 
 def _remove_if_empty(file: int, path: Path) -> None:
-    """Leave no file that was created, or emptied, for nothing."""
+    """Remove a file that was created, or emptied, before the failure."""
     if os.fstat(file).st_size == 0:
         path.unlink()
 
 
 def _lock(file: int, path: Path) -> None:
-    """Keep every other process, and this one, from opening the file for another bank."""
+    """Keep other processes, and other banks of this one, from opening the file."""
     end = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -174,7 +176,7 @@ def _lock(file: int, path: Path) -> None:
 
 
 def _check(path: Path, size: int, expected_size: int, found: dict[str, Any] | None, expected: dict[str, Any]) -> bool:
-    """Whether the file holds this bank's rows; ValueError where it holds something else worth keeping."""
+    """Whether the file holds this bank's rows; ValueError if it holds anything else that should be kept."""
     description = _description_of(path)
     if found is None:
         if size > 0:
@@ -198,9 +200,9 @@ def _check(path: Path, size: int, expected_size: int, found: dict[str, Any] | No
 
 
 def _reserve(file: int, size: int, path: Path) -> None:
-    """Give the file its size and its place on the disk.
+    """Give the file its size and reserve its room on the disk.
 
-    A full disk is an error now; met later, by a write to a mapped page, it would kill the process.
+    A full disk raises here. Later, a write to a mapped page would kill the process.
     """
     os.ftruncate(file, 0)
     free = shutil.disk_usage(path.parent).free
@@ -235,7 +237,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _write_description(path: Path, description: dict[str, Any]) -> None:
-    """Replace <path>.json as a whole; the lock keeps others from doing so at the same time."""
+    """Replace <path>.json in one step; the lock keeps others from doing so at the same time."""
     written = path.with_name(path.name + ".json.new")
     try:
         written.write_text(json.dumps(description, indent=1) + "\n")

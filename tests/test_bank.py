@@ -13,6 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntdne_kernels import MemoryBank, NTDNELoss
+from ntdne_kernels.bank import memory_bank
+from ntdne_kernels.bank.state import entries_of
 from ntdne_kernels.ops import bank_update
 from tests import formulas, ranks
 
@@ -216,6 +218,22 @@ def test_of_an_image_given_twice_the_higher_score_is_recorded():
     assert (bank.last_log_p[[1, 2, 3, 5, 6, 7, 8, 9]] == -0.1).all()
 
 
+def test_former_names_work_and_say_the_new_ones():
+    bank, images = bank_of(), torch.arange(10)
+    for old, new in (
+        ("index", "label_index"),
+        ("kind", "storage_kind"),
+        ("places", "positions"),
+        ("take", "stored_rows"),
+    ):
+        with pytest.warns(DeprecationWarning, match=f"MemoryBank.{old} is now called {new}"):
+            getattr(bank, old)
+    with pytest.warns(DeprecationWarning, match="is now called"):
+        assert torch.equal(bank.take(bank.places(images)), bank.rows(images))
+        assert torch.equal(bank.index.offsets, bank.offsets)
+        assert bank.kind == "device"
+
+
 @pytest.mark.parametrize("method", ["rows", "update_"])
 def test_an_index_on_another_device_is_named(method):
     index = torch.zeros(1, dtype=torch.int64, device="meta")
@@ -308,7 +326,7 @@ def test_a_relabel_that_stops_leaves_the_rows_as_they_were(tmp_path, monkeypatch
 
 def test_a_start_that_stopped_is_made_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryBank, "_start_at_random", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(memory_bank, "fill_at_random", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             on("disk", tmp_path)
     assert torch.equal(on("disk", tmp_path).rows(torch.arange(10)), bank_of().rows(torch.arange(10)))
@@ -438,7 +456,7 @@ def test_an_averaged_copy_has_the_bank_of_the_model_that_is_trained(use_buffers,
     update_bn([torch.randn(8, 4).to(device)], averaged.module.encoder)
 
 
-def test_an_averaged_copy_follows_new_labels_too_and_may_live_elsewhere_in_another_dtype():
+def test_an_averaged_copy_of_another_dtype_follows_new_labels_too():
     model = Model()
     averaged = AveragedModel(model, use_buffers=True)
     averaged.module.to(torch.bfloat16)
@@ -565,7 +583,7 @@ def test_an_average_over_state_dicts_is_refused_at_the_next_use_and_can_be_undon
     model.train_on(0)
     memory = copied.criterion.memory
     averaged_state(memory, model.criterion.memory, integers=integers)
-    averaged = {name: tensor.detach().clone() for name, tensor in memory._state().items()}
+    averaged = {name: tensor.detach().clone() for name, tensor in entries_of(memory._shard).items()}
     changed = "the labels of \\d+ of 4000 images were changed" if integers else "the row of image \\d+ has length 0\\."
     for use in (
         loss_of,

@@ -5,6 +5,7 @@ of the archive, D values.
 """
 
 import copy
+import inspect
 import os
 import signal
 from typing import Any
@@ -15,7 +16,10 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ntdne_kernels import MemoryBank, NTDNELoss, SNCALoss, bank
+from ntdne_kernels import MemoryBank, NTDNELoss, SNCALoss
+from ntdne_kernels.bank import memory_bank
+from ntdne_kernels.bank.batch import LocalBatch, ShardedBatch
+from ntdne_kernels.distributed import OneProcess, Ranks
 from ntdne_kernels.ops import sharded
 from tests import ranks
 
@@ -122,6 +126,21 @@ def test_the_numbers_are_those_of_one_process_on_the_same_batch(W, piece):
             )
         for rank in of_ranks:
             torch.testing.assert_close(rank["rows"], expected["rows"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("alone", "of_many", "more"),
+    [(OneProcess, Ranks, {"maximum"}), (LocalBatch, ShardedBatch, {"sizes"})],
+)
+def test_one_process_and_many_have_the_same_methods(alone, of_many, more):
+    methods = [{name for name in vars(kind) if not name.startswith("_")} for kind in (alone, of_many)]
+    assert methods[1] - methods[0] == more
+    data = methods[0] - methods[1]
+    assert not any(callable(getattr(alone, name)) for name in data), data
+    for name in methods[0] & methods[1]:
+        assert list(inspect.signature(getattr(alone, name)).parameters) == list(
+            inspect.signature(getattr(of_many, name)).parameters
+        )
 
 
 def shared(N: int = 41, **options: Any) -> NTDNELoss:
@@ -390,7 +409,7 @@ def relabelled_but_for_one(folder: str) -> tuple[str, Tensor]:
         def fails(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        bank.take_place = fails
+        memory_bank.take_place = fails
     with pytest.raises((OSError, ValueError), match="No space left on device") as error:
         criterion.memory.relabel(torch.arange(41) % 2)
     return str(error.value), torch.equal(criterion.memory.labels, before)

@@ -212,7 +212,7 @@ def test_place_that_is_refused_later_is_an_error_that_leaves_nothing(path, tmp_p
 
 
 @pytest.mark.parametrize("step", ["flock", "_write_description", "replace", "posix_fallocate", "mmap", "flush"])
-def test_a_process_killed_at_any_step_of_the_start_leaves_a_file_that_is_started_again(path, monkeypatch, step):
+def test_a_kill_at_any_step_of_the_start_leaves_a_file_that_is_started_again(path, monkeypatch, step):
     child = os.fork()
     if child == 0:
         owner = {"flock": storage.fcntl, "replace": Path, "posix_fallocate": os, "mmap": storage.mmap}.get(
@@ -244,9 +244,7 @@ def test_rows_may_be_made_beside_the_file_and_take_its_place(path, tmp_path):
 
 
 @pytest.mark.parametrize("rename", [1, 2, 3, 4])
-def test_a_process_killed_while_rows_take_the_place_of_others_leaves_none_taken_for_others(
-    path, tmp_path, monkeypatch, rename
-):
+def test_a_kill_while_rows_are_replaced_leaves_none_taken_for_others(path, tmp_path, monkeypatch, rename):
     before, beside = filled(path), tmp_path / "beside"
     child = os.fork()
     if child == 0:
@@ -312,7 +310,7 @@ def keep_updating(path: str) -> None:
             print("updating", flush=True)
 
 
-def test_a_process_killed_in_the_middle_of_updates_leaves_every_row_finite_and_of_unit_norm(path):
+def test_a_kill_in_the_middle_of_updates_leaves_every_row_of_unit_norm(path):
     before = filled(path, N=2000, D=64, dtype=torch.bfloat16)
     command = f"import tests.test_storage as t; t.keep_updating({str(path)!r})"
     with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE) as process:

@@ -1,14 +1,14 @@
 """log p of a batch against a bank of which each rank holds a shard: features and sums travel, the bank never does.
 
-    who has how many queries                        counts       all-gather
-    their images, and what is known of these        look-up      all-gather, all-reduce   2·B and 3·B int64
+    who has how many queries                        counts       all-gather               5 int64
+    their images, and what is known of these        look-up      all-gather, all-reduce   2·B int64, 2·B float64
     every rank has b_r queries, B in all            features     all-gather               B·D of the bank's dtype
     every rank sums all B over its rows             `ClassSums`
     the sums of a query over the whole bank         logarithms   all-reduce (2)           2·B float64
     ∂log p_i/∂f_i adds up from the ranks            to i's rank  all-to-all               B·D in the wide dtype
 
-The first two are `distributed.Ranks` and `MemoryBank.look_up`. Contributions are added in the order of the ranks: the
-same batch gives the same bits again.
+The first two are `distributed.Ranks.exchange` and `bank.batch.find`. Contributions are added in the order of the ranks:
+the same batch gives the same bits again.
 
 Each op takes its process group by name, as PyTorch's own collectives under torch.compile do, which sees one opaque op
 with everything in it. `sizes` is b_r of each rank.
@@ -27,6 +27,8 @@ from torch.distributed.distributed_c10d import ProcessGroup
 from ntdne_kernels.arguments import accumulator_dtype
 from ntdne_kernels.ops.chunked import class_sums
 from ntdne_kernels.ops.class_sums import ClassSums, contribution, log_p_of
+from ntdne_kernels.ops.leave_one_out import not_again, rows_times
+from ntdne_kernels.ops.losses import LossSpec, loss_and_slope
 from ntdne_kernels.ops.schema import Batch, implement
 
 # Its name since torch 2.14, which warns of the old one.
@@ -54,8 +56,8 @@ def _log_scores(
 ) -> tuple[Tensor, Tensor]:
     """log p (B,) of all ranks' queries, on every rank, and ∂log p/∂f (b, D) or (0, D) of this rank's.
 
-    `batch.features` (b, D) are this rank's, labels and index (B,) all ranks'; index and layout speak of the rows of
-    `batch.bank` (n, D), with −1 for queries that are in none of them.
+    `batch.features` (b, D) are this rank's, labels and own (B,) all ranks'; own and layout speak of the rows (n, D)
+    that the rank keeps, with −1 for queries that are in none of them.
     """
     features, shard, labels = batch.features, batch.bank, batch.labels
     assert labels is not None
@@ -84,6 +86,56 @@ def _log_scores(
         incoming.flatten(0, 1), outgoing, [len(features)] * len(sizes), list(sizes), group=ranks
     )
     return log_p, incoming.sum(dim=0, dtype=torch.float64).to(wide)
+
+
+class ShardedLoss(torch.autograd.Function):
+    """As `leave_one_out.LeaveOneOutLoss`, of the batch of all ranks: its loss, and its log p (B,).
+
+    Under "mean" and "sum" the loss is that of the whole batch on every rank, and each rank's gradient is W times that
+    of its own features, so that their average over the ranks, which DistributedDataParallel takes, is the gradient of
+    the loss. Under "none" it is the loss (b,) of the rank's own queries, with its own gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        batch: Batch,
+        spec: LossSpec,
+        indicator: Tensor | None,
+        backend: str,
+        need_direction: bool,
+        sizes: list[int],
+        rank: int,
+        group: str,
+    ) -> tuple[Tensor, Tensor]:
+        """Arguments as `log_scores`; `indicator` (B,) as `losses.loss_and_slope`."""
+        log_p, direction = log_scores(batch._replace(features=features), need_direction, backend, sizes, group)
+        value, slope = loss_and_slope(log_p, indicator, spec)
+        own = own_slice(sizes, rank)
+        if spec.reduction == "none":
+            value, slope = value[own].clone(), slope[own]
+        else:
+            slope = len(sizes) * slope[own]
+        ctx.mark_non_differentiable(log_p)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(direction, log_p[own].clone(), slope, features)
+        return value, log_p
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """The gradient of the features; None for all else."""
+        if grad is None:
+            return (None,) * 9
+        direction, log_p, slope, features = ctx.saved_tensors
+        gradient = rows_times(grad * slope, direction, log_p).to(features.dtype)
+        return not_again(gradient, grad, features), *(None,) * 8
+
+
+def own_slice(sizes: list[int], rank: int) -> slice:
+    """Where a rank's queries stand in the batch of all."""
+    begin = sum(sizes[:rank])
+    return slice(begin, begin + sizes[rank])
 
 
 def _group(name: str) -> ProcessGroup:

@@ -462,7 +462,7 @@ def loss_of_images(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, log p, and the gradient of features of any length, as on a GPU: nothing looks at values."""
     features = features.clone().requires_grad_()
-    batch = Batch(features, memory.storage, torch.where(index >= 0, -1, 1), index, memory.index.layout, 0.2)
+    batch = Batch(features, memory.storage, torch.where(index >= 0, -1, 1), index, memory.label_index.layout, 0.2)
     value, log_p = loss_of_batch(batch, memory.archive, spec, backend)
     value.sum().backward()
     return value.detach(), log_p, features.grad
