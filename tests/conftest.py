@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 
 from hypothesis import settings
 
-from ntdne_kernels.functional import BACKENDS
+from ntdne_kernels.ops.backends import BACKENDS
 from ntdne_kernels.ops.gpu import INTERPRETED
 
 pytest.register_assert_rewrite("tests.archives", "tests.ops.contract")  # before a test imports them

@@ -3,6 +3,7 @@
 import math
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -306,10 +307,11 @@ def test_a_gpu_update_runs_on_the_current_stream():
 
 @pytest.mark.usefixtures("capturing")
 def test_what_a_cuda_graph_cannot_hold_says_so():
+    bank: Any = SimpleNamespace(device=torch.device("cuda"))
     with pytest.raises(RuntimeError, match="CUDA graph: the first step on a device makes a counter; run a step before"):
         bank_update.skipped_counter(torch.device("cuda:7"))
     with pytest.raises(RuntimeError, match="CUDA graph: bank updates through PyTorch .* their compiled kernel"):
-        bank_update.update_bank_in_pytorch(SimpleNamespace(device=torch.device("cuda")), None, None, 0.5)
+        bank_update.update_bank_in_pytorch(bank, None, None, 0.5)
 
 
 @pytest.mark.gpu
@@ -319,7 +321,8 @@ def test_a_gpu_update_is_one_launch():
     position = torch.randperm(1000, device="cuda")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         compiled(bank, features, index, 0.5, position)
-    launches = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    cuda = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+    launches = [event for event in profile.events() if event.device_type == cuda]
     assert [event.name for event in launches if "update_bank_kernel" not in event.name] == []
     assert len(launches) == 1
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ntdne_kernels.arguments import accumulator_dtype
-from ntdne_kernels.functional import BACKENDS
 from ntdne_kernels.ops import reference
-from ntdne_kernels.ops.backends import class_sums_of
+from ntdne_kernels.ops.backends import BACKENDS, class_sums_of
 from ntdne_kernels.ops.class_sums import ClassSums, add_part, contribution, log_scores_of
 from ntdne_kernels.ops.leave_one_out import Backend
 from ntdne_kernels.ops.streaming import STREAMING
@@ -19,7 +18,7 @@ from tests.ops import contract
 from tests.ops.cutting import small_pieces, small_tiles
 
 
-def parts_of(
+def parts_of(  # noqa: PLR0913  a backend's arguments after those of the cut
     class_sums: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
     cuts: tuple[float, ...],
     features: Tensor,

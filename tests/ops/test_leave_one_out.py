@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ntdne_kernels import LabelIndex, MemoryBank
-from ntdne_kernels.functional import BACKENDS, archive_loss, leave_one_out_log_scores, ntdne_loss, snca_loss
+from ntdne_kernels.functional import archive_loss, leave_one_out_log_scores, ntdne_loss, snca_loss
 from ntdne_kernels.ops import streaming
-from ntdne_kernels.ops.backends import gpu
+from ntdne_kernels.ops.backends import BACKENDS, gpu
 from ntdne_kernels.ops.bank_update import skipped_counter
 from ntdne_kernels.ops.losses import Loss
 from tests import formulas

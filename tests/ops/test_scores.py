@@ -74,7 +74,7 @@ def test_dtypes_of_log_p_and_of_scores_may_differ(record_, dtype, of_scores, dev
     assert torch.equal(scores[:2], log_p.flip(0).to(of_scores))
 
 
-def batch(device: torch.device, B: int = 150, N: int = 60) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batch(device: torch.device, B: int = 150, N: int = 60) -> tuple[Tensor, ...]:
     made = torch.Generator().manual_seed(0)
     log_p = -torch.rand(B, generator=made)
     log_p[::9], log_p[1::9] = torch.nan, -torch.inf

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from benchmarks import providers
 from ntdne_kernels import LabelIndex, functional
-from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, ntdne_loss, snca_loss
+from ntdne_kernels.functional import leave_one_out_log_scores, ntdne_loss, snca_loss
 from ntdne_kernels.ops import gpu, leave_one_out, losses, reference
+from ntdne_kernels.ops.backends import BACKENDS
 from ntdne_kernels.ops.bank_update import skipped_counter
 from ntdne_kernels.ops.gpu import configs, kernels
 from ntdne_kernels.ops.gpu.configs import Config, Device, choose, class_tile, columns, split_count
@@ -54,7 +55,7 @@ def loss_and_gradients(archive: Archive, by: str, backend: str, **options: float
     fold_rows=st.sampled_from([5, 33, 1 << 14]),
 )
 @needs_interpreter
-def test_ragged_blocks_splits_tiles_and_segments_agree_with_the_reference(
+def test_ragged_blocks_splits_tiles_and_segments_agree_with_the_reference(  # noqa: PLR0913  each is drawn
     B, N, D, C, seed, sigma, by, splits, fold_rows
 ):
     """Float64 sums, so that nothing but a wrong row or a wrong mask can differ."""
