@@ -43,6 +43,7 @@ def test_empty_batch(backend, by, device):
     contract.check_empty_batch(backend, by, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sigma", [0.1, 0.05, 0.03, 0.02])
 @pytest.mark.parametrize("clustered", [False, True])
@@ -76,6 +77,7 @@ def test_every_shape_agrees_with_the_reference(B, N, D, C, seed, sigma, unlabell
             torch.testing.assert_close(result, results["reference"], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_does_not_grow_with_the_number_of_tiles(dtype, monkeypatch):
     """Thousands of tiles, as an archive of millions has, are as exact as four."""
@@ -92,6 +94,7 @@ def test_error_does_not_grow_with_the_number_of_tiles(dtype, monkeypatch):
     assert errors[0] < 1.5 * errors[1] + 1e-6
 
 
+@pytest.mark.slow
 def test_score_is_never_above_one(backend, by, device):
     """With one class p = 1; the difference of two rounded logarithms may come out above 0."""
     for sigma in (0.1, 0.01):
@@ -244,6 +247,7 @@ def test_no_tile_is_larger_than_its_limit(B, D, monkeypatch):
     assert max(max(pair) for pair in seen) <= 4096
 
 
+@pytest.mark.slow
 def test_gradcheck(backend, by, device):
     archive = Archive(B=3, N=7, D=2, C=2, device=device, unlabelled=False)
     archive.labels.clamp_(min=0)
@@ -345,6 +349,7 @@ def test_gradient_direction_is_not_made_without_need(monkeypatch):
     assert wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("need_direction", [True, False])
 def test_opcheck_of_the_forward(fused, by, dtype, need_direction, device):
@@ -352,6 +357,7 @@ def test_opcheck_of_the_forward(fused, by, dtype, need_direction, device):
     torch.library.opcheck(ops.log_scores, (*op_arguments(Archive(dtype=dtype, device=device), by), 0.1, need_direction))
 
 
+@pytest.mark.slow
 def test_opcheck_of_the_bank_gradient(fused, by, device):
     ops = BACKENDS[fused]
     given = op_arguments(Archive(device=device), by)
@@ -369,6 +375,7 @@ def loss_arguments(device: torch.device, dtype: torch.dtype, with_labels: bool =
     return 3 * archive.features, archive.bank, labels, archive.index, [index.classes, index.offsets], images, 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpu is None, reason="needs Triton")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("need_gradient", "reduction"), [(True, "mean"), (False, "none")])
@@ -378,6 +385,7 @@ def test_opcheck_of_the_loss(dtype, need_gradient, reduction, kernel_device):
     torch.library.opcheck(gpu.loss_op, (*given, None, None, reduction, "current", need_gradient))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpu is None, reason="needs Triton")
 def test_eager_and_compiled_outputs_of_the_loss_are_bitwise_equal(kernel_device):
     given = (*loss_arguments(kernel_device, torch.float32), 0.7, 0.3, "mean", "auto", True)
@@ -386,6 +394,7 @@ def test_eager_and_compiled_outputs_of_the_loss_are_bitwise_equal(kernel_device)
         assert torch.equal(eager, traced)
 
 
+@pytest.mark.slow
 def test_eager_and_compiled_outputs_of_the_op_are_bitwise_equal(fused, by, device):
     given = (*op_arguments(Archive(B=33, N=700, D=20, dtype=torch.float32, device=device), by), 0.1, True)
     op = BACKENDS[fused].log_scores
@@ -394,6 +403,7 @@ def test_eager_and_compiled_outputs_of_the_op_are_bitwise_equal(fused, by, devic
         assert torch.equal(eager, traced)
 
 
+@pytest.mark.slow
 def test_compiled_loss_and_gradients_agree_with_eager(backend, by, device):
     torch._dynamo.reset()  # the limit on compiling one function anew counts over all tests
     given = arguments(Archive(B=16, N=90, dtype=torch.float32, device=device), by)
@@ -411,6 +421,7 @@ def test_compiled_loss_and_gradients_agree_with_eager(backend, by, device):
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.slow
 def test_repeated_runs_are_bitwise_equal(backend, by, device):
     on_cpu = device.type == "cpu"
     archive = Archive(40 if on_cpu else 1500, 700 if on_cpu else 30_000, 32, dtype=torch.float32, device=device)
@@ -468,6 +479,7 @@ def loss_of_images(
     return value.detach(), log_p, features.grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("loss", [(0.7, None, "current"), (0.7, 0.4, "auto"), (None, None, "current")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -100,10 +100,12 @@ def test_strided_indices_are_read_as_they_stand(record_, device):
     torch.testing.assert_close(scores[:-1], expected[:-1], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_opcheck(device):
     torch.library.opcheck(op, batch(device))
 
 
+@pytest.mark.slow
 def test_compiled_and_eager_remember_the_same(device):
     scores, *given = batch(device)
     expected = scores.clone()

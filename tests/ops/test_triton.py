@@ -42,6 +42,7 @@ def loss_and_gradients(archive: Archive, by: str, backend: str, **options: float
     return loss.detach(), features.grad, bank.grad
 
 
+@pytest.mark.slow
 @settings(max_examples=30, phases=[Phase.explicit, Phase.generate])  # shrinking takes minutes in the interpreter
 @given(
     B=st.integers(1, 35),
@@ -66,6 +67,7 @@ def test_ragged_blocks_splits_tiles_and_segments_agree_with_the_reference(  # no
     torch.testing.assert_close(found, loss_and_gradients(archive, by, "reference", sigma=sigma), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("D", [96, 384, 768, 1000, 1024])
 def test_wide_features_are_cut_into_two_parts(D, kernel_device, monkeypatch):
     small_pieces(monkeypatch, splits=2, block_n=32)
@@ -74,6 +76,7 @@ def test_wide_features_are_cut_into_two_parts(D, kernel_device, monkeypatch):
     torch.testing.assert_close(found, loss_and_gradients(archive, "sorted index", "reference"), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["labels", "index", "sorted index"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("feature_dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -100,6 +103,7 @@ def class_ranges(archive: Archive, C: int, seed: int = 0) -> tuple[Tensor, Tenso
     return archive.features.to(bank.dtype), bank, archive.index, offsets
 
 
+@pytest.mark.slow
 @settings(max_examples=15, phases=[Phase.explicit, Phase.generate])
 @given(
     B=st.integers(0, 35),
@@ -123,6 +127,7 @@ def test_class_masses_over_ragged_blocks_tiles_and_classes_agree_with_the_refere
     torch.testing.assert_close(found, reference.class_masses(*given, sigma), rtol=1e-12 / sigma, atol=1e-13 / sigma)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sigma", [0.03, 0.001])
 @pytest.mark.parametrize("clustered", [False, True])
@@ -187,6 +192,7 @@ def test_class_masses_of_no_query_no_row_and_no_class(B, N, C, kernel_device):
     assert (found == -torch.inf).all()  # the one row there is is the query itself
 
 
+@pytest.mark.slow
 def test_class_masses_are_one_launch_and_nothing_of_the_size_of_batch_times_bank(launches, kernel_device):
     given = class_ranges(Archive(64, 400, 1, dtype=torch.float32, device=kernel_device), C=5)
     with _Allocations() as seen:
@@ -300,6 +306,7 @@ def test_three_launches_for_a_part_of_a_bank_and_none_for_a_part_without_rows(ne
     assert [given["WEIGHTED"] for _, given in launches[1:]] == [need_means] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["labels", "sorted index"])
 @pytest.mark.usefixtures("launches")  # which hide what the interpreter copies
 def test_nothing_of_the_size_of_batch_times_bank_is_allocated(by, kernel_device):
@@ -320,6 +327,7 @@ def far_apart(rows: Tensor, file: Path) -> Tensor:
     return memory.as_strided((N, D), (stride, 1)).copy_(rows)
 
 
+@pytest.mark.slow
 @needs_interpreter
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("by", ["index", "sorted index", "labels"])
@@ -340,6 +348,7 @@ def test_rows_behind_two_to_the_31_elements(by, splits, tmp_path, monkeypatch):
     assert all(torch.equal(far, near) for far, near in zip(*results, strict=True))
 
 
+@pytest.mark.slow
 @needs_interpreter
 def test_class_masses_of_rows_behind_two_to_the_31_elements(tmp_path, monkeypatch):
     small_pieces(monkeypatch, splits=1, block_n=64)
@@ -525,6 +534,7 @@ def images(B: int, device: torch.device, dtype: torch.dtype = torch.float32) -> 
     return features, bank, given, index, [classes, offsets], archive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("q", "k"), LOSSES)
 @pytest.mark.parametrize("indicator", ["current", "stored", "auto"])
@@ -550,6 +560,7 @@ def test_the_fused_op_is_the_loss_and_its_derivative(reduction, q, k, indicator,
         assert k is None or 0 < int((slope == 0).sum()) < B
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("q", "k", "indicator"), [(None, None, "current"), (0.7, 0.3, "stored"), (0.7, 0.3, "auto")])
 @pytest.mark.parametrize("with_labels", [True, False])
@@ -569,6 +580,7 @@ def test_the_fused_op_is_one_step_after_the_other(q, k, indicator, reduction, wi
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("q", "reduction"), [(0.7, "mean"), (None, "sum")])
 def test_losses_of_more_queries_than_are_added_at_a_time(q, reduction, kernel_device):
     """300 need two rounds of the last program."""
@@ -578,6 +590,7 @@ def test_losses_of_more_queries_than_are_added_at_a_time(q, reduction, kernel_de
     torch.testing.assert_close(value.double(), expected, rtol=2e-7, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["labels", "index", "sorted index"])
 @pytest.mark.parametrize("C", [1, 2, 30])
 def test_labels_need_not_be_running_numbers(C, by, kernel_device):
@@ -605,6 +618,7 @@ def test_an_upstream_gradient_that_is_not_finite_spares_queries_without_positive
     assert torch.equal(features.grad[1:], torch.zeros_like(features.grad[1:]))
 
 
+@pytest.mark.slow
 def test_queries_of_many_classes_in_any_order(kernel_device):
     """Sorting queries by class is inside the kernels; results come back in the order of the batch."""
     archive = Archive(150, 400, 8, 60, device=kernel_device, dtype=torch.float32)
