@@ -1,19 +1,32 @@
-# `make demo` and `make test` create the virtual environment they need; nothing has to be installed first.
+# Every target creates the virtual environment it needs; nothing has to be installed first.
+#   make check   before a commit: style, types, and the tests of the core that are not slow; some three minutes
+#   make test    everything
+#   make hooks   run style and types at each commit, and look at its subject
+#   make demo    the example on scanned digits
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
+CORE := $(addprefix tests/,ops test_functional.py test_label_index.py test_bank.py test_user_warning.py)
+# Each worker has one thread: more would wait for each other. WORKERS=0 runs all in one process, one test after the other.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal --doctest-modules
 
-.PHONY: demo test clean
+.PHONY: demo lint check test hooks clean
 
 demo: $(READY)
 	$(VENV)/bin/python examples/digits.py
 
-test: $(READY)
+lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+
+check: lint
+	$(PYTEST) -m "not slow" $(CORE) tests/test_loss.py ntdne_kernels
+
+test: lint
+	$(PYTEST)
 
 $(READY): $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -21,5 +34,9 @@ $(READY): $(SOURCES)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	touch $@
 
+hooks: $(READY)
+	$(VENV)/bin/pre-commit install
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info ntdne_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info ntdne_kernels/*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -51,6 +51,7 @@ def cuda_mismatch(toolkit: Path, torch_cuda: str | None) -> str | None:
 
 
 def extension() -> dict:
+    """What setup() is told to build here, and how; nothing where the tools are missing."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         print(f"ntdne_kernels: no C++ compiler ({compiler}); building without the compiled update op", file=sys.stderr)

@@ -1,20 +1,21 @@
 """Fixtures that all tests share: devices, backends, and markers that are skipped without a GPU.
 
-Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors. A process has either the interpreter or
-the compiler, so with a GPU the kernels run there alone.
+Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; it needs NumPy. A process has either the
+interpreter or the compiler, so with a GPU the kernels run there alone.
 """
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and find_spec("numpy") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 from hypothesis import settings
 
-from ntdne_kernels.functional import BACKENDS
+from ntdne_kernels.ops.backends import BACKENDS
 from ntdne_kernels.ops.gpu.launches import INTERPRETED
 
 pytest.register_assert_rewrite("tests.archives", "tests.ops.contract")  # before a test imports them

@@ -1,6 +1,7 @@
 """The functional interface: both losses against the formulas, and one clear error for each kind of bad input."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ BAD_CALLS = [
 @pytest.mark.parametrize(("change", "error", "message"), BAD_CALLS, ids=[str(call[2][:60]) for call in BAD_CALLS])
 def test_bad_arguments_of_the_losses_are_named(change, error, message):
     names = ("features", "bank", "labels", "bank_labels", "index")
-    call = dict(zip(names, Archive(dtype=torch.float32).arguments(), strict=True)) | change
+    call: dict[str, Any] = dict(zip(names, Archive(dtype=torch.float32).arguments(), strict=True)) | change
     with pytest.raises(error, match=message):
         functional.ntdne_loss(**call)
     if "q" not in change and "k" not in change:
@@ -105,7 +106,7 @@ def test_bad_arguments_of_the_losses_are_named(change, error, message):
             functional.snca_loss(**call)
 
 
-BAD_UPDATES = [
+BAD_UPDATES: list[tuple[dict[str, Any], type[Exception], str]] = [
     (dict(features=torch.ones(9, 4)), ValueError, "features: expected 5 columns"),
     (dict(features=None), TypeError, "features: expected a float tensor, got NoneType"),
     (dict(index=torch.ones(9)), TypeError, "index: expected an integer tensor"),
@@ -160,7 +161,7 @@ def test_tensors_on_different_devices_are_named():
     """The meta device stands for another one."""
     names = ("features", "bank", "labels", "bank_labels", "index")
     for name in ("features", "labels", "bank_labels", "index"):
-        call = dict(zip(names, Archive().arguments(), strict=True))
+        call: dict[str, Any] = dict(zip(names, Archive().arguments(), strict=True))
         call[name] = call[name].to("meta")
         with pytest.raises(ValueError, match=f"{name}: expected the bank's device, cpu, got meta"):
             functional.ntdne_loss(**call)

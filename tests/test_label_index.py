@@ -166,6 +166,7 @@ def test_a_part_that_is_not_inside_the_labels_is_named(first, count):
         class_order(torch.tensor([1, 0, 1]), first, count)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of a process's memory")
 @pytest.mark.parametrize("part", [[], ["--rank", "1", "--ranks", "4"]])
 def test_memory_does_not_grow_with_the_labels(part):

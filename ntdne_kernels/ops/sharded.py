@@ -97,7 +97,7 @@ class ShardedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913  autograd takes its inputs one by one
         ctx: Any,
         features: Tensor,
         batch: Batch,

@@ -29,7 +29,7 @@ class Fault(Exception):
 class Block(np.ndarray):
     """A tensor of a kernel, which `+=` does not change but gives a new value for."""
 
-    def __iadd__(self, other: Any) -> "Block":  # type: ignore[override]
+    def __iadd__(self, other: Any) -> "Block":  # type: ignore[misc]
         return self + other
 
     def to(self, dtype: Any) -> "Block":
@@ -241,7 +241,7 @@ def _at(pointer: Pointer, mask: Any) -> np.ndarray:
 
 def _load(pointer: Pointer) -> Block:
     offset = np.asarray(pointer.offset)
-    return _block(pointer.memory[_at(pointer, np.full(offset.shape, True))]).reshape(offset.shape)
+    return _block(pointer.memory[_at(pointer, np.full(offset.shape, True))].reshape(offset.shape))
 
 
 def _store(pointer: Pointer, value: Any, mask: Any = True) -> None:

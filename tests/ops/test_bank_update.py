@@ -3,6 +3,7 @@
 import math
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +148,7 @@ def test_an_index_in_the_banks_memory_is_read_as_it_was_before_the_call(update, 
     assert torch.equal(rows, expected)
 
 
+@pytest.mark.slow
 def test_a_compiler_may_drop_the_copy_of_the_rows_that_are_the_features(device):
     """As inductor does; the op then gets the bank itself as its features."""
     bank, _, _ = made(1, 64, 8, torch.float32, torch.float32, device)
@@ -187,6 +189,7 @@ def test_an_index_outside_of_position_is_refused_though_it_is_a_row(update, bad)
     assert torch.equal(bank, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_offsets_beyond_two_to_the_31_reach_the_right_row(update, name):
     """N·D = 2.1·10^9 elements; pages that nothing touches take no memory on a CPU."""
@@ -306,10 +309,11 @@ def test_a_gpu_update_runs_on_the_current_stream():
 
 @pytest.mark.usefixtures("capturing")
 def test_what_a_cuda_graph_cannot_hold_says_so():
+    bank: Any = SimpleNamespace(device=torch.device("cuda"))
     with pytest.raises(RuntimeError, match="CUDA graph: the first step on a device makes a counter; run a step before"):
         bank_update.skipped_counter(torch.device("cuda:7"))
     with pytest.raises(RuntimeError, match="CUDA graph: bank updates through PyTorch .* their compiled kernel"):
-        bank_update.update_bank_in_pytorch(SimpleNamespace(device=torch.device("cuda")), None, None, 0.5)
+        bank_update.update_bank_in_pytorch(bank, None, None, 0.5)
 
 
 @pytest.mark.gpu
@@ -319,7 +323,8 @@ def test_a_gpu_update_is_one_launch():
     position = torch.randperm(1000, device="cuda")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         compiled(bank, features, index, 0.5, position)
-    launches = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    cuda = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+    launches = [event for event in profile.events() if event.device_type == cuda]
     assert [event.name for event in launches if "update_bank_kernel" not in event.name] == []
     assert len(launches) == 1
 
@@ -344,6 +349,7 @@ def test_schema_returns_nothing_and_mutates_the_bank_alone():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("position", [None, torch.arange(9, -1, -1)])
 def test_opcheck(dtype, position, device):
@@ -352,6 +358,7 @@ def test_opcheck(dtype, position, device):
     torch.library.opcheck(torch.ops.ntdne_kernels.update_bank_.default, (*given, 0.5, position))
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph_that_does_not_copy_the_bank(device):
     bank, features, index = made(4, 1000, 8, torch.float32, torch.float32, device)
     expected = bank.clone()

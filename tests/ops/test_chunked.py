@@ -40,6 +40,7 @@ def in_chunks(backend: str, length: int, batch: Batch, need_means: bool = True) 
     return chunked.sum_chunks(batch, chunks, need_means, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 7, 39, 40, 1000])
 def test_sums_of_chunks_add_up_to_those_of_the_whole_bank(backend, by, length, device):
     if backend == "triton" and length == 1 and device.type == "cpu":
@@ -55,6 +56,7 @@ def test_sums_of_chunks_add_up_to_those_of_the_whole_bank(backend, by, length, d
     assert [mean.shape for mean in no_means[2:]] == [(0, 5)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sigma", [0.1, 0.02])
 def test_error_does_not_grow_with_the_number_of_chunks(by, dtype, sigma):
@@ -107,6 +109,7 @@ def test_log_p_and_its_gradient_are_those_of_the_formulas(backend, by, device):
     torch.testing.assert_close(gradient.cpu(), torch.tensor(to_features, dtype=torch.float64), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_loss_compiles_into_one_graph_and_gives_the_same(by, device):
     batch = chunkable(Archive(device=device, dtype=torch.float32), by)
     eager = loss_of("streaming", batch, None)
@@ -122,6 +125,7 @@ def test_loss_compiles_into_one_graph_and_gives_the_same(by, device):
     torch.testing.assert_close(features.grad, eager[1])
 
 
+@pytest.mark.slow
 def test_op_is_what_pytorch_asks_of_one(by, device):
     batch = chunkable(Archive(device=device, dtype=torch.bfloat16), by)
     for need_direction in (True, False):

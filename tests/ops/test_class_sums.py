@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ntdne_kernels.arguments import accumulator_dtype
-from ntdne_kernels.functional import BACKENDS
 from ntdne_kernels.ops import reference
+from ntdne_kernels.ops.backends import BACKENDS
 from ntdne_kernels.ops.class_sums import ClassSums, add_part, contribution, log_scores_of
 from ntdne_kernels.ops.layout import ClassOrder, PlainLabels
 from ntdne_kernels.ops.leave_one_out import GradientInForward
@@ -57,7 +57,11 @@ def by(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(
-    params=[(), (0.35,), (0.0, 0.1, 0.35, 0.35, 0.4, 0.8, 1.0)], ids=["1 part", "2 parts", "5 parts and 3 without rows"]
+    params=[
+        pytest.param((), id="1 part", marks=pytest.mark.slow),
+        pytest.param((0.35,), id="2 parts"),
+        pytest.param((0.0, 0.1, 0.35, 0.35, 0.4, 0.8, 1.0), id="5 parts and 3 without rows", marks=pytest.mark.slow),
+    ]
 )
 def cuts(request: pytest.FixtureRequest) -> tuple[float, ...]:
     return request.param
@@ -91,6 +95,7 @@ def test_empty_batch_in_parts(backend, by, device):
     contract.check_empty_batch(backend, by, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sigma", [0.05, 0.02])
 @pytest.mark.parametrize("clustered", [False, True])
@@ -166,6 +171,7 @@ def test_features_that_are_not_finite_spoil_their_own_row_alone(backend, by, sig
         assert torch.equal(values[others], clean_values[others])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["labels", "sorted index", "index"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("need_means", [True, False])

@@ -115,6 +115,7 @@ def check(p: Problem, source: str = SOURCE) -> None:
         assert np.isnan(vectors).all()
 
 
+@pytest.mark.slow
 @given(problems)
 def test_each_query_gets_each_row_once_in_any_order_of_events(problem):
     check(problem)
@@ -209,6 +210,7 @@ BROKEN = {
 """The kernel's rules, each broken in one place."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", BROKEN)
 def test_each_rule_is_needed(rule):
     right, wrong = BROKEN[rule]

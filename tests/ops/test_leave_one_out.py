@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ntdne_kernels import LabelIndex, MemoryBank
-from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, loss_of_batch, ntdne_loss, snca_loss
+from ntdne_kernels.functional import leave_one_out_log_scores, loss_of_batch, ntdne_loss, snca_loss
 from ntdne_kernels.ops import schema, streaming
-from ntdne_kernels.ops.backends import gpu
+from ntdne_kernels.ops.backends import BACKENDS, gpu
 from ntdne_kernels.ops.bank_update import skipped_counter
 from ntdne_kernels.ops.layout import ClassOrder
 from ntdne_kernels.ops.losses import LossSpec
@@ -45,6 +45,7 @@ def test_empty_batch(backend, by, device):
     contract.check_empty_batch(backend, by, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sigma", [0.1, 0.05, 0.03, 0.02])
 @pytest.mark.parametrize("clustered", [False, True])
@@ -78,6 +79,7 @@ def test_every_shape_agrees_with_the_reference(B, N, D, C, seed, sigma, unlabell
             torch.testing.assert_close(result, results["reference"], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_does_not_grow_with_the_number_of_tiles(dtype, monkeypatch):
     """Thousands of tiles, as an archive of millions has, are as exact as four."""
@@ -94,6 +96,7 @@ def test_error_does_not_grow_with_the_number_of_tiles(dtype, monkeypatch):
     assert errors[0] < 1.5 * errors[1] + 1e-6
 
 
+@pytest.mark.slow
 def test_score_is_never_above_one(backend, by, device):
     """With one class p = 1; the difference of two rounded logarithms may come out above 0."""
     for sigma in (0.1, 0.01):
@@ -246,6 +249,7 @@ def test_no_tile_is_larger_than_its_limit(B, D, monkeypatch):
     assert max(max(pair) for pair in seen) <= 4096
 
 
+@pytest.mark.slow
 def test_gradcheck(backend, by, device):
     archive = Archive(B=3, N=7, D=2, C=2, device=device, unlabelled=False)
     archive.labels.clamp_(min=0)
@@ -347,6 +351,7 @@ def test_gradient_direction_is_not_made_without_need(monkeypatch):
     assert wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("need_direction", [True, False])
 def test_opcheck_of_the_forward(fused, by, dtype, need_direction, device):
@@ -355,6 +360,7 @@ def test_opcheck_of_the_forward(fused, by, dtype, need_direction, device):
     torch.library.opcheck(op, (*batch.flat(), need_direction))
 
 
+@pytest.mark.slow
 def test_opcheck_of_the_bank_gradient(fused, by, device):
     op = getattr(torch.ops.ntdne_kernels, f"{fused}_bank_gradient").default
     batch = batch_of(Archive(device=device), by)
@@ -373,6 +379,7 @@ def loss_arguments(device: torch.device, dtype: torch.dtype, with_labels: bool =
     return *Batch(3 * archive.features, archive.bank, labels, archive.index, layout, 0.1).flat(), *images
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpu is None, reason="needs Triton")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("need_gradient", "reduction"), [(True, "mean"), (False, "none")])
@@ -386,6 +393,7 @@ def test_opcheck_of_the_loss(dtype, need_gradient, reduction, kernel_device):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(gpu is None, reason="needs Triton")
 def test_eager_and_compiled_outputs_of_the_loss_are_bitwise_equal(kernel_device):
     given = (*loss_arguments(kernel_device, torch.float32), 0.7, 0.3, "mean", "auto", True)
@@ -395,6 +403,7 @@ def test_eager_and_compiled_outputs_of_the_loss_are_bitwise_equal(kernel_device)
         assert torch.equal(eager, traced)
 
 
+@pytest.mark.slow
 def test_eager_and_compiled_outputs_of_the_op_are_bitwise_equal(fused, by, device):
     given = batch_of(Archive(B=33, N=700, D=20, dtype=torch.float32, device=device), by), True
     op = BACKENDS[fused].log_scores
@@ -403,6 +412,7 @@ def test_eager_and_compiled_outputs_of_the_op_are_bitwise_equal(fused, by, devic
         assert torch.equal(eager, traced)
 
 
+@pytest.mark.slow
 def test_compiled_loss_and_gradients_agree_with_eager(backend, by, device):
     torch._dynamo.reset()  # the limit on compiling one function anew counts over all tests
     given = arguments(Archive(B=16, N=90, dtype=torch.float32, device=device), by)
@@ -420,6 +430,7 @@ def test_compiled_loss_and_gradients_agree_with_eager(backend, by, device):
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.slow
 def test_repeated_runs_are_bitwise_equal(backend, by, device):
     on_cpu = device.type == "cpu"
     archive = Archive(40 if on_cpu else 1500, 700 if on_cpu else 30_000, 32, dtype=torch.float32, device=device)
@@ -468,6 +479,7 @@ def loss_of_images(
     return value.detach(), log_p, features.grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("loss", [(0.7, None, "current"), (0.7, 0.4, "auto"), (None, None, "current")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from benchmarks import contract
 from ntdne_kernels import LabelIndex, functional
-from ntdne_kernels.functional import BACKENDS, leave_one_out_log_scores, ntdne_loss, snca_loss
+from ntdne_kernels.functional import leave_one_out_log_scores, ntdne_loss, snca_loss
 from ntdne_kernels.ops import gpu, losses, reference, schema
+from ntdne_kernels.ops.backends import BACKENDS
 from ntdne_kernels.ops.bank_update import skipped_counter
 from ntdne_kernels.ops.gpu import configs, kernels
 from ntdne_kernels.ops.gpu.configs import Config, Device, choose, class_tile, columns, split_count
@@ -44,6 +45,7 @@ def loss_and_gradients(archive: Archive, by: str, backend: str, **options: float
     return loss.detach(), features.grad, bank.grad
 
 
+@pytest.mark.slow
 @settings(max_examples=30, phases=[Phase.explicit, Phase.generate])  # shrinking takes minutes in the interpreter
 @given(
     B=st.integers(1, 35),
@@ -57,7 +59,7 @@ def loss_and_gradients(archive: Archive, by: str, backend: str, **options: float
     fold_rows=st.sampled_from([5, 33, 1 << 14]),
 )
 @needs_interpreter
-def test_ragged_blocks_splits_tiles_and_segments_agree_with_the_reference(
+def test_ragged_blocks_splits_tiles_and_segments_agree_with_the_reference(  # noqa: PLR0913  each is drawn
     B, N, D, C, seed, sigma, by, splits, fold_rows
 ):
     """Float64 sums, so that nothing but a wrong row or a wrong mask can differ."""
@@ -68,6 +70,7 @@ def test_ragged_blocks_splits_tiles_and_segments_agree_with_the_reference(
     torch.testing.assert_close(found, loss_and_gradients(archive, by, "reference", sigma=sigma), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("D", [96, 384, 768, 1000, 1024])
 def test_wide_features_are_cut_into_two_parts(D, kernel_device, monkeypatch):
     small_pieces(monkeypatch, splits=2, block_n=32)
@@ -76,6 +79,7 @@ def test_wide_features_are_cut_into_two_parts(D, kernel_device, monkeypatch):
     torch.testing.assert_close(found, loss_and_gradients(archive, "sorted index", "reference"), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["labels", "index", "sorted index"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("feature_dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -102,6 +106,7 @@ def class_ranges(archive: Archive, C: int, seed: int = 0) -> tuple[Tensor, Tenso
     return archive.features.to(bank.dtype), bank, archive.index, offsets
 
 
+@pytest.mark.slow
 @settings(max_examples=15, phases=[Phase.explicit, Phase.generate])
 @given(
     B=st.integers(0, 35),
@@ -127,6 +132,7 @@ def test_class_log_sums_over_ragged_blocks_tiles_and_classes_agree_with_the_refe
     torch.testing.assert_close(found, reference.class_log_sums(*given, sigma), rtol=1e-12 / sigma, atol=1e-13 / sigma)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sigma", [0.03, 0.001])
 @pytest.mark.parametrize("clustered", [False, True])
@@ -191,6 +197,7 @@ def test_class_log_sums_of_no_query_no_row_and_no_class(B, N, C, kernel_device):
     assert (found == -torch.inf).all()  # the one row there is is the query itself
 
 
+@pytest.mark.slow
 def test_class_log_sums_are_one_launch_and_nothing_of_the_size_of_batch_times_bank(launches, kernel_device):
     given = class_ranges(Archive(64, 400, 1, dtype=torch.float32, device=kernel_device), C=5)
     with _Allocations() as seen:
@@ -306,6 +313,7 @@ def test_three_launches_for_a_part_of_a_bank_and_none_for_a_part_without_rows(ne
     assert [given["WEIGHTED"] for _, given in launches[1:]] == [need_means] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["labels", "sorted index"])
 @pytest.mark.usefixtures("launches")  # which hide what the interpreter copies
 def test_nothing_of_the_size_of_batch_times_bank_is_allocated(by, kernel_device):
@@ -326,6 +334,7 @@ def far_apart(rows: Tensor, file: Path) -> Tensor:
     return memory.as_strided((N, D), (stride, 1)).copy_(rows)
 
 
+@pytest.mark.slow
 @needs_interpreter
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("by", ["index", "sorted index", "labels"])
@@ -348,6 +357,7 @@ def test_rows_behind_two_to_the_31_elements(by, splits, tmp_path, monkeypatch):
     assert all(torch.equal(far, near) for far, near in zip(*results, strict=True))
 
 
+@pytest.mark.slow
 @needs_interpreter
 def test_class_log_sums_of_rows_behind_two_to_the_31_elements(tmp_path, monkeypatch):
     small_pieces(monkeypatch, splits=1, block_n=64)
@@ -536,6 +546,7 @@ def images(
     return batch, schema.Archive(*archive)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("q", "k"), LOSSES)
 @pytest.mark.parametrize("indicator", ["current", "stored", "auto"])
@@ -562,6 +573,7 @@ def test_the_fused_op_is_the_loss_and_its_derivative(reduction, q, k, indicator,
         assert k is None or 0 < int((slope == 0).sum()) < B
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("q", "k", "indicator"), [(None, None, "current"), (0.7, 0.3, "stored"), (0.7, 0.3, "auto")])
 @pytest.mark.parametrize("with_labels", [True, False])
@@ -582,6 +594,7 @@ def test_the_fused_op_is_one_step_after_the_other(q, k, indicator, reduction, wi
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("q", "reduction"), [(0.7, "mean"), (None, "sum")])
 def test_losses_of_more_queries_than_are_added_at_a_time(q, reduction, kernel_device):
     """300 need two rounds of the last program."""
@@ -591,6 +604,7 @@ def test_losses_of_more_queries_than_are_added_at_a_time(q, reduction, kernel_de
     torch.testing.assert_close(value.double(), expected, rtol=2e-7, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["labels", "index", "sorted index"])
 @pytest.mark.parametrize("C", [1, 2, 30])
 def test_labels_need_not_be_running_numbers(C, by, kernel_device):
@@ -618,6 +632,7 @@ def test_an_upstream_gradient_that_is_not_finite_spares_queries_without_positive
     assert torch.equal(features.grad[1:], torch.zeros_like(features.grad[1:]))
 
 
+@pytest.mark.slow
 def test_queries_of_many_classes_in_any_order(kernel_device):
     """Sorting queries by class is inside the kernels; results come back in the order of the batch."""
     archive = Archive(150, 400, 8, 60, device=kernel_device, dtype=torch.float32)

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.aot import HOPPER_DIMENSIONS, HOPPER_STREAM, KERNELS, MERGES, SHARED_LIMIT
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 

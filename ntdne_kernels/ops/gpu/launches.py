@@ -57,6 +57,7 @@ class Launch:
         self.compiled: tuple[Any, ...] | None = None
 
     def __call__(self, stream: int | None, *arguments: Any) -> None:
+        """Launch on the stream; None: Triton looks at each argument."""
         if stream is not None and self.compiled is not None:
             run, function, metadata, constants = self.compiled
             run(*self.grid, stream, function, metadata, None, None, None, *arguments, *constants)
@@ -119,6 +120,7 @@ class KernelLayout(NamedTuple):
 def prepare_launch(
     B: int, D: int, block_b: int, sorted_labels: bool, gather: bool, look_up: bool, has_labels: bool, snca: bool
 ) -> Launch:
+    """How `kernels.prepare` is launched for B queries of D columns."""
     return Launch(
         kernels.prepare, (block_b * triton.cdiv(B, block_b) // BLOCK_Q,),
         D=D, SORTED_LABELS=sorted_labels, GATHER=gather, LOOK_UP=look_up, HAS_LABELS=has_labels, SNCA=snca,
