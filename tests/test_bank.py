@@ -513,7 +513,7 @@ def lightning_of(folder: Path, epochs: int, *callbacks, resume: Path | None = No
     loader = torch.utils.data.DataLoader(data, batch_size=16)
     seen = []
 
-    class Module(pl.LightningModule):
+    class Module(pl.LightningModule):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.model = Model(MANY[:64])

@@ -27,7 +27,7 @@ def test_samples_end_with_their_index_whatever_the_sampler_does():
 
 def test_index_is_the_position_in_the_wrapped_dataset():
     subset = IndexedDataset(Subset(TensorDataset(torch.arange(10)), [7, 8]))
-    assert [(int(value), index) for value, index in subset] == [(7, 0), (8, 1)]
+    assert [(int(value), index) for value, index in subset] == [(7, 0), (8, 1)]  # type: ignore[attr-defined]
     assert subset[-1][1] == 1
     assert len(subset) == 2
 
@@ -138,7 +138,7 @@ def test_labels_follow_a_change_of_the_dataset():
     whole = Images(targets=list(LABELS))
     dataset = IndexedDataset(whole)
     assert dataset.labels[0] == 2
-    whole.targets[0] = 1
+    whole.targets[0] = 1  # type: ignore[attr-defined]
     assert dataset.labels[0] == 1
 
 
@@ -188,7 +188,7 @@ def test_labels_that_are_not_found_are_named(dataset, error, message):
         IndexedDataset(dataset).labels  # noqa: B018
 
 
-def scans(**columns: list) -> "datasets.Dataset":
+def scans(**columns: list) -> "datasets.Dataset":  # type: ignore[name-defined]
     """A dataset of Hugging Face with images that can be read, but for the last."""
     rng = np.random.default_rng(0)
     files = []

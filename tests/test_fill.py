@@ -31,7 +31,7 @@ def encoder_and_loader(images: int = 10) -> tuple[nn.Module, DataLoader]:
 def test_fill_bank_writes_the_features_of_every_image(progress):
     bank, (encoder, loader) = new_bank(), encoder_and_loader()
     assert fill_bank(bank, encoder, loader, progress=progress) == 10
-    images = loader.dataset.dataset.tensors[0]
+    images = loader.dataset.dataset.tensors[0]  # type: ignore[attr-defined]
     assert [module.training for module in encoder.modules()] == [True, True, False]
     expected = nn.functional.normalize(encoder.eval()(images), dim=1)
     torch.testing.assert_close(bank.rows(torch.arange(10)), expected.detach())
@@ -59,7 +59,7 @@ def test_fill_bank_refuses_batches_without_indices():
 @pytest.mark.parametrize("key", ["pixel_values", "image", "images", "img"])
 def test_fill_bank_takes_batches_with_keys(key):
     bank, (encoder, loader) = new_bank(), encoder_and_loader()
-    images = loader.dataset.dataset.tensors[0]
+    images = loader.dataset.dataset.tensors[0]  # type: ignore[attr-defined]
     keyed = IndexedDataset([{"file": "a.png", key: image, "label": 0} for image in images])
     assert fill_bank(bank, encoder, DataLoader(keyed, batch_size=4, shuffle=True), progress=False) == 10
     expected = nn.functional.normalize(encoder.eval()(images), dim=1)
@@ -79,7 +79,7 @@ def test_fill_bank_names_the_keys_it_found_where_some_are_missing(batch, found):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
 def test_indices_have_any_integer_dtype_and_minus_one_may_repeat(dtype):
     bank, (encoder, loader) = new_bank(), encoder_and_loader()
-    images = loader.dataset.dataset.tensors[0]
+    images = loader.dataset.dataset.tensors[0]  # type: ignore[attr-defined]
     none = torch.tensor([-1, -1]).to(dtype) if dtype.is_signed else torch.tensor([], dtype=dtype)
     index = torch.cat([torch.arange(10, dtype=dtype), none])
     assert fill_bank(bank, encoder, [(images[index.long()], index)], progress=False) == 10
@@ -92,7 +92,7 @@ def test_fill_bank_refuses_labels_in_place_of_indices():
     bank, (encoder, loader) = new_bank(), encoder_and_loader()
     before = bank.rows(torch.arange(10))
     with pytest.raises(ValueError, match="loader: .* got the same index twice; does the batch end with labels"):
-        fill_bank(bank, encoder, DataLoader(loader.dataset.dataset, batch_size=10), progress=False)
+        fill_bank(bank, encoder, DataLoader(loader.dataset.dataset, batch_size=10), progress=False)  # type: ignore[attr-defined]
     assert torch.equal(bank.rows(torch.arange(10)), before)
 
 
@@ -246,7 +246,7 @@ def test_resume_refuses_loaders_whose_images_it_cannot_skip(tmp_path):
     with pytest.raises(TypeError, match=r"loader: resume needs DataLoader\(IndexedDataset\(dataset\).*got list"):
         fill_bank(bank, encoder, list(loader), resume=tmp_path)
     with pytest.raises(TypeError, match="loader: .* got TensorDataset"):
-        fill_bank(bank, encoder, DataLoader(loader.dataset.dataset), resume=tmp_path)
+        fill_bank(bank, encoder, DataLoader(loader.dataset.dataset), resume=tmp_path)  # type: ignore[attr-defined]
     batches = DataLoader(loader.dataset, batch_sampler=[[0, 1], [2, 3]])
     with pytest.raises(TypeError, match="loader: .* got one with a batch_sampler"):
         fill_bank(bank, encoder, batches, resume=tmp_path)

@@ -87,7 +87,7 @@ def in_the_choice_of_a_backend() -> None:
         def new_empty(self, *_: object, **__: object) -> "Gpu":
             return self
 
-    functional.choose_backend(None, Gpu(), None)  # type: ignore[arg-type]  # here
+    functional.choose_backend(None, Gpu(), None)  # here
 
 
 @pytest.mark.parametrize(

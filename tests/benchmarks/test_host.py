@@ -208,7 +208,7 @@ def stage(tmp_path):
         )
         return done, calls.read_text().splitlines()
 
-    run.out = tmp_path / "out"
+    run.out = tmp_path / "out"  # type: ignore[attr-defined]
     return run
 
 

@@ -75,7 +75,7 @@ def spoil(path: Path, how: str) -> str:
 
 def complaint(*arguments: object, **options: object) -> str:
     with pytest.raises(ArchiveError) as caught:
-        open_archive(*arguments, **options)  # type: ignore[arg-type]
+        open_archive(*arguments, **options)
     message = str(caught.value)
     assert "\n" not in message
     return message

@@ -532,7 +532,7 @@ OUT_OF_RANGE = {
 }
 
 
-@pytest.mark.parametrize(("name", "option"), [(name, option) for name in OUT_OF_RANGE for option in OUT_OF_RANGE[name]])
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name in OUT_OF_RANGE for option in OUT_OF_RANGE[name]])  # type: ignore[attr-defined]
 def test_options_of_wrong_range_or_type_are_named(name, option):
     for value in (OUT_OF_RANGE[name][option], "1e-3"):
         with pytest.raises(ValueError, match=f"{name}: {option}: expected"):

@@ -35,7 +35,7 @@ return [...document.images].filter((image) => !image.complete || image.naturalWi
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator["webdriver.Chrome"]:
+def browser() -> Iterator["webdriver.Chrome"]:  # type: ignore[name-defined]
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
@@ -45,7 +45,7 @@ def browser() -> Iterator["webdriver.Chrome"]:
     driver.quit()
 
 
-def open_page(browser: "webdriver.Chrome", page: Path, width: int) -> None:
+def open_page(browser: "webdriver.Chrome", page: Path, width: int) -> None:  # type: ignore[name-defined]
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(page.as_uri())
@@ -90,7 +90,7 @@ def test_nothing_overflows_and_every_picture_loads(browser, pages, name, width):
     assert said == []
 
 
-def seen(browser: "webdriver.Chrome", selector: str) -> list[str]:
+def seen(browser: "webdriver.Chrome", selector: str) -> list[str]:  # type: ignore[name-defined]
     return [element.text for element in browser.find_elements("css selector", selector) if element.is_displayed()]
 
 

@@ -122,7 +122,7 @@ def value(image: torch.Tensor) -> int:
 def test_samples_are_image_given_label_and_position_in_the_dataset(archive):
     dataset = ImageDataset(archive, torch.tensor([5, 0, 6]), torch.tensor([0, 1, 1]), transform(augment=False))
     assert len(dataset) == 3
-    assert [(value(image), label, position) for image, label, position in dataset] == [(5, 0, 0), (0, 1, 1), (6, 1, 2)]
+    assert [(value(image), label, position) for image, label, position in dataset] == [(5, 0, 0), (0, 1, 1), (6, 1, 2)]  # type: ignore[attr-defined]
     assert dataset[-1][2] == 2
     with pytest.raises(IndexError):
         dataset[3]

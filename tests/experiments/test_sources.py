@@ -55,7 +55,7 @@ def test_resisc45_is_fetched_by_torchgeo(cache, monkeypatch):
             write_archive(root / "NWPU-RESISC45", {"airplane": 3, "wetland": 4})
 
     torchgeo, datasets = ModuleType("torchgeo"), ModuleType("torchgeo.datasets")
-    datasets.RESISC45 = RESISC45
+    datasets.RESISC45 = RESISC45  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torchgeo", torchgeo)
     monkeypatch.setitem(sys.modules, "torchgeo.datasets", datasets)
     assert "; --download fetches it (Dataset not found in `root`.)" in complaint("resisc45", 4, cache=cache)

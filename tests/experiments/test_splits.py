@@ -45,9 +45,9 @@ def test_a_seeded_split_shares_out_every_class(sizes, seed, mixed, order):
     assert sorted(torch.cat(parts).tolist()) == list(range(len(labels)))
     for part in parts:
         assert part.dtype == torch.int64
-        assert labels[part].tolist() == sorted(labels[part].tolist())
+        assert labels[part].tolist() == sorted(labels[part].tolist())  # type: ignore[attr-defined]
     for c, size in enumerate(sizes):
-        train, validation, test = (int((labels[part] == c).sum()) for part in parts)
+        train, validation, test = (int((labels[part] == c).sum()) for part in parts)  # type: ignore[attr-defined]
         assert train >= 2
         assert test >= 1
         for found, share in ((train, 0.7), (validation, 0.1), (test, 0.2)):

@@ -29,7 +29,7 @@ class Fault(Exception):
 class Block(np.ndarray):
     """A tensor of a kernel, which `+=` does not change but gives a new value for."""
 
-    def __iadd__(self, other: Any) -> "Block":  # type: ignore[misc]
+    def __iadd__(self, other: Any) -> "Block":
         return self + other
 
     def to(self, dtype: Any) -> "Block":

@@ -323,7 +323,7 @@ def test_a_gpu_update_is_one_launch():
     position = torch.randperm(1000, device="cuda")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         compiled(bank, features, index, 0.5, position)
-    cuda = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+    cuda = torch.autograd.DeviceType.CUDA
     launches = [event for event in profile.events() if event.device_type == cuda]
     assert [event.name for event in launches if "update_bank_kernel" not in event.name] == []
     assert len(launches) == 1

@@ -152,7 +152,7 @@ def test_losses_are_where_the_features_are(backend):
         features = torch.empty(4, 8, device="cuda")
         labels, index, bank_labels = (torch.empty(n, dtype=torch.int64, device="cuda") for n in (4, 4, 100))
         batch = Batch(features, bank, labels, index, PlainLabels(bank_labels), SIGMA)
-        results = chunked.CHUNKED[backend].loss_and_gradient(batch, None, LossSpec(0.7, None, "mean"), True)
+        results = chunked.CHUNKED[backend].loss_and_gradient(batch, None, LossSpec(0.7, None, "mean"), True)  # type: ignore[attr-defined]
     assert [x.device.type for x in results] == ["cuda"] * 5
 
 

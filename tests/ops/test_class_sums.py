@@ -109,7 +109,7 @@ def test_parts_add_up_to_the_scores_of_the_whole_bank(fused, by, cuts, sigma, de
     """log p, its gradient and log Σ_all, in float64."""
     ops = BACKENDS[fused]
     given = batch_of(Archive(device=device), by, sigma), True
-    found, expected = in_parts(ops.class_sums, cuts)(*given), ops.log_scores(*given)
+    found, expected = in_parts(ops.class_sums, cuts)(*given), ops.log_scores(*given)  # type: ignore[attr-defined]
     assert (expected[0] == -torch.inf).any()
     assert (expected[0] > -torch.inf).any()
     torch.testing.assert_close(found, expected, rtol=1e-13 / sigma, atol=1e-13 / sigma)
@@ -161,10 +161,10 @@ def test_a_part_without_rows_has_sums_of_nothing(fused, by, device):
 @pytest.mark.parametrize("sigma", [0.1, 0.01])
 def test_features_that_are_not_finite_spoil_their_own_row_alone(backend, by, sigma, device):
     batch = batch_of(Archive(device=device), by, sigma)
-    clean = BACKENDS[backend].log_scores(batch, True)
+    clean = BACKENDS[backend].log_scores(batch, True)  # type: ignore[attr-defined]
     spoilt = int((clean[0] > -torch.inf).nonzero()[0])
     batch.features[spoilt] = torch.nan
-    found = BACKENDS[backend].log_scores(batch, True)
+    found = BACKENDS[backend].log_scores(batch, True)  # type: ignore[attr-defined]
     others = torch.arange(len(batch.features), device=device) != spoilt
     for values, clean_values in zip(found, clean, strict=True):
         assert values[spoilt].isnan().all()

@@ -588,7 +588,7 @@ def test_the_fused_op_is_one_step_after_the_other(q, k, indicator, reduction, wi
     given = batch, archive, LossSpec(q, k, reduction, indicator), True
     plain = dataclasses.replace(BACKENDS["streaming"], fused_loss=None)
     names = ("loss", "log p", "slope", "gradient", "log of all")
-    for name, found, expected in zip(names, gpu.fused_loss(*given), plain.loss_and_gradient(*given), strict=True):
+    for name, found, expected in zip(names, gpu.fused_loss(*given), plain.loss_and_gradient(*given), strict=True):  # type: ignore[attr-defined]
         torch.testing.assert_close(
             found, expected, rtol=1e-10, atol=1e-12, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
         )

@@ -26,7 +26,7 @@ def test_the_histogram_draws_the_threshold_that_is_one_number(monkeypatch, metho
     monkeypatch.setattr(pictures, "_drawn", lambda figure: figure)
     audit = audit_of(2)
     figure = pictures.quality_histogram(audit, audit.suspects(method), method)
-    (axis,) = figure.axes
+    (axis,) = figure.axes  # type: ignore[attr-defined]
     assert sum(bar.get_height() for bar in axis.patches) == len(audit)
     lines = [float(each.get_xdata()[0]) for each in axis.lines]
     assert lines == (
@@ -38,7 +38,7 @@ def test_the_histogram_draws_the_threshold_that_is_one_number(monkeypatch, metho
 def test_the_heat_map_has_given_labels_across_and_leaves_out_the_diagonal(monkeypatch):
     monkeypatch.setattr(pictures, "_drawn", lambda figure: figure)
     audit = audit_of(3)
-    shown = pictures.transition_map(audit).axes[0].images[0].get_array()
+    shown = pictures.transition_map(audit).axes[0].images[0].get_array()  # type: ignore[attr-defined]
     assert float(shown[0, 1]) == pytest.approx(100 / 12)  # of 12 images of the first class, one was called the second
     assert np.isnan(np.diag(np.ma.filled(shown, np.nan))).all()
     assert pictures.transition_map(audit_of(41)) == ""
