@@ -4,6 +4,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ntdne_kernels
 from ntdne_kernels import IndexedDataset, MemoryBank, NTDNELoss, fill_bank, functional
-from ntdne_kernels.audit import audit_bank
 from ntdne_kernels.ops import bank_update
 from ntdne_kernels.user_warning import warn_user
+
+if find_spec("numpy") is not None:
+    from ntdne_kernels.audit import audit_bank
 
 N, D = 12, 4
 LABELS = torch.arange(N) % 3
@@ -99,7 +102,7 @@ def in_the_choice_of_a_backend() -> None:
         in_set_epoch,
         in_fill_bank,
         in_the_criterions_fill_bank,
-        in_audit_bank,
+        pytest.param(in_audit_bank, marks=pytest.mark.skipif(find_spec("numpy") is None, reason="needs NumPy")),
         in_the_update_without_a_kernel,
         in_the_choice_of_a_backend,
     ],

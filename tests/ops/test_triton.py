@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from benchmarks import contract
 from ntdne_kernels import LabelIndex, functional
 from ntdne_kernels.functional import leave_one_out_log_scores, ntdne_loss, snca_loss
 from ntdne_kernels.ops import gpu, losses, reference, schema
@@ -683,6 +682,8 @@ def test_a_bank_of_more_than_two_to_the_31_elements():
 @pytest.mark.parametrize(("B", "C"), [(300, 45), (300, 2), (48, 45), (5, 45)])
 def test_error_over_a_large_bank_is_at_most_twice_that_of_plain_pytorch(B, C, dtype, by):
     """Each block of the table of tile shapes, in many splits whose last tile is ragged."""
+    from benchmarks import contract
+
     with contract.arithmetic(dtype):
         archive = Archive(B, 300_001, 128, C, dtype=contract.DTYPES[dtype], device="cuda", unlabelled=False)
         archive.index.clamp_(min=0)
