@@ -1,12 +1,13 @@
 """Notices what others write into a bank's tensors: averages over a module's buffers or its state dict, `to_empty()`.
 
-A bank's tensors are no buffers, so what averages or casts a module's buffers does not reach them. Two things are left:
+A bank's tensors are not buffers, so code that averages or casts a module's buffers does not reach them. Two cases are
+left:
 
-- A copy that AveragedModel averages has an average of the encoder's weights and wants the bank they were trained with.
-  Each bank has one buffer, its `average_mark`, which differs between a copy and its source: once an average has been
+- AveragedModel averages the weights of a copy of the encoder, and the copy needs the bank they were trained with. Each
+  bank has one buffer, its `average_mark`, whose value differs between a copy and its source. Once an average was
   written to it, the copy takes its source's bank at the next use.
-- Who writes into the tensors that state_dict() hands out writes labels and order too. Each write raises a tensor's
-  version counter, so it is noticed without a look at the values, which would synchronise.
+- Code that writes into the tensors of state_dict() writes labels and order too. Each write raises a tensor's version
+  counter, so it is noticed without reading values, which would synchronise.
 
 Shapes: n images of this process.
 """
@@ -34,7 +35,7 @@ class Guard:
 
     def __init__(self) -> None:
         self.source: Callable[[], BankModule | None] | None = None
-        """The bank that this is a copy of and follows; its call gives None once that is no more."""
+        """Returns the bank that this is a copy of, or None once it no longer exists."""
         self.generation = 0
         """What the bank writes into its `average_mark`: 0, for a copy one more than its source."""
         self._labels: tuple[int, int] | None = None
@@ -46,13 +47,13 @@ class Guard:
         self._labels, self._order, self._mark = _identity(labels), _identity(order), _version(average_mark)
 
     def unseal(self) -> None:
-        """Let the next use look at the values."""
+        """Let the next use check the values."""
         self._labels = self._order = None
 
     def is_sealed(self, labels: Tensor, order: Tensor) -> bool:
-        """Whether neither tensor was written or replaced since it was sealed. The rows' version does not tell.
+        """Whether neither tensor was written or replaced since it was sealed.
 
-        The bank's own updates raise it, those of compiled code without Python.
+        The version of the rows cannot be used: the bank's own updates raise it, in compiled code without Python.
         """
         return self._labels == _identity(labels) and self._order == _identity(order)
 

@@ -41,13 +41,14 @@ class MemoryBank(BankModule):
     class order, and the labels and scores of as many images. Methods that take images or labels are then called by all
     ranks together, each with images of its own (relabel: with all labels).
 
-    None of its tensors is a buffer of PyTorch, so what averages, broadcasts or casts a module's buffers changes no
-    label and leaves rows of unit length. `.to()` moves all of them and gives its float dtype to the rows; `state_dict`
-    holds what a checkpoint needs. A deep copy that AveragedModel or its like average, with `use_buffers` or without,
-    takes the bank of the module it was copied from when it is next used, until features go into the copy itself; the
-    criterion's settings and epoch are the copy's own. Where labels, order or rows are changed in place all the same,
-    through the tensors of `state_dict()` say, the next use raises RuntimeError. Compiled code does neither: call
-    `check_untouched()` before it.
+    Its tensors are not buffers, so averaging, broadcasting or casting a module's buffers changes no label and leaves
+    rows of unit length. `.to()` moves all of them and gives its float dtype to the rows alone; `state_dict` holds what
+    a checkpoint needs.
+
+    A deep copy that AveragedModel or its like averages, with `use_buffers` or without, takes the bank of the module it
+    was copied from at its next use, until features go into the copy itself. The criterion's settings and epoch are the
+    copy's own. If labels, order or rows are changed in place all the same, through the tensors of `state_dict()` for
+    instance, the next use raises RuntimeError. Compiled code does neither: call `check_untouched()` before it.
 
     Args:
         labels: (N,) integer class of each image, −1 for unlabelled: a tensor, list, array, Series and the like. Names
@@ -60,14 +61,14 @@ class MemoryBank(BankModule):
             bank is this process's own.
         storage: where the rows live: "device"; "host", memory of the host, from which a GPU reads them chunk by chunk;
             or "disk", a memory-mapped file for what is larger than memory. The numbers are the same.
-        path: of that file, with <path>.json beside it; on ranks each has its own, <path>.<rank>-of-<W>. A file of this
-            bank that is there already is taken up with its rows.
+        path: of that file, with <path>.json beside it; on ranks each has its own, <path>.<rank>-of-<W>. If it exists
+            already and belongs to this bank, the bank starts with its rows.
 
     Attributes (n = N without a process group):
         labels: (n,) int64, by image.
         order: (n,) image of each stored row.
         images: the n images whose labels and scores are kept here.
-        fresh: whether the rows are still those of the random start: not taken up from a file, updated or loaded.
+        fresh: whether the rows are still those of the random start: not read from a file, updated or loaded.
         storage_kind, path: the arguments `storage` and `path`, the latter of this rank's own file and absolute.
         processes: who shares the bank, `distributed.Ranks` or `distributed.OneProcess`.
 
@@ -146,7 +147,7 @@ class MemoryBank(BankModule):
 
         Of a sharded bank each rank writes the rows it keeps, in the order of the batch of all ranks.
         """
-        # One process finds a bad value when it writes. Ranks look before, because another one may have written by then.
+        # One process finds a bad value when it writes. Ranks look first: by then another one may have written.
         look = validate or (self.processes.size > 1 and can_look_inside(self.labels))
         batch = self._begin("update_bank", lambda: self._check_update(features, index, momentum, look=look))
         batch.blend_(features, momentum)
@@ -154,7 +155,7 @@ class MemoryBank(BankModule):
         return self
 
     def relabel(self, labels: Any) -> None:
-        """Give the images new labels (N,); rows stay with their images, scores of changed images are forgotten.
+        """Give the images new labels (N,). Rows stay with their images; images with another label lose their score.
 
         Raises:
             TypeError: labels are no integers.
@@ -208,9 +209,9 @@ class MemoryBank(BankModule):
         return find(self._shard, images, labels, reports)
 
     def skipped_rows(self) -> int:
-        """Features without a direction that were left out so far on the bank's GPU, of the loss and of updates.
+        """How many features without a direction the loss and updates have left out so far on the bank's GPU.
 
-        They are counted for all banks on it. 0 on a CPU, where they raise. Synchronises.
+        Counts those of all banks on that GPU. 0 on a CPU, where such features raise. Synchronises.
         """
         on_device = int(skipped_counter(self.device)) if self.device.type != "cpu" else 0
         return on_device + int(torch.ops.ntdne_kernels.skipped_rows(self._storage))

@@ -90,12 +90,12 @@ class BankModule(nn.Module):
         −inf: no other image has its label. NaN: not scored yet, or unlabelled.
         """
         if not torch.compiler.is_compiling():
-            self._follow()  # no more: the criterion looks at scores while it loads a checkpoint into what is lost
+            self._follow()  # and no check: a criterion that loads a checkpoint reads scores before the bank is mended
         return self.scores[:-1]
 
     @property
     def archive(self) -> Archive:
-        """What a batch of images is looked up in, of a bank that is not sharded; see `ops.look_up`."""
+        """Where a batch of images is looked up in a bank that is not sharded; see `ops.look_up`."""
         return Archive(self.labels, self.position, self.scores)
 
     @property
@@ -138,13 +138,13 @@ class BankModule(nn.Module):
         return f"{len(self)} images, {D} values, {len(self.classes)} classes, {self._storage.dtype}{shared}"
 
     def check_untouched(self) -> None:
-        """Bring a copy that was averaged up to its source, and see that labels, order and rows are still the bank's.
+        """Update an averaged copy from its source, and check that nothing else wrote into labels, order or rows.
 
-        Looks, and synchronises, where something was written from outside since the last call; else it costs nothing.
+        Reads values, which synchronises, only if something was written from outside since the last call.
 
         Raises:
             RuntimeError: labels or order are not those of construction or `relabel`, or rows are not of unit length; or
-                the source of an averaged copy is no more.
+                the source of an averaged copy no longer exists.
         """
         if torch.compiler.is_compiling():
             return
@@ -180,7 +180,7 @@ class BankModule(nn.Module):
         self._guard.seal(self.labels, self.order, self.average_mark)
 
     def _follow(self) -> None:
-        """Take the state of the source, where this is a copy that was averaged with it since the last look."""
+        """Copy the state of the source, if this is a copy that was averaged since the last look."""
         if not self._guard.mark_was_written(self.average_mark):
             return
         if float(self.average_mark) != self._guard.generation:  # else others wrote, as DistributedDataParallel does
@@ -197,9 +197,9 @@ class BankModule(nn.Module):
         self._seal()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`.to()` and its like, for the rows; in host memory and on disk they stay.
+        """`.to()` and its like, applied to the rows; rows in host memory and on disk stay where they are.
 
-        All else takes the device alone: `.type()` would round labels, `.half()` scores, and `.to_empty()` lose both.
+        All other tensors take only the device: `.type()` would round labels, `.half()` scores; `.to_empty()` lose both.
         """
         self._follow()
         untouched = self._guard.is_sealed(self.labels, self.order)
