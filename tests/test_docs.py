@@ -47,11 +47,6 @@ FENCE = re.compile(
 )
 TABLE = re.compile(r"^<!-- table: (.*) -->\n+((?:\|.*\n)+)", re.MULTILINE)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-# Files that are written at the same time as these pages, on another branch; the list goes once they are there.
-COMING = (
-    *("CONTRIBUTING.md", "docs/design.md", "examples/audit_folder.py", "examples/frozen_features.py"),
-    *("examples/disk_bank.py", "examples/aerial_archive.py"),
-)
 MEASURED = ("speed.md", "memory.md", "scale-out.md", "audit.md")  # pages all of whose tables come from a command
 PROGRAMS = ("ntdne", "python", "torchrun", "make", "pip", "benchmarks/gpu.sh")
 ELSEWHERE = ("git", "cd", "export")  # programs whose options are not ours to check
@@ -269,7 +264,7 @@ def test_links_of_a_page_lead_somewhere(page):
             continue
         path, _, anchor = target.partition("#")
         file = page if not path else (page.parent / path).resolve()
-        assert file.exists() or name_of(file) in COMING, f"{name_of(page)}: {target}"
+        assert file.exists(), f"{name_of(page)}: {target}"
         assert not anchor or anchor in anchors_of(file), f"{name_of(page)}: {target}"
 
 
