@@ -1,20 +1,14 @@
 """What several test modules of the experiments share: tiny archives, made-up runs, and quick settings."""
 
 import json
-import multiprocessing
-import os
-import sys
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
-import torch
 from PIL import Image
 
-from ntdne_kernels.experiments import cli
 from ntdne_kernels.experiments.archive import open_archive
 from ntdne_kernels.experiments.sources import ArchiveError
 
@@ -82,25 +76,6 @@ def complaint(*arguments: object, **options: object) -> str:
 
 
 # Runs
-
-
-def run_in_a_process(arguments: list[object], cache: Path) -> BaseProcess:
-    """Start the command `ntdne` in a process of its own, which the caller joins.
-
-    It is forked from a server that has imported everything, which takes seconds, once for all tests.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ntdne_kernels.experiments.run", "tests.experiments.helpers"])
-    process = context.Process(target=_run, args=([str(argument) for argument in arguments], cache))
-    process.start()
-    return process
-
-
-def _run(arguments: list[str], cache: Path) -> None:
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for workers that load images: forked ones need not import
-    os.environ["XDG_CACHE_HOME"] = str(cache)
-    sys.exit(cli.main(arguments))
 
 
 def results_of(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ntdne_kernels.experiments.problem import make_problem
 from ntdne_kernels.experiments.settings import Settings, read_preset
 from ntdne_kernels.experiments.training import Batches, Training, WholeCheckpoints, make_criterion, train
-from tests.experiments.helpers import QUICK, run_in_a_process
+from tests.experiments.helpers import QUICK
 
-TRAIN = ["train", "made:400x5", *QUICK, "--accelerator", "cpu"]
+COMMAND = [sys.executable, "-m", "ntdne_kernels.experiments.cli", "train", "made:400x5", *QUICK, "--accelerator", "cpu"]
 
 
 def checkpoint_of(folder: Path) -> dict:
@@ -28,19 +27,15 @@ def history_of(checkpoint: dict) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in checkpoint["history"]]
 
 
-def kill_after_epoch(process: BaseProcess, folder: Path, epoch: int) -> None:
-    """Kill a run once its checkpoint holds the given epoch, counted from 1: in the middle of the next one."""
-    while process.is_alive():
-        if (folder / "last.ckpt").exists() and len(checkpoint_of(folder)["history"]) >= epoch:
-            process.kill()
-            process.join()
-        time.sleep(0.01)
-    assert process.exitcode == -signal.SIGKILL
-
-
-def finish(process: BaseProcess) -> None:
-    process.join()
-    assert process.exitcode == 0
+def kill_after_epoch(command: list[object], folder: Path, epoch: int, environment: dict[str, str]) -> None:
+    """Start a command and kill it once its checkpoint holds an epoch, counted from 1: in the middle of the next one."""
+    with subprocess.Popen([*map(str, command)], env=environment) as process:
+        while process.poll() is None:
+            if (folder / "last.ckpt").exists() and len(checkpoint_of(folder)["history"]) >= epoch:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+            time.sleep(0.01)
+    assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
@@ -53,15 +48,15 @@ def finish(process: BaseProcess) -> None:
 )
 def test_a_run_killed_in_an_epoch_continues_as_if_it_never_was(tmp_path, options):
     """Encoder, bank, scores, optimiser, schedule and history: bit for bit."""
-    cache, whole, killed = (tmp_path / name for name in ("cache", "whole", "killed"))
-    command = [*TRAIN, *options, "--epochs", 5, "--image-size", 16, "--output"]
-    finish(run_in_a_process([*command, whole], cache))
-    kill_after_epoch(run_in_a_process([*command, killed], cache), killed, 2)
-    assert 2 <= len(checkpoint_of(killed)["history"]) < 5
-    assert not (killed / "results.json").exists()
-    finish(run_in_a_process([*command, killed], cache))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [*COMMAND, *options, "--epochs", "5", "--image-size", "16"]
+    subprocess.run([*command, "--output", tmp_path / "whole"], check=True, env=environment)
+    kill_after_epoch([*command, "--output", tmp_path / "killed"], tmp_path / "killed", 2, environment)
+    assert 2 <= len(checkpoint_of(tmp_path / "killed")["history"]) < 5
+    assert not (tmp_path / "killed" / "results.json").exists()
+    subprocess.run([*command, "--output", tmp_path / "killed"], check=True, env=environment)
 
-    whole, killed = map(checkpoint_of, (whole, killed))
+    whole, killed = (checkpoint_of(tmp_path / name) for name in ("whole", "killed"))
     assert history_of(killed) == history_of(whole)
     assert killed["state_dict"].keys() == whole["state_dict"].keys()
     assert killed["lr_schedulers"] == whole["lr_schedulers"]
