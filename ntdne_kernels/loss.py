@@ -87,7 +87,7 @@ class NTDNELoss(NeighbourhoodLoss):
         tensor([False, False, False,  True])
     """
 
-    def __init__(  # noqa: PLR0913, RUF100 - options of a public constructor, by keyword
+    def __init__(  # noqa: PLR0913  options of a public constructor, by keyword
         self,
         labels: Any,
         dim: int = 128,
@@ -228,7 +228,7 @@ class SNCALoss(NeighbourhoodLoss):
         0.76
     """
 
-    def __init__(  # noqa: PLR0913, RUF100 - options of a public constructor, by keyword
+    def __init__(  # noqa: PLR0913  options of a public constructor, by keyword
         self,
         labels: Any,
         dim: int = 128,

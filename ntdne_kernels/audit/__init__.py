@@ -54,7 +54,7 @@ __all__ = [
 QUERY_BATCH = {"cpu": 4096, "cuda": 32768}  # fills a GPU, and reads a bank on disk only N/4096 times
 
 
-def audit_labels(  # noqa: PLR0913, RUF100 (options, given by name)
+def audit_labels(  # noqa: PLR0913 (options, given by name)
     features: Any,
     labels: Any,
     *,

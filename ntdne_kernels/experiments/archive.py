@@ -54,7 +54,7 @@ class Archive:
         return line.encode(errors="backslashreplace").decode()  # a name may be any bytes
 
 
-def open_archive(  # noqa: PLR0913, RUF100 (independent settings, all but two with defaults)
+def open_archive(  # noqa: PLR0913 (independent settings, all but two with defaults)
     source: str,
     image_size: int,
     *,
