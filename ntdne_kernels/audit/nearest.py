@@ -54,11 +54,11 @@ def nearest_neighbours(bank: MemoryBank, images: Any, k: int) -> tuple[Tensor, T
 
 def _nearest(bank: MemoryBank, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
     dtype, block = accumulator_dtype(bank.storage.dtype), rows_per_block(QUERY_BLOCK)
-    queries, own_rows = bank.rows(images).to(dtype), bank.places(images)
+    queries, own_rows = bank.rows(images).to(dtype), bank.position[images]
     similarity, nearest_rows = queries.new_empty((len(images), 0)), own_rows.new_empty((len(images), 0))
     for start in range(0, len(bank), block):
         rows = torch.arange(start, min(start + block, len(bank)), device=own_rows.device)
-        products = queries @ bank.take(rows).to(dtype).t()
+        products = queries @ bank.storage[start : start + block].to(bank.device, dtype).t()
         products.masked_fill_(rows == own_rows.unsqueeze(1), -torch.inf)
         candidates = torch.cat([similarity, products], dim=1)
         similarity, columns = candidates.topk(min(k, candidates.size(1)), dim=1)

@@ -70,7 +70,7 @@ def _range_log_sums(
     carried into the next one.
     """
     log_sums_of = BACKENDS[choose_backend(backend, bank.storage, bank.device)].class_log_sums
-    queries, begins = bank.take(rows), bounds.tolist()
+    queries, begins = bank.storage[rows.to(bank.storage.device)].to(bank.device), bounds.tolist()
     carried: Tensor | None = None
     for start, chunk in chunks_of(bank.storage, bank.device, _chunk_rows(bank)):
         stop = start + len(chunk)
