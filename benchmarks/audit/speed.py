@@ -93,7 +93,7 @@ def audit_once(features: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
 
 
 class Sweep:
-    """Takes the place of the audit's progress bars, to compare only some batches of images and time that.
+    """Takes the place of the audit's progress bar, to compare only some batches of images and time that.
 
     Attributes:
         seconds: That these batches took.
@@ -104,10 +104,7 @@ class Sweep:
         self.batches, self.seconds, self.share = batches, 0.0, 1.0
 
     def __call__(self, starts: Any, title: str) -> Iterator[int]:
-        """The items of a progress bar; of the comparison of images some of them alone."""
-        if title != "Comparing images":
-            yield from starts
-            return
+        """Some of the batches of images that are compared."""
         chosen = starts
         if 0 < self.batches < len(starts):
             chosen = starts[:: len(starts) // self.batches][: self.batches]
