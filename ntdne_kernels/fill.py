@@ -112,7 +112,7 @@ class _Filled(nn.Module):
     def __init__(self, bank: MemoryBank) -> None:
         super().__init__()
         self.register_buffer("filled", torch.zeros_like(bank.labels, dtype=torch.bool))
-        self.processes, self.local, self.whole, self.part = bank.processes, bank.local, bank.whole, bank.part
+        self.processes, self.local, self.size = bank.processes, bank.local, len(bank)
 
     def mark(self, index: Tensor) -> None:
         """Note the images (b,) of this rank's batch as filled, where they are kept."""
@@ -129,10 +129,10 @@ class _Filled(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}filled"] = self.whole(self.filled)
+        destination[f"{prefix}filled"] = self.processes.to_state(self.filled, self.size)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        own = state_dict | {f"{prefix}filled": self.part(state_dict[f"{prefix}filled"])}
+        own = state_dict | {f"{prefix}filled": self.processes.from_state(state_dict[f"{prefix}filled"])}
         super()._load_from_state_dict(own, prefix, *rest)
 
 

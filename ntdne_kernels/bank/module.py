@@ -123,14 +123,6 @@ class BankModule(nn.Module):
         """Images or positions (B,) of the whole bank as they are counted here; −1 for those of other ranks."""
         return self._shard.local(x)
 
-    def whole(self, part: Tensor) -> Tensor:
-        """The tensor (N, ...) of which this rank keeps `part` (n, ...), as state dicts hold it: a DTensor on ranks."""
-        return self.processes.to_state(part, len(self))
-
-    def part(self, x: Tensor) -> Tensor:
-        """What this rank keeps of a tensor (N, ...) or DTensor."""
-        return self.processes.from_state(x)
-
     def extra_repr(self) -> str:
         """The sizes, for `repr`."""
         here, D = self._shard, self._storage.size(1)
