@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import figures, grid, providers, rates, rows, tables, targets
+from benchmarks import figures, providers, rates, rows, tables, targets
 from benchmarks.grid import UPDATE
 from tests.benchmarks.made import made_rows, timed
 
@@ -103,13 +103,3 @@ def test_every_provider_of_the_loss_has_a_line_in_the_figures():
 def test_results_can_be_read_and_judged(name, capsys):
     targets.print_targets(rows.read(RESULTS / f"{name}.csv"))
     assert re.match(r"\d+ of 30 hold", capsys.readouterr().out)
-
-
-def test_the_tables_in_the_readme_are_drawn_from_the_data(capsys):
-    tables.print_tables(rows.read(RESULTS / "amd-epyc.csv"), grid.cases("cpu"))
-    tables.print_tables(rows.read(RESULTS / "nvidia-h200.csv"), grid.cases("cuda"))
-    printed = capsys.readouterr().out.splitlines()
-    section = (ROOT / "README.md").read_text().split("## Speed")[1].split("## Several GPUs")[0]
-    shown = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(shown) > 15
-    assert [row for row in shown if row not in printed] == []
