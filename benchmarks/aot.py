@@ -41,7 +41,7 @@ SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448
 BANKS = {"16-bit": ("bf16", "fp16"), "tf32": ("fp32",), "ieee": ("fp32",), "fp64": ("fp64",)}
 """Triton's names of the bank's dtypes, by the arithmetic of their products."""
 _POINTERS = {
-    "queries": "bank", "bank": "bank", "order": "i64", "places": "i64", "index": "i64",
+    "queries": "bank", "bank": "bank", "order": "i64", "neighbours": "i64", "index": "i64",
     "totals": "sum", "maxima": "sum", "vectors": "sum", "log_p": "sum", "log_sum_all": "sum", "grad_log_p": "sum",
     "features": "sum", "norms": "sum", "scores": "sum", "value": "sum", "slope": "sum", "losses": "fp64",
     "log_same": "fp64", "log_other": "fp64", "mean_same": "sum", "mean_other": "sum",
@@ -157,7 +157,7 @@ def compile_hopper(D: int, config: Config, weighted: bool) -> Resources:
         "WEIGHTED": weighted, "FOLD_ROWS": FOLD_ROWS, "REGISTERS": 240, "num_warps": 4,
     }  # fmt: skip
     signature = dict.fromkeys(function.arg_names, "i32") | {
-        "queries": descriptor(hopper.HALF), "bank": descriptor(config.block_n), "places": "*i64", "totals": "*fp32",
+        "queries": descriptor(hopper.HALF), "bank": descriptor(config.block_n), "neighbours": "*i64", "totals": "*fp32",
         "vectors": "*fp32", "scale": "fp32",
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
     at = function.arg_names.index
@@ -165,7 +165,7 @@ def compile_hopper(D: int, config: Config, weighted: bool) -> Resources:
         function,
         signature,
         constexprs={(at(name),): value for name, value in constants.items()},
-        attrs={(at(name),): [["tt.divisibility", 16]] for name in ("places", "totals", "vectors")},
+        attrs={(at(name),): [["tt.divisibility", 16]] for name in ("neighbours", "totals", "vectors")},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options={"num_warps": 4})
     usage, sass = _resource_usage(compiled.asm["cubin"]), _output_of("nvdisasm", compiled.asm["cubin"])

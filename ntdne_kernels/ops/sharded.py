@@ -169,16 +169,16 @@ def _in_batch_order(parts: tuple[Tensor, ...], pieces: list[list[slice]]) -> Ten
 
 def _start_gather(rows: Tensor, sizes: list[int], group: ProcessGroup) -> Callable[[], Tensor]:
     """Begin to gather the rows (b, ...) of all ranks; the function returned waits for them, (B, ...)."""
-    most = max(sizes)
+    longest = max(sizes)
     padded = rows.contiguous()
-    if len(rows) < most:
-        padded = torch.cat([rows, rows.new_zeros((most - len(rows), *rows.shape[1:]))])
-    gathered = rows.new_empty((len(sizes), most, *rows.shape[1:]))
+    if len(rows) < longest:
+        padded = torch.cat([rows, rows.new_zeros((longest - len(rows), *rows.shape[1:]))])
+    gathered = rows.new_empty((len(sizes), longest, *rows.shape[1:]))
     work: Any = _all_gather(gathered.flatten(0, 1), padded, group=group, async_op=True)
 
     def finish() -> Tensor:
         work.wait()
-        if min(sizes) == most:
+        if min(sizes) == longest:
             return gathered.flatten(0, 1)
         return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 

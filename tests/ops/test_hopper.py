@@ -53,7 +53,7 @@ class Problem:
     def N(self) -> int:
         return self.origin + self.rows + (0 if self.far else self.behind)
 
-    def places(self) -> np.ndarray:
+    def neighbours(self) -> np.ndarray:
         """As `prepare` writes those of the block: class by class."""
         ends = sorted({0, self.N, *(min(max(self.origin + cut, 0), self.N) for cut in self.cuts)})
         queries = self.half * self.halves
@@ -84,21 +84,21 @@ def check(p: Problem, source: str = SOURCE) -> None:
     queries, random = p.half * p.halves, Random(p.order)
     bank = np.eye(p.N - p.origin, WIDTH)
     features = np.random.default_rng(p.order).uniform(-1, 1, (2 * queries, WIDTH))
-    places = np.full((2 * queries, 4), -(10**9))  # of the other block: never read
-    places[p.block * queries :][:queries] = p.places()
+    neighbours = np.full((2 * queries, 4), -(10**9))  # of the other block: never read
+    neighbours[p.block * queries :][:queries] = p.neighbours()
     program = p.origin // p.rows_per_split * 2 + p.block
     slots = (program + 1, 2, queries)
     totals, vectors = np.full(slots, np.nan), np.full((*slots, WIDTH), np.nan)
     hopper_model.run(
         hopper_model.load(source, p.half), random, program,
         Descriptor(features, [p.half, WIDTH]), Descriptor(bank, [p.block_n, WIDTH], p.origin),
-        Pointer(places.ravel()), Pointer(totals.ravel()), Pointer(vectors.ravel()),
+        Pointer(neighbours.ravel()), Pointer(totals.ravel()), Pointer(vectors.ravel()),
         2 * queries, p.N, SCALE, p.rows_per_split,
         D=WIDTH, W=WIDTH, BLOCK_B=queries, BLOCK_N=p.block_n, STAGES=p.stages, WEIGHTED=p.weighted,
         FOLD_ROWS=p.fold_rows, REGISTERS=240, num_warps=4,
     )  # fmt: skip
 
-    low, high, own, _ = p.places().T[:, :, None]
+    low, high, own, _ = p.neighbours().T[:, :, None]
     row = p.origin + np.arange(p.rows)
     same = (low <= row) & (row < high)
     mine = features[p.block * queries :][:queries]
@@ -170,12 +170,12 @@ BROKEN = {
         "_OUT_OF_SIGHT)",
     ),
     "the loading warp sees the ends of one group alone": (
-        "_ranges(places, origin, BLOCK_B, 1)",
-        "_ranges(places, origin, _HALF, 1)",
+        "_ranges(neighbours, origin, BLOCK_B, 1)",
+        "_ranges(neighbours, origin, _HALF, 1)",
     ),
     "the other group's class ends are not seen": (
-        "_ranges(places, origin, BLOCK_B, WARPS)",
-        "_ranges(places + WHICH * _HALF * 4, origin, _HALF, WARPS)",
+        "_ranges(neighbours, origin, BLOCK_B, WARPS)",
+        "_ranges(neighbours + WHICH * _HALF * 4, origin, _HALF, WARPS)",
     ),
     "rows behind a segment count": (" | (j >= stop)[None, :]", ""),
     "the query's own row counts": ("(j[None, :] == own[:, None]) | ", ""),
@@ -184,8 +184,8 @@ BROKEN = {
         "next_own = _OUT_OF_SIGHT",
     ),
     "own rows of the other group are looked up": (
-        "own = _from(gl.load(places + i * 4 + _OWN), origin)",
-        "own = _from(gl.load(places + (i - WHICH * _HALF) * 4 + _OWN), origin)",
+        "own = _from(gl.load(neighbours + i * 4 + _OWN), origin)",
+        "own = _from(gl.load(neighbours + (i - WHICH * _HALF) * 4 + _OWN), origin)",
     ),
     "own rows before a segment are looked for": (
         "gl.where(own >= begin, own",

@@ -43,9 +43,9 @@ def missing(bank: Tensor) -> str | None:
         capability = 10 * properties.major + properties.minor
         if capability < configs.SMALLEST_CAPABILITY:
             return f"a GPU of compute capability 8.0 or newer, got {properties.major}.{properties.minor}"
-    most = configs.largest_D(capability, bank.dtype)
-    if bank.size(1) > most:
-        return f"a bank of at most {most} columns of {bank.dtype} on this device, got {bank.size(1)}"
+    widest = configs.largest_D(capability, bank.dtype)
+    if bank.size(1) > widest:
+        return f"a bank of at most {widest} columns of {bank.dtype} on this device, got {bank.size(1)}"
     return None
 
 
@@ -130,10 +130,10 @@ def _bank_gradient(batch: Batch, log_p: Tensor, log_sum_all: Tensor, grad_log_p:
         batch = launches.contiguous(batch)
         bank, layout = batch.bank, launches.KernelLayout.of(batch.layout)
         first = launches.prepare_launch(B, D, config.block_b, layout.sorted_labels, layout.gather, False, True, False)
-        queries, places = launches.prepare(first, None, batch, layout, None, config.block_b, log_p)
+        queries, neighbours = launches.prepare(first, None, batch, layout, None, config.block_b, log_p)
         D1, D2 = configs.columns(D)
         kernels.gradient_to_bank[(triton.cdiv(N, config.block_n),)](
-            queries, bank, layout.order, places, log_p, log_sum_all, grad_log_p.contiguous(), gradient,
+            queries, bank, layout.order, neighbours, log_p, log_sum_all, grad_log_p.contiguous(), gradient,
             B, N, bank.stride(0), math.log2(math.e) / batch.sigma, batch.sigma,
             D=D, D1=D1, D2=D2, BLOCK_B=config.block_b, BLOCK_N=config.block_n,
             GATHER=layout.gather, PRECISION=launches.PRECISION[arithmetic],

@@ -10,7 +10,7 @@ group holds HALF = 64 queries, takes the tiles in turn, and gives each back when
                          v is there → tile t − 1 is empty
 
 Two warp groups run ahead and behind of each other freely: one multiplies while the other exponentiates. All warps walk
-the same segments, which each finds for itself from `places`, so that nobody waits for a tile that never comes.
+the same segments, which each finds for itself from `neighbours`, so that nobody waits for a tile that never comes.
 
 Shapes: B queries, N bank rows, D features, W columns of a tile (a power of two, 0 past D), K splits of the bank.
 """
@@ -34,7 +34,7 @@ from ntdne_kernels.ops.gpu.configs import hopper_width
 
 HALF = 64  # queries of one warp group: the rows of its tensor-core instruction
 _HALF = gl.constexpr(HALF)
-_LOW, _HIGH, _OWN = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # columns of `places`
+_LOW, _HIGH, _OWN = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # columns of `neighbours`
 _OUT_OF_SIGHT = gl.constexpr(2**31 - 1)  # a row that no split reaches
 
 
@@ -45,10 +45,10 @@ def _from(rows, origin):
 
 
 @gluon.jit
-def _ranges(places, origin, BLOCK_B: gl.constexpr, WARPS: gl.constexpr):
+def _ranges(neighbours, origin, BLOCK_B: gl.constexpr, WARPS: gl.constexpr):
     """Where the classes of the block's queries begin and end, as `_segment_end` takes them."""
     i = gl.arange(0, BLOCK_B, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    return _from(gl.load(places + i * 4 + _LOW), origin), _from(gl.load(places + i * 4 + _HIGH), origin)
+    return _from(gl.load(neighbours + i * 4 + _LOW), origin), _from(gl.load(neighbours + i * 4 + _HIGH), origin)
 
 
 @gluon.jit
@@ -59,13 +59,13 @@ def _segment_end(low, high, begin, end, FOLD_ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _load(queries, bank, q_smem, ring, q_full, full, empty, places, first_query, origin, end,
+def _load(queries, bank, q_smem, ring, q_full, full, empty, neighbours, first_query, origin, end,
           BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, FOLD_ROWS: gl.constexpr):  # fmt: skip
     """The loading warp."""
     mbarrier.expect(q_full, BLOCK_B * queries.block_type.shape[1] * 2)
     for half in gl.static_range(BLOCK_B // _HALF):
         tma.async_copy_global_to_shared(queries, [first_query + half * _HALF, 0], q_full, q_smem.index(half))
-    low, high = _ranges(places, origin, BLOCK_B, 1)
+    low, high = _ranges(neighbours, origin, BLOCK_B, 1)
     taken = 0
     begin = 0
     while begin < end:
@@ -115,7 +115,7 @@ def _fold(vectors, slot, held, v, FIRST: gl.constexpr, D: gl.constexpr, WARPS: g
 
 
 @gluon.jit
-def _sum(q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end, scale,
+def _sum(q_smem, ring, q_full, full, empty, neighbours, totals, vectors, origin, end, scale,
          WHICH: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, W: gl.constexpr,
          STAGES: gl.constexpr, FOLD_ROWS: gl.constexpr, WEIGHTED: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
     """One warp group: Σ and v of its 64 queries."""
@@ -124,8 +124,8 @@ def _sum(q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end
     P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=V, k_width=2)
     dtype: gl.constexpr = ring.dtype
     i = WHICH * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, S))
-    own = _from(gl.load(places + i * 4 + _OWN), origin)
-    low, high = _ranges(places, origin, BLOCK_B, WARPS)
+    own = _from(gl.load(neighbours + i * 4 + _OWN), origin)
+    low, high = _ranges(neighbours, origin, BLOCK_B, WARPS)
     zero = gl.zeros([_HALF, BLOCK_N], gl.float32, S)
     total_other = gl.zeros([_HALF], gl.float32, gl.SliceLayout(1, S))
     total_same = total_other
@@ -135,8 +135,8 @@ def _sum(q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end
     begin = 0
     while begin < end:
         stop = _segment_end(low, high, begin, end, FOLD_ROWS)
-        my_low = _from(gl.load(places + i * 4 + _LOW), origin)
-        my_high = _from(gl.load(places + i * 4 + _HIGH), origin)
+        my_low = _from(gl.load(neighbours + i * 4 + _LOW), origin)
+        my_high = _from(gl.load(neighbours + i * 4 + _HIGH), origin)
         same = (my_low <= begin) & (begin < my_high)
         total = gl.zeros([_HALF], gl.float32, gl.SliceLayout(1, S))
         v = gl.zeros([_HALF, W], gl.float32, V)
@@ -189,7 +189,7 @@ def _sum(q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end
 @gluon.jit(do_not_specialize=["B", "N", "splits", "rows_per_split"])
 def stream(
     queries, bank,  # TMA descriptors of (B', D) and (N, D)
-    places,
+    neighbours,
     totals, vectors,  # out (K, blocks, 2, BLOCK_B), (..., D), as those of `kernels.stream`
     B, N, scale, rows_per_split,
     D: gl.constexpr, W: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -202,7 +202,7 @@ def stream(
     block = program % blocks
     origin = program // blocks * rows_per_split
     end = gl.minimum(rows_per_split, N - origin).to(gl.int32)
-    places += block * (BLOCK_B * 4)
+    neighbours += block * (BLOCK_B * 4)
     totals += program * (2 * BLOCK_B)
     vectors += program * (2 * BLOCK_B * D)
     q_smem = gl.allocate_shared_memory(queries.dtype, [BLOCK_B // _HALF, _HALF, W], queries.layout)
@@ -218,18 +218,18 @@ def stream(
     first_query = (block * BLOCK_B).to(gl.int32)
     if BLOCK_B == 2 * _HALF:
         gl.warp_specialize([
-            (_sum, (q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end, scale,
+            (_sum, (q_smem, ring, q_full, full, empty, neighbours, totals, vectors, origin, end, scale,
                     0, BLOCK_B, BLOCK_N, D, W, STAGES, FOLD_ROWS, WEIGHTED, num_warps)),
-            (_sum, (q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end, scale,
+            (_sum, (q_smem, ring, q_full, full, empty, neighbours, totals, vectors, origin, end, scale,
                     1, BLOCK_B, BLOCK_N, D, W, STAGES, FOLD_ROWS, WEIGHTED, num_warps)),
-            (_load, (queries, bank, q_smem, ring, q_full, full, empty, places, first_query, origin, end,
+            (_load, (queries, bank, q_smem, ring, q_full, full, empty, neighbours, first_query, origin, end,
                      BLOCK_B, BLOCK_N, STAGES, FOLD_ROWS)),
         ], [num_warps, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_sum, (q_smem, ring, q_full, full, empty, places, totals, vectors, origin, end, scale,
+            (_sum, (q_smem, ring, q_full, full, empty, neighbours, totals, vectors, origin, end, scale,
                     0, BLOCK_B, BLOCK_N, D, W, STAGES, FOLD_ROWS, WEIGHTED, num_warps)),
-            (_load, (queries, bank, q_smem, ring, q_full, full, empty, places, first_query, origin, end,
+            (_load, (queries, bank, q_smem, ring, q_full, full, empty, neighbours, first_query, origin, end,
                      BLOCK_B, BLOCK_N, STAGES, FOLD_ROWS)),
         ], [1], [24])  # fmt: skip
 

@@ -42,7 +42,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 OUT_OF_SIGHT = tl.constexpr(2**31 - 1)  # a row that no split reaches
 BEHIND_ALL = tl.constexpr(2**62)  # a row of no bank
-LOW, HIGH, OWN, SOURCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # columns of `places`
+LOW, HIGH, OWN, SOURCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # columns of `neighbours`
 # The interpreter holds bfloat16 as integers: it would multiply those, and cuts digits off instead of rounding them.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # A part of a kernel. The interpreter would set itself up anew at each call of a jitted one.
@@ -106,8 +106,8 @@ def _search(classes, label, left, right, C, search_steps, BEHIND: tl.constexpr):
 def prepare(
     features, labels, index, classes, offsets, position, image_labels,
     queries,  # out (B', D): the features in the bank's dtype, sorted by label where classes are ranges
-    places,  # out (B', 4): LOW and HIGH, the range of j of the query's class; OWN, j of the query itself; SOURCE, which
-    # query stands here. And then, in a row, 0, for `merge_to_log_scores` to count the queries it has finished, and for
+    neighbours,  # out (B', 4): LOW and HIGH, the range of j of the query's class; OWN, j of the query itself; SOURCE,
+    # which query stands here. Then, in a row: 0, where `merge_to_log_scores` counts the queries it finished, and for
     # each program how many queries count in a mean
     norms,  # out (B,): lengths of the features, 0 for those without a direction
     skipped,  # in and out: how many had none since the program started
@@ -153,10 +153,10 @@ def prepare(
     if GATHER or LOOK_UP:
         inside = (itself >= 0) & (itself < N)
         itself = tl.load(position + itself, mask=inside, other=-1)
-    tl.store(places + place * 4 + LOW, low)
-    tl.store(places + place * 4 + HIGH, high)
-    tl.store(places + place * 4 + OWN, itself)
-    tl.store(places + place * 4 + SOURCE, i)
+    tl.store(neighbours + place * 4 + LOW, low)
+    tl.store(neighbours + place * 4 + HIGH, high)
+    tl.store(neighbours + place * 4 + OWN, itself)
+    tl.store(neighbours + place * 4 + SOURCE, i)
 
     counted = live
     if SNCA:  # ignores queries without positives
@@ -175,7 +175,7 @@ def prepare(
         tl.store(norms + i, tl.where(directed, norm, 0.0), mask=live)
         norm = tl.where(directed, norm, float("inf"))
         counted = counted & directed
-    counts = places + tl.num_programs(0) * (BLOCK_Q * 4)
+    counts = neighbours + tl.num_programs(0) * (BLOCK_Q * 4)
     if tl.program_id(0) == 0:
         tl.store(counts, 0)
     tl.store(counts + 1 + tl.program_id(0), tl.sum(counted.to(tl.int64), 0))
@@ -249,7 +249,7 @@ def _fold(vectors, row, v, held, factor_held, factor_new, FIRST: tl.constexpr, D
 
 @triton.jit(do_not_specialize=["B", "N", "rows_per_split"])
 def stream(
-    queries, bank, order, places,
+    queries, bank, order, neighbours,
     totals, maxima, vectors,  # out (K, blocks, 2, BLOCK_B), the same, (..., D): Σ, its maximum and v over the rows of
     # the other classes and over those of the query's class
     B, N, bank_stride, scale: tl.float64, rows_per_split,
@@ -265,7 +265,7 @@ def stream(
     block = program % blocks
     first = block * BLOCK_B
     i = tl.arange(0, BLOCK_B)  # from here on queries are counted from `first`
-    places += first * 4
+    neighbours += first * 4
     queries += first * D
     q1 = _operand(_load_queries(queries, i, 0, D1, D), D, PRECISION)
     q2 = q1
@@ -295,13 +295,13 @@ def stream(
     while begin < end:
         stop = tl.minimum(end, begin + FOLD_ROWS)
         # Up to the next end of a range no query changes from other to same or back.
-        my_low = _from(tl.load(places + i * 4 + LOW), origin)
-        my_high = _from(tl.load(places + i * 4 + HIGH), origin)
+        my_low = _from(tl.load(neighbours + i * 4 + LOW), origin)
+        my_high = _from(tl.load(neighbours + i * 4 + HIGH), origin)
         next_end = tl.minimum(
             tl.where(my_low > begin, my_low, OUT_OF_SIGHT), tl.where(my_high > begin, my_high, OUT_OF_SIGHT)
         )
         stop = tl.minimum(stop, tl.min(next_end, 0))
-        my_row = _from(tl.load(places + i * 4 + OWN), origin)
+        my_row = _from(tl.load(neighbours + i * 4 + OWN), origin)
         next_own = tl.min(tl.where(my_row >= begin, my_row, OUT_OF_SIGHT), 0)
 
         total = zeros
@@ -327,7 +327,7 @@ def stream(
                 x = _dot(q2, tl.trans(t2), x, PRECISION)
             # Most tiles hold no query's own row and end before the segment does: they need no mask.
             if start + BLOCK_N > tl.minimum(stop, next_own):
-                my_row = _from(tl.load(places + i * 4 + OWN), origin)
+                my_row = _from(tl.load(neighbours + i * 4 + OWN), origin)
                 x = tl.where((start + j)[None, :] == my_row[:, None], float("-inf"), x)
                 x = tl.where(inside[None, :], x, float("-inf"))
                 next_own = tl.min(tl.where(my_row >= start + BLOCK_N, my_row, OUT_OF_SIGHT), 0)
@@ -352,8 +352,8 @@ def stream(
                     v2 = _dot(rounded, t2, v2, PRECISION)
 
         tl.debug_barrier()  # what other threads of this program wrote is read now
-        my_low = _from(tl.load(places + i * 4 + LOW), origin)
-        my_high = _from(tl.load(places + i * 4 + HIGH), origin)
+        my_low = _from(tl.load(neighbours + i * 4 + LOW), origin)
+        my_high = _from(tl.load(neighbours + i * 4 + HIGH), origin)
         slot = i + tl.where((my_low <= begin) & (begin < my_high), BLOCK_B, 0)
         held = tl.load(totals + slot)
         factor_held = zeros + 1.0
@@ -451,7 +451,7 @@ def _log_of(total, highest, scale, TRACKED: tl.constexpr, SHIFT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "N", "splits"])
 def merge_to_log_scores(
-    totals, maxima, vectors, places,
+    totals, maxima, vectors, neighbours,
     log_p,  # out (B,)
     gradient,  # out (B, D): of each query's loss in a mean or a sum; for no loss of log p
     log_sum_all,  # out (B,)
@@ -470,7 +470,7 @@ def merge_to_log_scores(
     they were normalised. The last program to finish reduces the losses, in the order of the batch.
     """
     i = tl.program_id(0).to(tl.int64)
-    out = tl.load(places + i * 4 + SOURCE)
+    out = tl.load(neighbours + i * 4 + SOURCE)
     d = tl.arange(0, BLOCK_D)
     same, other, highest_same, highest_other, mean_same, mean_other = _merged(
         totals, maxima, vectors, i, B, scale, splits, d, D, BLOCK_B, TRACKED, SHIFT, WEIGHTED, BLOCK_K
@@ -498,7 +498,7 @@ def merge_to_log_scores(
     tl.store(log_p + out, rounded_score)
     tl.store(log_sum_all + out, log_all.to(log_sum_all.dtype.element_ty))
     derivative = scale * 0 + 1.0
-    counts = places + tl.cdiv(B, BLOCK_B) * (BLOCK_B * 4)
+    counts = neighbours + tl.cdiv(B, BLOCK_B) * (BLOCK_B * 4)
     if LOSS != "":
         x = rounded_score.to(tl.float64)
         counted = norm != 0
@@ -519,7 +519,7 @@ def merge_to_log_scores(
                     stored = tl.load(scores + image, mask=known, other=0.0).to(tl.float64)
                     threshold = log_k
                     if INDICATOR == "auto":
-                        others = tl.load(places + i * 4 + HIGH) - tl.load(places + i * 4 + LOW) - 1
+                        others = tl.load(neighbours + i * 4 + HIGH) - tl.load(neighbours + i * 4 + LOW) - 1
                         threshold = tl.log(others.to(tl.float64) / tl.maximum(N - 1, 1).to(tl.float64))
                     pruned = tl.where(known, stored <= threshold, pruned)  # NaN, never scored, is kept
                 loss = tl.where(pruned, pruned_loss, loss)
@@ -564,7 +564,7 @@ def merge_to_log_scores(
 
 @triton.jit(do_not_specialize=["B", "splits"])
 def merge_to_class_sums(
-    totals, maxima, vectors, places,
+    totals, maxima, vectors, neighbours,
     log_same, log_other, mean_same, mean_other,  # out (B,), (B,), (B, D), (B, D)
     B, scale: tl.float64, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr,
@@ -572,7 +572,7 @@ def merge_to_class_sums(
 ):  # fmt: skip
     """One query over a part of the bank: log Σ and μ of both sums, from which parts are merged."""
     i = tl.program_id(0).to(tl.int64)
-    out = tl.load(places + i * 4 + SOURCE)
+    out = tl.load(neighbours + i * 4 + SOURCE)
     d = tl.arange(0, BLOCK_D)
     same, other, highest_same, highest_other, row_same, row_other = _merged(
         totals, maxima, vectors, i, B, scale, splits, d, D, BLOCK_B, TRACKED, SHIFT, WEIGHTED, BLOCK_K
@@ -616,7 +616,7 @@ def _within(value, start, LENGTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "N"])
 def gradient_to_bank(
-    queries, bank, order, places, log_p, log_sum_all, grad_log_p,
+    queries, bank, order, neighbours, log_p, log_sum_all, grad_log_p,
     gradient,  # out (N, D)
     B, N, bank_stride, scale: tl.float64, sigma: tl.float64,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -641,7 +641,7 @@ def gradient_to_bank(
     sigma = tl.full((), sigma, accumulator)
     for first in tl.range(0, B, BLOCK_B):
         i = first + tl.arange(0, BLOCK_B).to(tl.int64)
-        query = tl.load(places + i * 4 + SOURCE)
+        query = tl.load(neighbours + i * 4 + SOURCE)
         score = tl.load(log_p + query, mask=i < B, other=float("-inf"))
         live = score != float("-inf")  # without positives a query has no gradient, and its sums may be empty
         log_all = tl.load(log_sum_all + query, mask=live, other=0.0)
@@ -653,9 +653,9 @@ def gradient_to_bank(
             q2 = _load_queries(queries, i, D1, D2, D)
             x = _dot(q2, tl.trans(t2), x, PRECISION)
         x *= scale
-        my_row = tl.load(places + i * 4 + OWN)
-        my_low = tl.load(places + i * 4 + LOW)
-        my_high = tl.load(places + i * 4 + HIGH)
+        my_row = tl.load(neighbours + i * 4 + OWN)
+        my_low = tl.load(neighbours + i * 4 + LOW)
+        my_high = tl.load(neighbours + i * 4 + HIGH)
         begin = _within(my_low, start, BLOCK_N)
         stop = _within(my_high, start, BLOCK_N)
         same = (j[None, :] >= begin[:, None]) & (j[None, :] < stop[:, None])

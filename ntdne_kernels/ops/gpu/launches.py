@@ -143,15 +143,15 @@ def prepare(
     image_labels, position = (index, layout.position) if archive is None else archive[:2]
     padded = block_b * triton.cdiv(B, block_b)
     queries = torch.empty((padded, D), dtype=bank.dtype, device=bank.device)
-    places = index.new_empty(4 * padded + 1 + padded // BLOCK_Q)
+    neighbours = index.new_empty(4 * padded + 1 + padded // BLOCK_Q)
     launch(
         stream,
         features, index if labels is None else labels, index, layout.classes, layout.offsets, position, image_labels,
-        queries, places, norms, skipped_counter(bank.device),
+        queries, neighbours, norms, skipped_counter(bank.device),
         B, bank.size(0) if archive is None else image_labels.size(0), C, features.stride(0), features.stride(1),
         C.bit_length(),
     )  # fmt: skip
-    return queries, places
+    return queries, neighbours
 
 
 class Plan(NamedTuple):
@@ -202,7 +202,7 @@ def plan_of(case: Case, *_: Any) -> Plan:
     rows = config.block_n * triton.cdiv(triton.cdiv(N, configs.split_count(device, config, B, N, D)), config.block_n)
     splits, blocks = triton.cdiv(N, rows), triton.cdiv(B, config.block_b)
     D1, D2 = configs.columns(D)
-    numbers = {
+    of_sums = {
         "TRACKED": case.tracked,
         "SHIFT": _FLOAT16_SHIFT if case.dtype == torch.float16 else 0,
         "WEIGHTED": case.weighted,
@@ -217,7 +217,7 @@ def plan_of(case: Case, *_: Any) -> Plan:
         stream = Launch(
             kernels.stream, (splits * blocks,),
             D=D, D1=D1, D2=D2, BLOCK_B=config.block_b, BLOCK_N=config.block_n, GATHER=case.gather,
-            **numbers, PRECISION=PRECISION[arithmetic], FOLD_ROWS=FOLD_ROWS,
+            **of_sums, PRECISION=PRECISION[arithmetic], FOLD_ROWS=FOLD_ROWS,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     constants: dict[str, Any] = {}
@@ -233,7 +233,7 @@ def plan_of(case: Case, *_: Any) -> Plan:
         stream,
         Launch(
             getattr(kernels, case.merge), (B,),
-            D=D, BLOCK_B=config.block_b, **numbers, **configs.merge_blocks(D, element_size, splits), **constants,
+            D=D, BLOCK_B=config.block_b, **of_sums, **configs.merge_blocks(D, element_size, splits), **constants,
             num_warps=configs.MERGE_WARPS,
         ),
         config.block_b,
@@ -269,7 +269,7 @@ def stream_and_merge(
         )  # fmt: skip
         stream = stream_of(features, bank, index if labels is None else labels, index, *layout[:4], *(archive or ()))
         norms = out[0] if archive is None else torch.empty_like(out[0])
-        queries, places = prepare(plan.prepare, stream, batch, layout, archive, plan.block_b, norms)
+        queries, neighbours = prepare(plan.prepare, stream, batch, layout, archive, plan.block_b, norms)
         totals = bank.new_empty(plan.slots, dtype=accumulator_dtype(bank.dtype))
         maxima = torch.empty_like(totals) if tracked else totals
         vectors = totals.new_empty((*plan.slots, D if weighted else 0))
@@ -277,7 +277,7 @@ def stream_and_merge(
         if plan.hopper:
             try:
                 plan.stream(
-                    stream, *hopper.descriptors(queries, bank, plan.hopper), places, totals, vectors, B, N, scale,
+                    stream, *hopper.descriptors(queries, bank, plan.hopper), neighbours, totals, vectors, B, N, scale,
                     plan.rows_per_split,
                 )  # fmt: skip
             except _NOT_COMPILED as error:
@@ -286,11 +286,11 @@ def stream_and_merge(
                 return
         else:
             plan.stream(
-                stream, queries, bank, layout.order, places, totals, maxima, vectors, B, N, bank.stride(0), scale,
+                stream, queries, bank, layout.order, neighbours, totals, maxima, vectors, B, N, bank.stride(0), scale,
                 plan.rows_per_split,
             )  # fmt: skip
         if merge == "merge_to_class_sums":
-            plan.merge(stream, totals, maxima, vectors, places, *out, B, scale, plan.slots[0])
+            plan.merge(stream, totals, maxima, vectors, neighbours, *out, B, scale, plan.slots[0])
             return
         unused = out[0]
         value, slope, losses, q, k = unused, unused, unused, 1.0, 0.0
@@ -301,7 +301,7 @@ def stream_and_merge(
                 losses = unused.new_empty(B, dtype=torch.float64)
         log_k = math.log(k) if k > 0 else -math.inf
         plan.merge(
-            stream, totals, maxima, vectors, places, *out, index, unused if archive is None else archive.scores,
+            stream, totals, maxima, vectors, neighbours, *out, index, unused if archive is None else archive.scores,
             features, norms, value, slope, losses,
             B, N if archive is None else archive.labels.size(0), features.stride(0), features.stride(1), scale,
             plan.slots[0], q, log_k, -math.expm1(q * log_k) / q,
