@@ -246,7 +246,8 @@ def choose_backend(name: str | None, bank: Tensor, device: torch.device) -> str:
 
     Where there is a GPU that Triton does not serve, that is said once per reason.
     """
-    bank = bank.new_empty((0, bank.size(1)), device=device)
+    if bank.device != device:
+        bank = bank.new_empty((0, bank.size(1)), device=device)
     if name is not None:
         check_choice("backend", name, tuple(BACKENDS))
         missing = BACKENDS[name].missing(bank)

@@ -79,16 +79,15 @@ class Shard(NamedTuple):
     @property
     def label_index(self) -> LabelIndex:
         """The classes of the rows kept here."""
-        offsets = self.image_order.offsets
-        if not self.is_whole:
-            offsets = (offsets - self.images.start).clamp(0, len(self.images))
-        return LabelIndex(self.image_order.classes, offsets, None, None, len(self.images))
+        return LabelIndex(*self.layout, None, None, len(self.images))
 
     @property
     def layout(self) -> ClassOrder:
         """The same, as ops take it."""
-        index = self.label_index
-        return ClassOrder(index.classes, index.offsets)
+        classes, offsets = self.image_order[:2]
+        if not self.is_whole:
+            offsets = (offsets - self.images.start).clamp(0, len(self.images))
+        return ClassOrder(classes, offsets)
 
     def local(self, x: Tensor) -> Tensor:
         """Images or positions (B,) of the whole bank as they are counted here; −1 for those that are kept elsewhere."""

@@ -149,7 +149,7 @@ class LeaveOneOutLoss(torch.autograd.Function):
         need_gradient: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The loss and log p, with the gradient made on the way."""
-        batch = batch._replace(features=features, bank=bank)  # autograd's own
+        batch = Batch(features, bank, *batch[2:])  # with autograd's own tensors
         if spec is None:
             log_p, gradient, log_sum_all = backend.log_scores(batch, need_gradient)
             value, slope = log_p, torch.ones_like(log_p) if ctx.needs_input_grad[1] else None

@@ -465,8 +465,8 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(gpu.launches, "INTERPRETED", False)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(functional, "_said", set())
-        properties = SimpleNamespace(major=major, minor=minor)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        device = Device(10 * major + minor, 132, 227 << 10)
+        monkeypatch.setattr(gpu.launches, "describe", lambda _: device)
 
     return of
 

@@ -32,18 +32,16 @@ PROGRAMS_PER_MULTIPROCESSOR = 8
 
 def missing(bank: Tensor) -> str | None:
     """What these kernels need and do not have here, or None where they can serve the bank."""
-    capability = launches.INTERPRETED_DEVICE.capability
     if launches.INTERPRETED:
         if bank.device.type != "cpu":
             return f"CPU tensors under TRITON_INTERPRET=1, got {bank.device.type}"
     else:
         if bank.device.type != "cuda" or torch.version.hip is not None:
             return f"an NVIDIA GPU (or, for tests, TRITON_INTERPRET=1 before the import), got {bank.device.type}"
-        properties = torch.cuda.get_device_properties(bank.device)
-        capability = 10 * properties.major + properties.minor
+        capability = launches.describe(bank.device).capability
         if capability < configs.SMALLEST_CAPABILITY:
-            return f"a GPU of compute capability 8.0 or newer, got {properties.major}.{properties.minor}"
-    widest = configs.largest_D(capability, bank.dtype)
+            return f"a GPU of compute capability 8.0 or newer, got {capability // 10}.{capability % 10}"
+    widest = configs.largest_D(launches.describe(bank.device).capability, bank.dtype)
     if bank.size(1) > widest:
         return f"a bank of at most {widest} columns of {bank.dtype} on this device, got {bank.size(1)}"
     return None

@@ -372,8 +372,9 @@ def arithmetic_of(dtype: torch.dtype) -> str:
 
 def contiguous(batch: Batch) -> Batch:
     """The batch as kernels read it; features may have any strides."""
-    labels = None if batch.labels is None else batch.labels.contiguous()
-    return batch._replace(bank=with_unit_stride(batch.bank), labels=labels, own=batch.own.contiguous())
+    features, bank, labels, own, layout, sigma = batch
+    labels = None if labels is None else labels.contiguous()
+    return Batch(features, with_unit_stride(bank), labels, own.contiguous(), layout, sigma)
 
 
 def with_unit_stride(bank: Tensor) -> Tensor:
