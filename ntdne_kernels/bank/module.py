@@ -173,7 +173,7 @@ class BankModule(nn.Module):
 
     def _follow(self) -> None:
         """Copy the state of the source, if this is a copy that was averaged since the last look."""
-        if not self._guard.mark_was_written(self.average_mark):
+        if self._guard.source is None or not self._guard.mark_was_written(self.average_mark):
             return
         if float(self.average_mark) != self._guard.generation:  # else others wrote, as DistributedDataParallel does
             source = self._guard.living_source()
