@@ -12,7 +12,8 @@ SOURCES := pyproject.toml setup.py requirements.txt $(wildcard csrc/*)
 LOWEST := .venv-lowest
 CORE := $(addprefix tests/,ops test_functional.py test_label_index.py test_bank.py test_user_warning.py)
 # Each worker has one thread: more would wait for each other. WORKERS=0 runs all in one process, one test after the other.
-PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal --doctest-modules
+RUN_TESTS = -m pytest --numprocesses $(WORKERS) --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python $(RUN_TESTS) --doctest-modules
 
 .PHONY: demo lint check test lowest hooks clean
 
@@ -39,10 +40,10 @@ $(READY): $(SOURCES)
 # In a copy of the tree: the libraries are built with the lowest torch too, and those in the tree stay as they are.
 lowest:
 	$(PYTHON) -m venv --clear $(LOWEST)
-	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check -r requirements-lowest.txt
+	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check --no-cache-dir -r requirements-lowest.txt
 	git ls-files -z | xargs -0 cp --parents --target-directory $(LOWEST)/
 	cd $(LOWEST) && bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
-	cd $(LOWEST) && bin/python -m pytest -m "not slow" $(CORE)
+	cd $(LOWEST) && OMP_NUM_THREADS=1 bin/python $(RUN_TESTS) -m "not slow" $(CORE)
 
 hooks: $(READY)
 	$(VENV)/bin/pre-commit install

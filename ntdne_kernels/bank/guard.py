@@ -62,8 +62,8 @@ class Guard:
         return self._order is not None and self._order != _identity(order)
 
     def mark_was_written(self, average_mark: Tensor) -> bool:
-        """Whether something was written to a copy's mark since it was sealed."""
-        return self.source is not None and self._mark != _version(average_mark)
+        """Whether something was written to the mark since it was sealed."""
+        return self._mark != _version(average_mark)
 
     def living_source(self) -> "BankModule":
         """The bank that this is a copy of.

@@ -43,8 +43,9 @@ class BankModule(nn.Module):
 
     def __init__(self, shard: Shard, storage_kind: str, path: Path | None, fresh: bool) -> None:
         super().__init__()
-        self._storage, self.labels, self.scores, image_order, self.images, self.size, self.processes = shard
-        self._take_order(image_order)
+        self._storage, self.labels, self.scores = shard.storage, shard.labels, shard.scores
+        self.images, self.size, self.processes = shard.images, shard.size, shard.processes
+        self._take_order(shard.image_order)
         self.register_buffer("average_mark", torch.zeros((), device=shard.device), persistent=False)
         self.storage_kind, self.path, self.fresh = storage_kind, path, fresh
         self._guard = Guard()

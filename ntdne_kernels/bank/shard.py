@@ -7,6 +7,7 @@ process the two are the same.
 Shapes: B queries, N images, n of them kept here, D values, C classes.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,8 @@ def image_order_of(labels: Tensor, images: range, device: torch.device) -> Image
     return ImageOrder(*(tensor.to(device, copy=True) for tensor in tensors))
 
 
-class Shard(NamedTuple):
+@dataclass  # no NamedTuple: compilers of torch 2.10 cannot trace its properties
+class Shard:
     """What a process keeps of a bank of N images: n rows, and labels and scores of n images."""
 
     storage: Tensor

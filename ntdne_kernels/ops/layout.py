@@ -3,7 +3,7 @@
 Shapes: B queries, N bank rows, C classes.
 """
 
-from typing import NamedTuple, assert_never
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,14 +118,13 @@ class Neighbours(NamedTuple):
 
 def neighbours_of(labels: Tensor, index: Tensor, layout: ClassLayout) -> Neighbours:
     """Neighbours of queries with `labels` (B,) in the bank rows `index` (B,), −1 for none."""
-    match layout:
-        case PlainLabels(row_labels):
-            return Neighbours(torch.where(labels >= 0, labels, _MATCHES_NOTHING), row_labels, None, index)
-        case ClassOrder(classes, offsets):
-            return Neighbours(class_ranges(labels, classes, offsets), None, None, index)
-        case PermutedRows(classes, offsets, order, position):
-            inside = (index >= 0) & (index < len(position))
-            place = torch.where(inside, position[index.clamp(0, len(position) - 1)], NOT_IN_BANK)
-            return Neighbours(class_ranges(labels, classes, offsets), None, order, place)
-        case _:
-            assert_never(layout)
+    # isinstance, because the compiler of torch 2.10 cannot trace a match statement.
+    if isinstance(layout, PlainLabels):
+        return Neighbours(torch.where(labels >= 0, labels, _MATCHES_NOTHING), layout.row_labels, None, index)
+    ranges = class_ranges(labels, layout.classes, layout.offsets)
+    if isinstance(layout, ClassOrder):
+        return Neighbours(ranges, None, None, index)
+    position = layout.position
+    inside = (index >= 0) & (index < len(position))
+    place = torch.where(inside, position[index.clamp(0, len(position) - 1)], NOT_IN_BANK)
+    return Neighbours(ranges, None, layout.order, place)

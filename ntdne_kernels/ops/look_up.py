@@ -23,11 +23,8 @@ class Queries(NamedTuple):
     """(B,) lengths of the features before they were normalised, 0 for those without a direction; None for unit rows."""
     indicator: Tensor | None
     """(B,) log scores that decide on pruning in place of the current ones where they are not NaN."""
-
-    @property
-    def counted(self) -> Tensor | None:
-        """(B,) which features have a direction; None: all."""
-        return None if self.norms is None else self.norms != 0
+    counted: Tensor | None
+    """(B,) which features have a direction; None: all."""
 
 
 def look_up(batch: Batch, archive: Archive | None, indicator: str) -> Queries:
@@ -38,7 +35,7 @@ def look_up(batch: Batch, archive: Archive | None, indicator: str) -> Queries:
     `losses.LossSpec`.
     """
     if archive is None:
-        return Queries(batch, None, None)
+        return Queries(batch, None, None, None)
     n = len(archive.position)
     known = (batch.own >= 0) & (batch.own < n)
     image = batch.own.clamp(0, n - 1)
@@ -49,7 +46,7 @@ def look_up(batch: Batch, archive: Archive | None, indicator: str) -> Queries:
     assert isinstance(batch.layout, ClassOrder)
     stored = indicator_of(indicator, archive.scores[image], labels, batch.own, batch.layout, n)
     rows = torch.where(known, archive.position[image], NOT_IN_BANK)
-    return Queries(batch._replace(features=units, labels=labels, own=rows), norms, stored)
+    return Queries(batch._replace(features=units, labels=labels, own=rows), norms, stored, norms != 0)
 
 
 def normalise(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
