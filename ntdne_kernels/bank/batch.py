@@ -24,7 +24,7 @@ from ntdne_kernels.ops import sharded
 from ntdne_kernels.ops.layout import ClassOrder
 from ntdne_kernels.ops.look_up import indicator_of, normalise
 from ntdne_kernels.ops.losses import LossSpec
-from ntdne_kernels.ops.schema import Archive, Batch
+from ntdne_kernels.ops.schema import Batch
 
 
 @dataclass
@@ -60,9 +60,8 @@ class LocalBatch:
     def loss(self, features: Tensor, spec: LossSpec, sigma: float, backend: str | None) -> tuple[Tensor, Tensor]:
         """The loss of this process's features (b, D), of any length, and log p (B,) of all queries, detached."""
         shard = self.shard
-        archive = Archive(shard.labels, shard.image_order.position, shard.scores)
         batch = Batch(features, shard.storage, self.labels, self.images, shard.layout, float(sigma))
-        return functional.loss_of_batch(batch, archive, spec, backend)
+        return functional.loss_of_batch(batch, shard.archive, spec, backend)
 
 
 @dataclass

@@ -97,7 +97,7 @@ class BankModule(nn.Module):
     @property
     def archive(self) -> Archive:
         """Where a batch of images is looked up in a bank that is not sharded; see `ops.look_up`."""
-        return Archive(self.labels, self.position, self.scores)
+        return self._shard.archive
 
     @property
     def shard(self) -> Shard:

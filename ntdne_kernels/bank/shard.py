@@ -17,6 +17,7 @@ from ntdne_kernels.arguments import NOT_IN_BANK, UNLABELLED
 from ntdne_kernels.distributed import Processes
 from ntdne_kernels.label_index import LabelIndex, class_order
 from ntdne_kernels.ops.layout import ClassOrder
+from ntdne_kernels.ops.schema import Archive
 
 
 class ImageOrder(NamedTuple):
@@ -77,6 +78,11 @@ class Shard:
     def is_whole(self) -> bool:
         """Whether all of the bank is kept here."""
         return len(self.images) == self.size
+
+    @property
+    def archive(self) -> Archive:
+        """Where a batch of images is looked up, of a bank that is kept here as a whole; see `ops.look_up`."""
+        return Archive(self.labels, self.image_order.position, self.scores)
 
     @property
     def label_index(self) -> LabelIndex:

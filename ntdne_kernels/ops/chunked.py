@@ -7,7 +7,7 @@ the bus: N·D·(bytes per element) / bandwidth.
 Shapes: B queries, N bank rows, n rows of a chunk, D features, C classes.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -104,18 +104,15 @@ def _log_scores(batch: Batch, need_direction: bool, backend: str) -> tuple[Tenso
     return log_scores_of(sums, batch.sigma, accumulator_dtype(batch.bank.dtype))
 
 
-def _named_last(function: Callable[..., Any], name: str, *arguments: Any) -> Any:
-    return function(*arguments, name)
-
-
 def _no_bank_gradient(*_: Any) -> Tensor:
+    # `functional` refuses a bank elsewhere that wants one, by its device, before anything is computed.
     raise NotImplementedError("bank: one that is not on the device of the features gets no gradient")
 
 
 log_scores = implement("chunked_log_scores", _log_scores)
 CHUNKED: dict[str, Backend] = {
     name: GradientInForward(
-        partial(_named_last, log_scores, name),
+        partial(log_scores, backend=name),
         partial(class_sums, backend=name),
         backend.class_log_sums,
         _no_bank_gradient,
