@@ -16,6 +16,7 @@ import triton
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ntdne_kernels import LabelIndex, functional
@@ -469,6 +470,13 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(gpu.launches, "describe", lambda _: device)
 
     return of
+
+
+@pytest.mark.parametrize("name", [None, "triton"])
+def test_a_bank_in_host_memory_is_served_by_the_device_of_the_features(name, pretend_gpu):
+    pretend_gpu(9, 0)
+    with FakeTensorMode():
+        assert functional.choose_backend(name, torch.empty(9, 8), torch.device("cuda")) == "triton"
 
 
 @pytest.mark.parametrize(("major", "minor"), [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
