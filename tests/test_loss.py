@@ -20,6 +20,7 @@ from ntdne_kernels import NTDNELoss, SNCALoss
 from tests import formulas
 
 N, D, B = 40, 6, 12
+PAPER = {"k": 0.3, "warmup_epochs": 20, "unit_slope": False}
 
 
 def labels_of(seed: int = 0) -> Tensor:
@@ -27,7 +28,11 @@ def labels_of(seed: int = 0) -> Tensor:
 
 
 def made(loss: type = NTDNELoss, **options):
-    """A loss whose bank is double precision and half clustered by class, so that scores spread over (0, 1)."""
+    """A loss whose bank is double precision and half clustered by class, so that scores spread over (0, 1).
+
+    NTDNE as in the paper where the options say nothing else.
+    """
+    options = (PAPER if loss is NTDNELoss else {}) | options
     options = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(0), "sigma": 0.2} | options
     criterion = loss(labels_of(), D, **options)
     features = 2.5 * nn.functional.one_hot(labels_of(), D) + torch.randn(N, D, generator=options["generator"])
@@ -500,7 +505,7 @@ def train(criterion: nn.Module, encoder: nn.Module, optimizer, data: Tensor, epo
 
 def started(indicator: str, seed: int):
     torch.manual_seed(seed)
-    criterion = NTDNELoss(labels_of(), D, indicator=indicator, warmup_epochs=2, k=0.4, sigma=0.2)
+    criterion = NTDNELoss(labels_of(), D, indicator=indicator, warmup_epochs=2, k=0.4, unit_slope=False, sigma=0.2)
     encoder = nn.Linear(4, D)
     return criterion, encoder, torch.optim.SGD(encoder.parameters(), lr=0.5, momentum=0.9)
 

@@ -1,6 +1,7 @@
 """The losses, as functions of the leave-one-out scores log p (B,)."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +47,30 @@ class LossSpec:
     """Which loss: NTDNE with exponent q and threshold k (None prunes nothing), SNCA for q None; and its reduction.
 
     `indicator` says which score decides on pruning: the "current" one, the "stored" one of the image, or whether the
-    stored one is above chance ("auto"), as `look_up.indicator_of` has it.
+    stored one is above chance ("auto"), as `look_up.indicator_of` has it. The loss is multiplied by `scale`.
     """
 
     q: float | None
     k: float | None
     reduction: str
     indicator: str = "current"
+    scale: float = 1.0
+
+
+def slope_at_chance(class_sizes: Iterable[tuple[int, int]], N: int, q: float) -> float:
+    """The size of NTDNE's slope, p^q (eq. 11), while scores are at chance: its mean over the images of an archive.
+
+    Chance c is the share of the other N − 1 images that carry the image's label, as `look_up.log_chance` has it. Images
+    without another one of their label have no gradient, and do not count; 1 where no others are.
+
+    Args:
+        class_sizes: (images, how many classes have so many), as `MemoryBank.class_sizes`.
+        N: images, unlabelled ones too.
+        q: exponent in (0, 1].
+    """
+    slopes = [(size * classes, ((size - 1) / (N - 1)) ** q) for size, classes in class_sizes if size > 1]
+    images = sum(count for count, _ in slopes)
+    return sum(count * slope for count, slope in slopes) / images if images else 1.0
 
 
 def value(log_p: Tensor, indicator: Tensor | None, spec: LossSpec, counted: Tensor | None = None) -> Tensor:
@@ -65,6 +83,7 @@ def value(log_p: Tensor, indicator: Tensor | None, spec: LossSpec, counted: Tens
         reduced = reduce_snca(log_p, spec.reduction, counted)
     else:
         reduced = reduce(ntdne(log_p, spec.q, spec.k, indicator), spec.reduction, counted)
+    reduced = spec.scale * reduced
     if counted is None or spec.reduction == "none" or len(log_p) == 0:
         return reduced
     return torch.where(counted.any(), reduced, torch.nan)
@@ -73,7 +92,7 @@ def value(log_p: Tensor, indicator: Tensor | None, spec: LossSpec, counted: Tens
 def loss_and_slope(
     log_p: Tensor, indicator: Tensor | None, spec: LossSpec, counted: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and its derivative with respect to each log p (B,): dL_i/dlog p_i = −p_i^q (eq. 11), of a mean 1/B."""
+    """The loss, and its derivative with respect to each log p (B,): dL_i/dlog p_i = −scale·p_i^q, of a mean 1/B."""
     slope = -torch.ones_like(log_p) if spec.q is None else -torch.exp(spec.q * log_p)
     if spec.k is not None:
         slope = torch.where(_decisive(log_p, indicator) <= math.log(spec.k), 0, slope)
@@ -82,7 +101,7 @@ def loss_and_slope(
         slope = torch.where(counts, slope, 0)
     if spec.reduction == "mean":
         slope = slope / (max(len(slope), 1) if counts is None else counts.sum().clamp(min=1))
-    return value(log_p, indicator, spec, counted), slope
+    return value(log_p, indicator, spec, counted), spec.scale * slope
 
 
 def _with_positives(log_p: Tensor, counted: Tensor | None) -> Tensor:

@@ -460,14 +460,16 @@ def merge_to_log_scores(
     slope,  # out (B,): dL/dlog p
     losses,  # out (B,): of each query
     B, N, stride_b, stride_d, scale: tl.float64, splits, q: tl.float64, log_k: tl.float64, pruned_loss: tl.float64,
+    loss_scale: tl.float64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr,
     WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr, LOSS: tl.constexpr, PRUNING: tl.constexpr, INDICATOR: tl.constexpr,
     REDUCTION: tl.constexpr, LOOK_UP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One query over the whole bank: log p, log Σ_all, its loss, and the gradient of that.
 
-    LOSS is "ntdne" (eq. 9, 13), "snca" (eq. 5) or "" for none. LOOK_UP: the gradient is that of the features before
-    they were normalised. The last program to finish reduces the losses, in the order of the batch.
+    LOSS is "ntdne" (eq. 9, 13), "snca" (eq. 5), both times `loss_scale`, or "" for none. LOOK_UP: the gradient is that
+    of the features before they were normalised. The last program to finish reduces the losses, in the order of the
+    batch.
     """
     i = tl.program_id(0).to(tl.int64)
     out = tl.load(neighbours + i * 4 + SOURCE)
@@ -524,8 +526,8 @@ def merge_to_log_scores(
                     pruned = tl.where(known, stored <= threshold, pruned)  # NaN, never scored, is kept
                 loss = tl.where(pruned, pruned_loss, loss)
                 derivative = tl.where(pruned, 0.0, derivative)
-        loss = tl.where(counted, loss, 0.0)
-        derivative = tl.where(counted, derivative, 0.0)
+        loss = tl.where(counted, loss * loss_scale, 0.0)
+        derivative = tl.where(counted, derivative * loss_scale, 0.0)
         divisor = scale * 0 + 1.0
         if REDUCTION == "mean":
             kept = tl.full((BLOCK,), 0, tl.int64)
