@@ -123,6 +123,8 @@ class NTDNELoss(NeighbourhoodLoss):
         _check_k(k)
         check_number("warmup_epochs", warmup_epochs, 0, math.inf, lower_included=True)
         check_choice("indicator", indicator, ("current", "stored"))
+        if not isinstance(unit_slope, bool):
+            raise TypeError(f"unit_slope: expected True or False, got {unit_slope!r}")
         super().__init__(
             labels,
             dim,

@@ -260,6 +260,32 @@ def test_pruning_nearly_everything_warns_once(k, said):
         criterion.set_epoch(2)
 
 
+@pytest.mark.parametrize(("k", "said"), [(0.3, 'k = 0.3 .*try k="auto"'), ("auto", "chance .*does the encoder learn")])
+def test_pruning_more_than_half_and_more_than_an_epoch_before_warns_once(k, said):
+    criterion = filled(k=k, warmup_epochs=1)
+
+    def begin(epoch: int, low: int) -> None:
+        criterion.memory.last_log_p[:] = math.log(0.9)
+        criterion.memory.last_log_p[:low] = math.log(0.05)
+        criterion.set_epoch(epoch)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion.set_epoch(0)
+        criterion.set_epoch(1)  # nothing is scored yet
+        for epoch, low in enumerate((30, 22, 22, 10, 20), 2):  # many but fewer, as many, more but not many
+            begin(epoch, low)
+        begin(6, 24)  # more in one epoch
+    message = rf"26 of the 40 images .* at most {said[:7]}.*median score is 0.05\), 65% now and 60% in epoch 6;.*"
+    with pytest.warns(UserWarning, match=message + said[7:]):
+        begin(7, 26)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begin(8, 30)
+    with pytest.warns(UserWarning, match="39 of the 40 images"):  # nearly all: another warning
+        begin(9, 39)
+
+
 def test_pruning_much_is_no_matter_for_a_warning():
     criterion = filled(k=0.3, warmup_epochs=1)
     criterion.memory.last_log_p[:] = math.log(0.9)
@@ -730,6 +756,7 @@ def test_bad_calls_are_named_and_change_nothing(call, error, message):
         ({"indicator": "old"}, ValueError, "indicator: expected one of 'current', 'stored', got 'old'"),
         ({"reduction": "max"}, ValueError, "reduction: expected one of 'mean', 'sum', 'none', got 'max'"),
         ({"dim": -4}, ValueError, "dim: expected at least 1, got -4"),
+        ({"unit_slope": "no"}, TypeError, "unit_slope: expected True or False, got 'no'"),
     ],
 )
 def test_bad_options_are_named(options, error, message):

@@ -50,10 +50,14 @@ def image_order_of(labels: Tensor, images: range, device: torch.device) -> Image
     """The order by class of all labels (N,), as the process that keeps the rows and labels of `images` needs it."""
     classes, offsets, order, position = class_order(labels, images.start, len(images))
     unchanged = torch.arange(images.start, images.stop)
-    tensors = (classes, offsets, unchanged if order is None else order, unchanged if position is None else position)
     sizes, counts = offsets.diff().unique(return_counts=True)
-    class_sizes = tuple(zip(sizes.tolist(), counts.tolist(), strict=True))
-    return ImageOrder(*(tensor.to(device, copy=True) for tensor in tensors), class_sizes)
+    return ImageOrder(
+        classes.to(device, copy=True),
+        offsets.to(device, copy=True),
+        (unchanged if order is None else order).to(device, copy=True),
+        (unchanged if position is None else position).to(device, copy=True),
+        tuple(zip(sizes.tolist(), counts.tolist(), strict=True)),
+    )
 
 
 @dataclass  # no NamedTuple: compilers of torch 2.10 cannot trace its properties

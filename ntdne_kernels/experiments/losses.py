@@ -380,8 +380,9 @@ class NTDNEBroadcastLoss(NTDNELoss):
         momentum: float = 0.5,
     ) -> None:
         check_number("k", k, 0, 1)
-        options = {"sigma": sigma, "q": q, "warmup_epochs": warmup_epochs, "momentum": momentum}
-        super().__init__(labels, dim, k=None, unit_slope=False, **options)
+        super().__init__(
+            labels, dim, sigma=sigma, q=q, k=None, warmup_epochs=warmup_epochs, unit_slope=False, momentum=momentum
+        )
         self.stored_k = k  # of w; NTDNELoss's own k stays None
         # The extra last slot is that of index −1: features outside the archive.
         self.register_buffer("w", torch.ones(len(labels) + 1, device=labels.device))
