@@ -16,7 +16,7 @@ from ntdne_kernels.arguments import check_choice, check_number
 from ntdne_kernels.neighbourhood_loss import NeighbourhoodLoss
 from ntdne_kernels.ops.layout import ClassOrder
 from ntdne_kernels.ops.look_up import log_chance
-from ntdne_kernels.ops.losses import LossSpec, slope_at_chance
+from ntdne_kernels.ops.losses import LossSpec, common_unit
 from ntdne_kernels.user_warning import warn_user
 
 
@@ -29,11 +29,12 @@ class NTDNELoss(NeighbourhoodLoss):
 
     It is made for the learning rate, optimiser and schedule that suit cross-entropy, and needs no other choice. The
     paper's loss does: its gradient is SNCA's times p^q, and in a new bank p is near chance c, the share of the other
-    images that carry the label; c^q is 0.09 for 30 even classes. So by default the loss is divided by the mean of c^q
-    (`unit_slope`), k is chance ("auto"), and pruning begins at once. `NTDNELoss(labels, k=0.3, warmup_epochs=20,
-    unit_slope=False)` is the paper's, eq. 9 to 14. On frozen features of AID, half of the labels wrong and
-    cross-entropy's learning rate, the default reached a K-NN accuracy of 78.2 %, the paper's 70.8 (untrained features
-    76.9), with ten times the rate 77.6; docs/choosing.md has the tables.
+    images that carry the label; c^q is 0.09 for 30 even classes, and less where a class is small. So by default the
+    loss of each image is divided by c^q (`unit_slope`), k is chance ("auto"), and pruning begins at once: it is a loss
+    of p/c, how much commoner the label is among an image's neighbours than elsewhere. `NTDNELoss(labels, k=0.3,
+    warmup_epochs=20, unit_slope=False)` is the paper's, eq. 9 to 14. On frozen features of AID, half of the labels
+    wrong and cross-entropy's learning rate, the default reached a K-NN accuracy of 78.2 %, the paper's 70.8 (untrained
+    features 76.9), with ten times the rate 77.6; docs/choosing.md has the tables.
 
     Call `set_epoch` before each epoch and `update_bank` after each step. An image that is unlabelled or alone in its
     class has p = 0: it adds the constant 1/q to the loss, counts in the mean, and has no gradient. Features of other
@@ -50,9 +51,10 @@ class NTDNELoss(NeighbourhoodLoss):
             gives all images low scores. It misses wrong labels that agree with each other: where half of a class is
             called by one other name, these images score far above chance. The paper's value is 0.3.
         warmup_epochs: first epoch that prunes: T of the paper, where it is 20.
-        unit_slope: divide the loss by the size of its slope at chance, the mean of c^q over the images that have
-            another one of their label. The gradient then begins at the size of SNCA's, and still grows with p. A
-            constant of the labels and q: the same on all ranks, made anew by `memory.relabel`.
+        unit_slope: divide the loss of each image by c^q, c at least 0.001: the size of its slope at chance. The
+            gradient then begins at the size of SNCA's in every class, and still grows with p. With more than about 30
+            classes all of it is divided by one number more, so that the mean of the divisors is at least 30^−q. They
+            follow from labels and q: the same on all ranks, and made anew by `memory.relabel`.
         momentum: weight m in [0, 1] of the old bank row (eq. 15; 1 − λ).
         indicator: which score decides on pruning: "current", that of this forward (eq. 14), or "stored", the image's
             last one before it (images never scored are kept; `refresh_indicator` scores all), as always with k="auto".
@@ -147,7 +149,7 @@ class NTDNELoss(NeighbourhoodLoss):
         self.indicator = indicator
         # Read by forward in place of the epoch, which would make a compiled forward compile anew every epoch.
         self.pruning = warmup_epochs == 0
-        self._known_slope: tuple[tuple[float, tuple[tuple[int, int], ...]], float] | None = None
+        self._known_unit: tuple[tuple[float, tuple[tuple[int, int], ...]], float] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the loss which epoch begins, counted from 0; from epoch `warmup_epochs` on it prunes.
@@ -187,20 +189,20 @@ class NTDNELoss(NeighbourhoodLoss):
         # For "auto", k sets the constant of eq. 13 and prunes features of no archive image: chance for C equal classes.
         auto = isinstance(self.k, str)
         k = 1 / max(2, len(self.memory.classes)) if isinstance(self.k, str) else self.k
-        scale = 1 / self._slope_at_chance() if self.unit_slope else 1.0
+        unit = self._common_unit() if self.unit_slope else None
         if not self.pruning or k is None:
-            return LossSpec(self.q, None, self.reduction, scale=scale)
-        return LossSpec(self.q, k, self.reduction, "auto" if auto else self.indicator, scale)
+            return LossSpec(self.q, None, self.reduction, unit=unit)
+        return LossSpec(self.q, k, self.reduction, "auto" if auto else self.indicator, unit)
 
-    def _slope_at_chance(self) -> float:
+    def _common_unit(self) -> float:
         """Of the labels and q as they are now; made anew where either was changed."""
         made_of = self.q, self.memory.class_sizes
-        if self._known_slope is not None and self._known_slope[0] == made_of:
-            return self._known_slope[1]
-        slope = slope_at_chance(self.memory.class_sizes, len(self.memory), self.q)
+        if self._known_unit is not None and self._known_unit[0] == made_of:
+            return self._known_unit[1]
+        unit = common_unit(self.memory.class_sizes, len(self.memory), self.q)
         if not torch.compiler.is_compiling():  # which would compile twice for each new q: it sees what is written
-            self._known_slope = made_of, slope
-        return slope
+            self._known_unit = made_of, unit
+        return unit
 
     def _log_threshold(self, labels: Tensor) -> Tensor | float:
         """log k of images with these labels (B,); k="auto" is the share of the other images that carry the label."""

@@ -1,4 +1,4 @@
-"""NTDNELoss in units of its slope at chance, and as the paper has it: against the formulas, in every way it is used."""
+"""NTDNELoss in units of its slope at chance, and as the paper has it: against the formulas, however it is used."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ntdne_kernels import NTDNELoss
 from ntdne_kernels.neighbourhood_loss import NeighbourhoodLoss
-from ntdne_kernels.ops.losses import LossSpec, loss_and_slope, slope_at_chance, value
+from ntdne_kernels.ops.losses import LossSpec, common_unit, loss_and_slope, value
 from tests import formulas
 
 D, SIGMA = 6, 0.2
@@ -36,15 +36,17 @@ def batch(seed: int = 2) -> tuple[Tensor, Tensor]:
     return features + torch.randn(len(index), D, generator=source, dtype=torch.float64), index
 
 
-def slope_of(labels: list[int], q: float) -> float:
-    """The mean of c^q, image by image, of those that have another one of their label."""
-    shares = [(labels.count(label) - 1) / max(len(labels) - 1, 1) for label in labels if label >= 0]
-    slopes = [share**q for share in shares if share > 0]
-    return sum(slopes) / len(slopes) if slopes else 1.0
+def units_of(labels: list[int], q: float) -> Tensor:
+    """(N,) what the loss of each image is divided by: c^q, of a mean of at least 30^−q."""
+    others = [labels.count(label) - 1 if label >= 0 else 0 for label in labels]
+    units = [max(count / (len(labels) - 1), 1e-3) ** q if count else None for count in others]
+    known = [unit for unit in units if unit is not None]
+    factor = max(1.0, 30**-q / (sum(known) / len(known))) if known else 1.0
+    return torch.tensor([1.0 if unit is None else factor * unit for unit in units], dtype=torch.float64)
 
 
-def expected(criterion: NTDNELoss, features: Tensor, index: Tensor, pruned: list[bool], k: float | None, scale: float):
-    """Losses (B,) and their gradients (B, D) by the formulas, times `scale`."""
+def expected(criterion: NTDNELoss, features: Tensor, index: Tensor, pruned: list[bool], k: float | None, units: Tensor):
+    """Losses (B,) and their gradients (B, D) by the formulas, divided by the units (B,)."""
     length = features.norm(dim=1, keepdim=True)
     unit, rows = features / length, criterion.memory.rows(torch.arange(N))
     log_p, p, p_same = formulas.leave_one_out(unit, rows, LABELS[index], LABELS, index, criterion.sigma)
@@ -53,7 +55,7 @@ def expected(criterion: NTDNELoss, features: Tensor, index: Tensor, pruned: list
     slopes = [0.0 if cut or x == -math.inf else -math.exp(q * x) for x, cut in zip(log_p, pruned, strict=True)]
     gradient = torch.tensor(formulas.log_p_gradients(unit, rows, p, p_same, slopes, criterion.sigma)[0]).double()
     gradient = (gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit) / length
-    return scale * torch.tensor(losses, dtype=torch.float64), scale * gradient
+    return torch.tensor(losses, dtype=torch.float64) / units, gradient / units.unsqueeze(1)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -75,8 +77,8 @@ def test_loss_and_gradient_are_those_of_the_formulas(form, pruning, reduction, b
             criterion.memory.last_log_p[index] = torch.linspace(-4, -0.1, len(index))
             pruned = criterion.pruned[index].tolist()
     assert pruning == any(pruned)
-    scale = 1.0 if form == "paper" else 1 / slope_of(LABELS.tolist(), 0.7)
-    losses, gradient = expected(criterion, features, index, pruned, k, scale)
+    units = torch.ones(len(index)).double() if form == "paper" else units_of(LABELS.tolist(), 0.7)[index]
+    losses, gradient = expected(criterion, features, index, pruned, k, units)
     features.requires_grad_()
     loss = criterion(features, index)
     loss.sum().backward()
@@ -85,33 +87,55 @@ def test_loss_and_gradient_are_those_of_the_formulas(form, pruning, reduction, b
     torch.testing.assert_close(features.grad, gradient / count)
 
 
-@pytest.mark.parametrize("labels", [LABELS.tolist(), [3, 3], [0, 1, 2], [-1, -1], [4], [0, 0, 0, 1, 1]])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        *(LABELS.tolist(), [3, 3, 4], [0, 1, 2], [-1, -1], [4], [0, 0, 0, 1, 1]),
+        list(range(50)) * 3,
+        [0] * 60 + [label for label in range(1, 45) for _ in range(2)],
+        [0] * 2998 + [1, 1],
+    ],
+    ids=["tail", "pair", "alone", "unlabelled", "single", "few", "many", "one large, many small", "tiny"],
+)
 @pytest.mark.parametrize("q", [0.1, 0.7, 1.0])
-def test_slope_at_chance_is_its_mean_over_the_images_that_have_a_gradient(labels, q):
-    criterion = NTDNELoss(torch.tensor(labels), D)
-    assert slope_at_chance(criterion.memory.class_sizes, len(labels), q) == pytest.approx(slope_of(labels, q))
+def test_units_are_those_of_the_classes(labels, q):
+    criterion = NTDNELoss(torch.tensor(labels), D, q=q, k=None, reduction="none")
+    paper = NTDNELoss(torch.tensor(labels), D, q=q, k=None, reduction="none", unit_slope=False)
+    paper.memory.storage.copy_(criterion.memory.storage)
+    index = torch.arange(len(labels))[-20:]
+    features = torch.randn(len(index), D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = paper(features, index).double() / criterion(features, index)
+    torch.testing.assert_close(found, units_of(labels, q)[index], rtol=1e-5, atol=0)
 
 
-def test_even_classes_at_chance_have_the_slope_of_snca():
-    criterion = NTDNELoss(torch.arange(40) % 8, D, k=None)
-    log_p = torch.full((5,), math.log(4 / 39), dtype=torch.float64)
-    _, slope = loss_and_slope(log_p, None, criterion._loss_spec())
-    torch.testing.assert_close(slope, torch.full_like(slope, -1 / 5))
+def test_classes_at_chance_have_the_slope_of_snca_whatever_their_sizes():
+    labels = torch.tensor([0] * 30 + [1] * 8 + [2] * 2)
+    criterion = NTDNELoss(labels, D, k=None)
+    log_chance = torch.tensor([29 / 39, 7 / 39, 1 / 39], dtype=torch.float64).log()
+    _, slope = loss_and_slope(log_chance, None, criterion._loss_spec(), log_chance=log_chance)
+    torch.testing.assert_close(slope, torch.full_like(slope, -1 / 3))
+
+
+@pytest.mark.parametrize("C", [2, 30, 31, 300, 5000])
+def test_the_mean_unit_is_never_below_that_of_thirty_even_classes(C):
+    q, N = 0.7, 10 * C
+    unit = common_unit([(10, C)], N, q) * max(9 / (N - 1), 1e-3) ** q
+    assert unit == pytest.approx(max(9 / (N - 1), 1 / 30) ** q)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("q", [0.7, None])
-def test_a_scale_multiplies_value_and_slope_of_any_loss(q, reduction):
+@pytest.mark.parametrize("indicator", [None, torch.tensor([0.0, -9.0, 0.0, -9.0])])
+def test_the_slope_in_units_is_the_derivative_of_the_loss(indicator, reduction):
     log_p = torch.tensor([-0.1, -3.0, -math.inf, -1.0], dtype=torch.float64, requires_grad=True)
-    plain, scaled = (LossSpec(q, q and 0.2, reduction, scale=scale) for scale in (1.0, 2.5))
-    found, slope = loss_and_slope(log_p.detach(), None, scaled)
-    torch.testing.assert_close(found, 2.5 * value(log_p.detach(), None, plain))
-    (exact,) = torch.autograd.grad(value(log_p, None, scaled).sum(), log_p)
+    log_chance = torch.tensor([-0.5, -9.0, -math.inf, math.nan], dtype=torch.float64)
+    spec = LossSpec(0.7, 0.2, reduction, unit=1.5)
+    _, slope = loss_and_slope(log_p.detach(), indicator, spec, log_chance=log_chance)
+    (exact,) = torch.autograd.grad(value(log_p, indicator, spec, log_chance=log_chance).sum(), log_p)
     torch.testing.assert_close(slope, exact)
 
 
 def test_the_unit_follows_new_labels_and_a_schedule_of_q():
-    criterion, paper = made(k=None), made(k=None, unit_slope=False)
+    criterion, paper = (made(k=None, reduction="none", unit_slope=unit_slope) for unit_slope in (True, False))
     features, index = batch()
     labels = LABELS.clone()
     for change in ("start", "q", "labels", "q"):
@@ -122,8 +146,8 @@ def test_the_unit_follows_new_labels_and_a_schedule_of_q():
             for loss in (criterion, paper):
                 loss.memory.relabel(labels)
         for _ in range(2):
-            unit = slope_of(labels.tolist(), criterion.q)
-            torch.testing.assert_close(criterion(features, index), paper(features, index) / unit)
+            units = units_of(labels.tolist(), criterion.q)[index]
+            torch.testing.assert_close(criterion(features, index), paper(features, index) / units)
 
 
 def test_an_averaged_copy_takes_the_unit_of_new_labels():
@@ -153,11 +177,11 @@ def test_scores_pruned_images_and_state_dict_know_nothing_of_the_unit():
 
 
 def test_images_outside_the_archive_and_evaluation_have_the_same_unit():
-    scaled, plain = made(k=None).eval(), made(k=None, unit_slope=False).eval()
+    scaled, plain = (made(k=None, reduction="none", unit_slope=unit_slope).eval() for unit_slope in (True, False))
     features, index = batch()
-    unit = slope_of(LABELS.tolist(), 0.7)
+    units = units_of(LABELS.tolist(), 0.7)[index]
     for given in ({"index": index}, {"labels": LABELS[index]}):
-        torch.testing.assert_close(scaled(features, **given), plain(features, **given) / unit)
+        torch.testing.assert_close(scaled(features, **given), plain(features, **given) / units)
 
 
 def test_several_forwards_before_one_backward_keep_their_own_unit():

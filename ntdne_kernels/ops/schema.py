@@ -128,7 +128,7 @@ SCHEMAS = {
     "triton_class_sums": CLASS_SUMS,
     "triton_bank_gradient": BANK_GRADIENT,
     "triton_loss": _of_batch(
-        f"{ARCHIVE}, float? q, float? k, str reduction, str indicator, float scale, bool need_gradient", 5, empty_loss
+        f"{ARCHIVE}, float? q, float? k, str reduction, str indicator, float? unit, bool need_gradient", 5, empty_loss
     ),
     "chunked_log_scores": _of_batch(
         "bool need_direction, str backend", 3, lambda batch, need_direction, _: empty_log_scores(batch, need_direction)

@@ -389,7 +389,7 @@ def test_opcheck_of_the_loss(dtype, need_gradient, reduction, kernel_device):
         torch.ops.ntdne_kernels.triton_loss.default, (*given, 0.7, 0.3, reduction, "stored", 2.5, need_gradient)
     )
     torch.library.opcheck(
-        torch.ops.ntdne_kernels.triton_loss.default, (*given, None, None, reduction, "current", 1.0, need_gradient)
+        torch.ops.ntdne_kernels.triton_loss.default, (*given, None, None, reduction, "current", None, need_gradient)
     )
 
 
