@@ -14,9 +14,9 @@ import argparse
 import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,8 +34,7 @@ from ntdne_kernels.experiments.losses import Criterion
 from ntdne_kernels.experiments.noise import corrupt
 
 D, Q, BATCH, NEIGHBOURS = 32, 0.7, 128, 10
-MOST = 30
-"""Classes: with more of them a bounded unit is that of so many even ones."""
+MOST = 30  # classes: with more of them a bounded unit is that of so many even ones
 
 
 def of_images(c: Tensor) -> Tensor:
@@ -119,12 +118,12 @@ def first_of_classes(archive: Archive, counts: Tensor) -> Archive:
     return archive._replace(train=archive.train[rows], labels=archive.labels[rows])
 
 
-def digits() -> Archive:
+def digits(_: Path) -> Archive:
     """1,437 scans of handwritten digits to train on and 360 others."""
-    images, labels = load_digits(return_X_y=True)
-    split = train_test_split(images / 16, labels, test_size=0.2, stratify=labels, random_state=0)
-    train, test = (torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8) for part in split[:2])
-    return Archive(train, torch.tensor(split[2]), test, torch.tensor(split[3]))
+    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    images = images.float().view(-1, 1, 8, 8) / 16
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    return Archive(images[train], labels[train], images[test], labels[test])
 
 
 ARCHIVES: dict[str, Callable[[Path], Archive]] = {
@@ -135,7 +134,7 @@ ARCHIVES: dict[str, Callable[[Path], Archive]] = {
     "mixture 300 tail": lambda _: mixture(sizes(300, 50, 2), 6.0),
     "AID": aid,
     "AID tail": lambda folder: first_of_classes(aid(folder), sizes(30, 150, 10)),
-    "digits": lambda _: digits(),
+    "digits": digits,
 }
 
 
@@ -163,15 +162,6 @@ def make_encoder(archive: Archive) -> nn.Module:
     )
 
 
-def make_criterion(run: Run, given: Tensor) -> Criterion:
-    """The loss; of NTDNE that of each image."""
-    if run.method == "NTDNE":
-        k = "auto" if run.k == "auto" else float(run.k)
-        options: dict[str, Any] = {"sigma": run.sigma, "momentum": run.momentum, "k": k, "warmup_epochs": run.warmup}
-        return NTDNELoss(given, D, q=Q, reduction="none", **options)
-    return CrossEntropyLoss(given, D)
-
-
 @torch.no_grad()
 def encode(encoder: nn.Module, images: Tensor) -> Tensor:
     """(N, D) unit features in evaluation mode."""
@@ -191,7 +181,13 @@ def train(run: Run, archive: Archive) -> dict[str, float]:
     """
     given = given_labels(archive.labels, run)
     torch.manual_seed(run.seed)
-    encoder, criterion = make_encoder(archive), make_criterion(run, given)
+    encoder = make_encoder(archive)
+    k, bank = run.k if run.k == "auto" else float(run.k), {"sigma": run.sigma, "momentum": run.momentum}
+    criterion: Criterion = (
+        NTDNELoss(given, D, q=Q, k=k, warmup_epochs=run.warmup, reduction="none", **bank)
+        if run.method == "NTDNE"
+        else CrossEntropyLoss(given, D)
+    )
     shares = given.bincount(minlength=int(archive.labels.max()) + 1) / len(given)
     unit = UNITS[run.unit](shares)[given]
     if run.start == "filled" and isinstance(criterion, NTDNELoss):
@@ -205,13 +201,11 @@ def train(run: Run, archive: Archive) -> dict[str, float]:
         criterion.set_epoch(epoch)
         for index in torch.randperm(len(given))[: steps * BATCH].split(BATCH):
             images = archive.train[index]
-            if images.dim() == 2:
-                images = images + 0.2 * torch.randn_like(images)  # the augmentation that features have
-            features = encoder(images)
+            # noise: the augmentation that features have
+            features = encoder(images + 0.2 * torch.randn_like(images) if images.dim() == 2 else images)
             features.retain_grad()
             loss = criterion(features, index)
-            if run.method == "NTDNE":
-                loss = (loss / unit[index]).mean()
+            loss = (loss / unit[index]).mean() if run.method == "NTDNE" else loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -220,8 +214,8 @@ def train(run: Run, archive: Archive) -> dict[str, float]:
             norms.append((features.grad * features.detach().norm(dim=1, keepdim=True)).norm())
     seconds = time.perf_counter() - began
     found = knn_predict(encode(encoder, archive.test), encode(encoder, archive.train), archive.labels, K=NEIGHBOURS)
-    right = (found == archive.test_labels).float()
-    by_class = torch.zeros_like(shares).index_add_(0, archive.test_labels, right) / archive.test_labels.bincount()
+    right = (found == archive.test_labels).double()
+    by_class = archive.test_labels.bincount(right) / archive.test_labels.bincount()
     log_p = criterion.memory.last_log_p if isinstance(criterion, NTDNELoss) else torch.tensor([torch.nan])
     return {
         "knn": 100 * float((by_class * archive.labels.bincount() / len(given)).sum()),
@@ -233,25 +227,13 @@ def train(run: Run, archive: Archive) -> dict[str, float]:
     }
 
 
-def as_text(run: Run) -> tuple[str, ...]:
-    """The values as they are written."""
-    return tuple(f"{value:.5g}" if isinstance(value, float) else str(value) for value in run)
-
-
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.units",
-        description=(__doc__ or "").splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    choices = {
-        "archive": ARCHIVES,
-        "noise": ("uniform", "shares"),
-        "method": ("NTDNE", "cross-entropy"),
-        "unit": UNITS,
-        "start": ("random", "filled"),
-    }
+    summary = (__doc__ or "").splitlines()[0]
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="benchmarks.units", description=summary, formatter_class=formatter)
+    choices: dict[str, Iterable[str]] = {"archive": ARCHIVES, "unit": UNITS, "method": ("NTDNE", "cross-entropy")}
+    choices |= {"noise": ("uniform", "shares"), "start": ("random", "filled")}
     for name, default in Run._field_defaults.items():
         allowed = choices.get(name)
         parser.add_argument(f"--{name}", type=type(default), choices=allowed, nargs="+", default=[default], help=" ")
@@ -264,7 +246,7 @@ def main() -> None:
     finished = set(known.itertuples(index=False, name=None))
     for values in itertools.product(*(getattr(given, name) for name in Run._fields)):
         run = Run(*values)
-        if as_text(run) in finished:
+        if tuple(f"{value:.5g}" if isinstance(value, float) else str(value) for value in run) in finished:
             continue
         row = run._asdict() | train(run, ARCHIVES[run.archive](given.features))
         pd.DataFrame([row]).to_csv(written, mode="a", header=not written.exists(), index=False, float_format="%.5g")
