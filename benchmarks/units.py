@@ -182,12 +182,19 @@ def train(run: Run, archive: Archive) -> dict[str, float]:
     given = given_labels(archive.labels, run)
     torch.manual_seed(run.seed)
     encoder = make_encoder(archive)
-    k, bank = run.k if run.k == "auto" else float(run.k), {"sigma": run.sigma, "momentum": run.momentum}
-    criterion: Criterion = (
-        NTDNELoss(given, D, q=Q, k=k, warmup_epochs=run.warmup, reduction="none", **bank)
-        if run.method == "NTDNE"
-        else CrossEntropyLoss(given, D)
-    )
+    criterion: Criterion = CrossEntropyLoss(given, D)
+    if run.method == "NTDNE":
+        criterion = NTDNELoss(
+            given,
+            D,
+            sigma=run.sigma,
+            q=Q,
+            k=run.k if run.k == "auto" else float(run.k),
+            warmup_epochs=run.warmup,
+            unit_slope=False,
+            momentum=run.momentum,
+            reduction="none",
+        )
     shares = given.bincount(minlength=int(archive.labels.max()) + 1) / len(given)
     unit = UNITS[run.unit](shares)[given]
     if run.start == "filled" and isinstance(criterion, NTDNELoss):
