@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ntdne_kernels.experiments.embedding import embed as embed
+    from ntdne_kernels.experiments.retrieval import search as search
 
-FUNCTIONS = {"embed": "embedding"}  # the module of each, imported when it is asked for: torchvision takes seconds
+# The module of each function, imported when it is asked for: torchvision takes seconds.
+FUNCTIONS = {"embed": "embedding", "search": "retrieval"}
 
 
 def __getattr__(name: str) -> Any:

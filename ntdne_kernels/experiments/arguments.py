@@ -29,6 +29,7 @@ Train image encoders on archives with wrong labels, with NTDNE and the losses it
   ntdne reproduce photos/ --rates 0.1 0.5             a grid of losses and noise, as in the paper; runs what is missing
   ntdne report runs/photos                            tables, figures and a page of all runs in a folder
   ntdne embed photos/ --encoder resnet50              features of a pretrained network, for train and audit
+  ntdne search embeddings/photos new.jpg              the images of an archive that are nearest to new ones
   ntdne audit features.npy --labels labels.npy        which labels of an archive are probably wrong
 
 photos/ holds a folder of images for each class. The labels found there count as right; wrong ones are made, so that it
@@ -71,6 +72,14 @@ files.txt, their names; embed.json, what made them. A command that was killed is
 """
 
 
+SEARCH = """\
+  ntdne search embeddings/photos new1.jpg new2.jpg --page sheet.html
+  ntdne search features.npy queries.npy
+
+New images are encoded as those of the archive were. All images are compared: the answer is exact.
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
@@ -95,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     _add_reproduce(add("reproduce", "run what is missing of a grid of losses and noise", losses))
     _add_report(add("report", "tables, figures and one HTML page of the runs in a folder"))
     _add_embed(add("embed", "write a pretrained network's features of a folder of images", EMBED))
+    _add_search(add("search", "the images of an archive that are nearest to new ones", SEARCH))
     _add_audit(add("audit", "rank the labels of an archive by how little each image's neighbours agree", AUDIT))
     return main
 
@@ -223,6 +233,14 @@ def _add_embed(command: argparse.ArgumentParser) -> None:
     machine.add_argument("--batch-size", type=_count, default=64, metavar="INT", help="images encoded together (64)")
     machine.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
     machine.add_argument("--workers", type=int, metavar="INT", help="processes that decode images (by the cores)")
+
+
+def _add_search(command: argparse.ArgumentParser) -> None:
+    command.add_argument("archive", type=Path, help="folder of ntdne embed; or features: .npy, .npz or .parquet")
+    command.add_argument("queries", nargs="+", metavar="query", help="image files; or one file of features")
+    command.add_argument("--k", type=_count, default=10, help="images of the archive for each query (10)")
+    command.add_argument("--page", type=Path, metavar="FILE", help="write a page with the pictures, as sheet.html")
+    command.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
 
 
 def _add_audit(command: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The command `ntdne`: train, evaluate, reproduce, report, embed, audit."""
+"""The command `ntdne`: train, evaluate, reproduce, report, embed, search, audit."""
 
 import argparse
 import dataclasses
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "reproduce": _reproduce,
         "report": _report,
         "embed": _embed,
+        "search": _search,
         "audit": _audit,
     }
     try:
@@ -153,6 +154,14 @@ def _embed(arguments: argparse.Namespace) -> None:
     )
     for name in (FEATURES, LABELS, FILES):
         print(found.folder / name)
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    from ntdne_kernels.experiments.search_sheet import search_files
+
+    print(search_files(arguments.archive, arguments.queries, arguments.k, arguments.device, arguments.page))
+    if arguments.page is not None:
+        print(arguments.page)
 
 
 def _audit(arguments: argparse.Namespace) -> None:

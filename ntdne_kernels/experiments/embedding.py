@@ -131,6 +131,7 @@ def embed(  # noqa: PLR0913 (independent settings, all but two with defaults)
         "image_size": extractor.image_size,
         "transform": str(extractor.transform),
         "bands": list(bands),
+        "max_pixels": max_pixels,
         "dtype": dtype,
         "values": extractor.F,
         "folder": str(images.folder),
