@@ -159,7 +159,7 @@ def _embed(arguments: argparse.Namespace) -> None:
 def _search(arguments: argparse.Namespace) -> None:
     from ntdne_kernels.experiments.search_sheet import search_files
 
-    print(search_files(arguments.archive, arguments.queries, arguments.k, arguments.device, arguments.page))
+    print(search_files(arguments.archive, arguments.queries, arguments.k, device=arguments.device, page=arguments.page))
     if arguments.page is not None:
         print(arguments.page)
 

@@ -17,16 +17,25 @@ from ntdne_kernels.experiments.embedding import Embeddings, open_embeddings
 from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.images import as_picture, decode
 from ntdne_kernels.experiments.page import render
-from ntdne_kernels.experiments.retrieval import search
+from ntdne_kernels.experiments.retrieval import Head, search
 
 
-def search_files(archive: Path, queries: Sequence[str], k: int, device: str | None, page: Path | None) -> str:
+def search_files(
+    archive: Path,
+    queries: Sequence[str],
+    k: int,
+    *,
+    head: Head | None = None,
+    device: str | None = None,
+    page: Path | None = None,
+) -> str:
     """The images nearest to each query as a table; the same with pictures on a page, where one is wanted.
 
     Args:
         archive: a folder of `ntdne embed`, or a file of features.
         queries: image files, or one file of features.
         k: neighbours of each.
+        head: as `search`.
         device: as `search`.
         page: the HTML file; None: none is written.
 
@@ -42,10 +51,10 @@ def search_files(archive: Path, queries: Sequence[str], k: int, device: str | No
         file = Path(queries[0])
         features = read_matrix(file, ["features"])
         items = [{"image": row, "path": f"row {row} of {file}", "file": None} for row in range(len(features))]
-        neighbours, similarity = search(found, features, k, device=device)
+        neighbours, similarity = search(found, features, k, head=head, device=device)
     else:
         items = [{"image": i, "path": as_utf8(query), "file": Path(query)} for i, query in enumerate(queries)]
-        neighbours, similarity = search(found, queries, k, device=device)
+        neighbours, similarity = search(found, queries, k, head=head, device=device)
     for item, rows, values in zip(items, neighbours.tolist(), similarity.tolist(), strict=True):
         item["neighbours"] = [
             _neighbour(found, row) | {"similarity": value} for row, value in zip(rows, values, strict=True)
