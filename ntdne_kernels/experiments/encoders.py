@@ -39,7 +39,7 @@ def make_encoder(name: str, dim: int, weights: str = "", bands: int = 3) -> nn.M
     else:
         resnet: models.ResNet = getattr(models, name)()
         if weights == "imagenet":
-            resnet.load_state_dict(_imagenet(name))
+            resnet.load_state_dict(imagenet_weights(name))
         resnet.fc = nn.Linear(resnet.fc.in_features, dim)
         if bands != 3:
             colours = resnet.conv1.weight.detach()
@@ -62,8 +62,12 @@ def _for_bands(colours: Tensor, bands: int) -> Tensor:
     return colours.repeat(1, math.ceil(bands / 3), 1, 1)[:, :bands] * (3 / bands)
 
 
-def _imagenet(name: str) -> dict[str, Tensor]:
-    """The state dict that torchvision offers, from its cache or the network."""
+def imagenet_weights(name: str) -> dict[str, Tensor]:
+    """The state dict that torchvision offers for a classification network, from its cache or the network.
+
+    Raises:
+        ValueError: it is in neither.
+    """
     weights = models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
@@ -75,7 +79,7 @@ def _imagenet(name: str) -> dict[str, Tensor]:
         reason = getattr(error, "reason", error)
         raise ValueError(
             f"weights: imagenet weights are neither at {file} nor can they be downloaded ({reason}); put "
-            f"{file.name} there, or give a file with a state dict, or none, which starts at random"
+            f"{file.name} there, or give a file with a state dict"
         ) from None
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchvision.datasets import EuroSAT
 
-from ntdne_kernels.experiments.images import MAX_PIXELS, Unreadable, decode, resized, suffixes
+from ntdne_kernels.experiments.images import MAX_PIXELS, PLUGINS, Unreadable, decode, resized, suffixes
 
 DECODE_CHUNK = 256  # files handed to the threads at a time
 GRATINGS_CHUNK = 64  # images drawn from one generator
@@ -34,6 +34,14 @@ TECHNICAL = {  # folders that file servers, operating systems and tools create; 
 SET_PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 MAX_LISTED = 4  # folders in a message
 KNOWN_SOURCES = "expected a folder of class folders, or one of eurosat, resisc45, digits, made:N, made:NxC"
+
+
+UNREADABLE = (Unreadable, OSError, MemoryError)  # what decoding raises for a file
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be read."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class ArchiveError(ValueError):
@@ -54,8 +62,8 @@ class Decoding(NamedTuple):
         """The image (H, W, B), or the reason why the file cannot be read."""
         try:
             return resized(decode(path, self.bands, self.max_pixels), self.image_size)
-        except (Unreadable, OSError, MemoryError) as error:
-            return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        except UNREADABLE as error:
+            return reason_of(error)
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,43 @@ class Source:
     images: Callable[[], Iterator[NDArray[Any] | str]]
     folder: Path = Path()
     left_out: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The images of a folder, not opened yet.
+
+    Attributes:
+        folder: its resolved path.
+        classes: names of the class folders.
+        files: N file names relative to the folder.
+        labels: class of each image, 0..C−1; −1 for those beside the class folders.
+        left_out: how many files of the folder are no images, by their suffix.
+    """
+
+    folder: Path
+    classes: list[str]
+    files: list[str]
+    labels: list[int]
+    left_out: dict[str, int]
+
+    def paths(self) -> list[str]:
+        """The files' paths."""
+        return [str(self.folder / file) for file in self.files]
+
+    def versions(self) -> list[str]:
+        """A text for each image that differs wherever its file has another name, size or time."""
+        return [json.dumps([file, *_size_and_time(path)]) for file, path in zip(self.files, self.paths(), strict=True)]
+
+
+def left_out_notes(name: str, left_out: dict[str, int]) -> str:
+    """What of an archive's folder is no image, in one line; "" where everything is."""
+    if not left_out:
+        return ""
+    counts = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    files = [f"{n} {suffix}" + (f" (needs {PLUGINS[suffix]})" if suffix in PLUGINS else "") for suffix, n in counts]
+    line = f"{name}: files that are no images by their suffix or place: {', '.join(files)}"
+    return line.encode(errors="backslashreplace").decode()  # a name may be any bytes
 
 
 def find_source(
@@ -112,58 +157,97 @@ def find_source(
     return _class_folders(folder, name, classes, decoding, nested)
 
 
-def _selected(known: list[str], classes: list[str] | None, name: str) -> list[str]:
-    """The known classes that are to be kept, in their order."""
+def _selected(known: list[str], classes: list[str] | None, name: str, least: int = 2) -> list[str]:
+    """The known classes that are to be kept, in their order; ArchiveError where they are fewer than `least`."""
     unknown = [wanted for wanted in classes or [] if wanted not in known]
     if unknown:
         raise ArchiveError(f"{name} has no class {', '.join(unknown)}; its classes are {', '.join(known)}")
     kept = [each for each in known if classes is None or each in classes]
-    if len(kept) < 2:
-        raise ArchiveError(f"{name}: expected at least 2 classes, got {'only ' + kept[0] if kept else 'none'}")
+    if len(kept) < least:
+        raise ArchiveError(f"{name}: expected at least {least} classes, got {'only ' + kept[0] if kept else 'none'}")
     return kept
 
 
 # Folders
 
 
+def image_files(folder: str | Path, classes: list[str] | None = None) -> ImageFiles:
+    """The images of a folder, whatever their number: in class folders and beside them.
+
+    Args:
+        folder: of class folders, of images, or of both.
+        classes: names of the class folders to keep, without the images beside them; None: all.
+
+    Raises:
+        ArchiveError: there is no such folder or class, it holds no images, or its folders are not the classes.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for file in ("new.jpg", "oak/1.png", "oak/notes.txt"):
+        ...         Path(folder, file).parent.mkdir(exist_ok=True)
+        ...         Path(folder, file).touch()
+        ...     image_files(folder).files
+        ['new.jpg', 'oak/1.png']
+    """
+    folder = Path(folder).expanduser().resolve()
+    entries, known = _entries(folder)
+    found = _listed(folder, entries, _selected(known, classes, folder.name, least=0), beside=classes is None)
+    if not found.files:
+        raise ArchiveError(f"{folder}: expected images, in class folders or beside them, got none")
+    if classes is None:
+        _check_levels(folder, found)
+    return found
+
+
 def _class_folders(folder: Path, name: str, classes: list[str] | None, decoding: Decoding, nested: bool) -> Source:
+    entries, known = _entries(folder)
+    if not known:
+        raise ArchiveError(f"{folder}: no class folders; {KNOWN_SOURCES}")
+    found = _listed(folder, entries, _selected(known, classes, name), beside=False)
+    if found.files and classes is None and not nested:
+        _check_levels(folder, found)
+    return Source(
+        name,
+        found.classes,
+        found.labels,
+        found.files,
+        [str(folder), *found.versions()],
+        partial(_decode_all, found.paths(), decoding),
+        folder,
+        found.left_out,
+    )
+
+
+def _entries(folder: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
+    """What is in a folder, by name, and which of it are class folders."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise ArchiveError(f"{folder}: {error.strerror}; {KNOWN_SOURCES}") from None
-    known = [
+    return entries, [
         entry.name
         for entry in entries
         if entry.is_dir() and not _technical(entry.name) and not folder.is_relative_to(os.path.realpath(entry.path))
     ]
-    if not known:
-        raise ArchiveError(f"{folder}: no class folders; {KNOWN_SOURCES}")
-    kept = _selected(known, classes, name)
+
+
+def _listed(folder: Path, entries: list[os.DirEntry[str]], classes: list[str], beside: bool) -> ImageFiles:
+    """The images of class folders and, where wanted, those beside them; the latter first, with label −1."""
+    at_top = [entry.name for entry in entries if not entry.is_dir() and not _technical(entry.name)]
+    files = [file for file in at_top if beside and _suffix(file) in suffixes()]
+    labels = [-1] * len(files)
     left_out = Counter(
-        _suffix(entry.name) + (" outside the class folders" if _suffix(entry.name) in suffixes() else "")
-        for entry in entries
-        if not entry.is_dir() and not _technical(entry.name)
+        _suffix(file) + (" outside the class folders" if _suffix(file) in suffixes() else "")
+        for file in at_top
+        if not (beside and _suffix(file) in suffixes())
     )
-    files, labels = [], []
-    for label, found in enumerate(_files_of_classes(folder, kept)):
+    for label, found in enumerate(_files_of_classes(folder, classes)):
         images = [file for file in found if _suffix(file) in suffixes()]
         left_out.update(_suffix(file) for file in found if _suffix(file) not in suffixes())
         files += images
         labels += [label] * len(images)
-    if files and classes is None and not nested:
-        _check_levels(folder, kept, files)
-    paths = [str(folder / file) for file in files]
-    versions = [json.dumps([file, *_size_and_time(path)]) for file, path in zip(files, paths, strict=True)]
-    return Source(
-        name,
-        kept,
-        labels,
-        files,
-        [str(folder), *versions],
-        partial(_decode_all, paths, decoding),
-        folder,
-        dict(left_out),
-    )
+    return ImageFiles(folder, classes, files, labels, dict(left_out))
 
 
 def _technical(name: str) -> bool:
@@ -212,10 +296,11 @@ def _leads_back(link: str, root: Path) -> bool:
     return in_archive or holder.is_relative_to(real) or root.is_relative_to(real)
 
 
-def _check_levels(folder: Path, classes: list[str], files: list[str]) -> None:
+def _check_levels(folder: Path, images: ImageFiles) -> None:
     """ArchiveError where the folders are not the classes, but the parts of a set, say, with the classes below."""
+    classes = images.classes
     subfolders: dict[str, set[str]] = {}  # of each class, those that hold images; "" for the class's own folder
-    for file in files:
+    for file in (file for file, label in zip(images.files, images.labels, strict=True) if label >= 0):
         top, *below, _ = Path(file).parts
         subfolders.setdefault(top, set()).add(below[0] if below else "")
     nested = [top for top, below in subfolders.items() if "" not in below]

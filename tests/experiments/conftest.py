@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
+from torchvision import models
 
 from ntdne_kernels.experiments import cli
 from ntdne_kernels.experiments.archive import Archive, open_archive
@@ -54,6 +56,16 @@ def ntdne(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             return int(ended.code or 0)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def resnet18_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A state dict of a resnet18 with random weights."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.save(models.resnet18().state_dict(), path)
+    return str(path)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def test_weights_for_colours_from_a_file_serve_other_bands(tmp_path, bands):
 
 def test_imagenet_weights_serve_other_bands_and_answer_repeated_colours_alike(monkeypatch):
     made = models.resnet18(weights=None)
-    monkeypatch.setattr(encoders, "_imagenet", lambda name: made.state_dict())
+    monkeypatch.setattr(encoders, "imagenet_weights", lambda name: made.state_dict())
     encoder = make_encoder("resnet18", 7, "imagenet", bands=6)
     assert torch.equal(encoder.conv1.weight, made.conv1.weight.repeat(1, 2, 1, 1) / 2)
     image = torch.randn(2, 3, 32, 32)
