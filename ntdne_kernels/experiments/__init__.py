@@ -4,6 +4,21 @@ The command `ntdne` is the way in (`ntdne --help`). Nothing in the core imports 
 """
 
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ntdne_kernels.experiments.trained_encoder import load_encoder
+
+__all__ = ["load_encoder", "main"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load_encoder`, imported when it is asked for: it needs the extra, and torchvision takes a second to import."""
+    if name == "load_encoder":
+        from ntdne_kernels.experiments.trained_encoder import load_encoder
+
+        return load_encoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main() -> int:

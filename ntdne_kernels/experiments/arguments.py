@@ -12,10 +12,12 @@ import torch
 import yaml
 
 from ntdne_kernels.audit import METHODS as AUDIT_METHODS
+from ntdne_kernels.experiments.features import features_file
 from ntdne_kernels.experiments.images import MAX_PIXELS
 from ntdne_kernels.experiments.loss_registry import LOSSES, loss_options
 from ntdne_kernels.experiments.paper import METHODS
 from ntdne_kernels.experiments.settings import PRESETS, Settings
+from ntdne_kernels.storage import STORAGE_KINDS
 
 T = TypeVar("T")
 
@@ -25,14 +27,16 @@ DESCRIPTION = """\
 Train image encoders on archives with wrong labels, with NTDNE and the losses it is compared with, and judge them.
 
   ntdne train photos/ --preset scratch --rate 0.5     one run: wrong labels in, a trained encoder and its metrics out
+  ntdne train features.npy --labels labels.npy        the same on features: a head is trained on them
   ntdne evaluate runs/photos/...                      the metrics of a run once more
   ntdne reproduce photos/ --rates 0.1 0.5             a grid of losses and noise, as in the paper; runs what is missing
   ntdne report runs/photos                            tables, figures and a page of all runs in a folder
   ntdne audit features.npy --labels labels.npy        which labels of an archive are probably wrong
 
 photos/ holds a folder of images for each class. The labels found there count as right; wrong ones are made, so that it
-is known which they are. Only audit makes none: it looks for those that are there. A command that was killed is started
-again the same way; training goes on where it was.
+is known which they are. Only audit makes none: it looks for those that are there; and with --noise none an encoder is
+trained on the labels as they are, and judged by them. A command that was killed is started again the same way; training
+goes on where it was.
 """
 
 
@@ -86,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
 def class_folders(data: str) -> Path | None:
     """The folder of class folders that the archive is; None for an archive of another kind."""
     folder = Path(data).expanduser()
-    return folder if folder.is_dir() else None
+    return folder if folder.is_dir() and features_file(data) is None else None
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
@@ -137,10 +141,12 @@ def _add_settings(command: argparse.ArgumentParser, exclude: set[str]) -> None:
     command.add_argument(
         "data",
         help="folder of class folders; or eurosat, resisc45 (libraries' archives); digits (scikit-learn's scans); "
-        "made:NxC (N made images in C classes, to try things out)",
+        "made:NxC (N made images in C classes, to try things out); or features: .npy, .npz, .parquet, .pt, a folder of "
+        "ntdne embed, FiftyOne's samples.json",
     )
     command.add_argument(
-        "--preset", default="paper", help=f"settings to start from: {', '.join(PRESETS)}, or a YAML file (paper)"
+        "--preset",
+        help=f"settings to start from: {', '.join(PRESETS)}, or a YAML file (paper; of features, features)",
     )
     command.add_argument(
         "--loss-option",
@@ -181,6 +187,12 @@ def _add_machine(command: argparse.ArgumentParser, trains: bool = True) -> None:
     group.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="where to train (auto)")
     if trains:
         group.add_argument("--workers", type=int, default=0, help="processes that load images (0)")
+        group.add_argument(
+            "--storage",
+            default="device",
+            choices=STORAGE_KINDS,
+            help="where the bank of NTDNE and SNCA lives; disk: in a file in the run's folder (device)",
+        )
         group.add_argument("--devices", type=int, default=1, help="GPUs or processes to train on (1)")
 
 

@@ -14,9 +14,10 @@ from ntdne_kernels.experiments.auditing import (
     check_output,
     earlier_outputs,
     encode_folder,
-    read_features,
+    read_source,
     write_audit,
 )
+from ntdne_kernels.experiments.features import features_file
 
 
 def audit(arguments: argparse.Namespace) -> None:
@@ -27,7 +28,8 @@ def audit(arguments: argparse.Namespace) -> None:
         OSError: a file cannot be read or written.
     """
     data, checkpoint = Path(arguments.data).expanduser(), arguments.checkpoint
-    images = data.is_dir() or arguments.data in WORDS or arguments.data.startswith("made:")
+    file = features_file(arguments.data)
+    images = (data.is_dir() and file is None) or arguments.data in WORDS or arguments.data.startswith("made:")
     _check(arguments, data, images)
     output = arguments.output or Path("audit") / (data.resolve().name if images else data.stem).replace(":", "-")
     inputs = [file for file in (data, checkpoint, arguments.labels, arguments.paths) if file is not None]
@@ -88,8 +90,13 @@ def _source(arguments: argparse.Namespace, data: Path, images: bool, device: str
             max_pixels=arguments.max_pixels,
         )
     columns = {content: getattr(arguments, f"{content}_column") for content in ("features", "label", "path")}
-    return read_features(
-        data, arguments.labels, arguments.paths, arguments.images, columns, max_pixels=arguments.max_pixels
+    return read_source(
+        features_file(arguments.data) or data,
+        arguments.labels,
+        arguments.paths,
+        arguments.images,
+        columns,
+        max_pixels=arguments.max_pixels,
     )
 
 

@@ -13,19 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
-from ntdne_kernels.experiments.auditing.columns import MAGIC, has_column, read_matrix, read_values
+from ntdne_kernels.experiments.features import as_utf8, read_features
 from ntdne_kernels.experiments.images import MAX_PIXELS, as_picture, decode
-from ntdne_kernels.labels import read_labels
 
 if TYPE_CHECKING:
     from ntdne_kernels.experiments.archive import Archive
 
 # What encodes images is imported where it is needed: torchvision and Lightning take seconds.
 
-COLUMNS = {"features": ("features",), "label": ("label", "labels"), "path": ("path", "paths")}
 PICTURE_SIZE = 192  # pixels a side: twice what the page shows
 CHECKED_FILES = 100  # names that are tried to see whether the folder of pictures is right
 
@@ -53,7 +50,7 @@ class Source:
     unreadable: list[str] = field(default_factory=list)
 
 
-def read_features(
+def read_source(
     path: Path,
     labels: Path | None,
     paths: Path | None,
@@ -61,48 +58,33 @@ def read_features(
     columns: dict[str, str | None],
     max_pixels: int | None = None,
 ) -> Source:
-    """Features from a file, as the command's help describes it.
+    """Features from a file, and the pictures of their images.
 
     Args:
-        path: .npy, which is mapped into memory; .npz or .parquet, which are read.
-        labels: .npy, .npz, .parquet, .csv or .txt; None: they are in the file of the features.
-        paths: names of the images' files, as labels.
-        images: the folder that file names are relative to.
-        columns: names of the columns of "features", "label" and "path", or None for the usual ones.
+        path: of the features, as `read_features` takes it; and so labels, paths and columns.
+        labels: the file of the labels.
+        paths: the file of the names of the images' files.
+        images: the folder that file names are relative to; None: this one, or the one that FiftyOne exported.
+        columns: names of columns.
         max_pixels: pictures of more pixels are not shown; None: as `images.decode`.
 
     Raises:
         ValueError: a file is not what its name says or lacks a column, or there are not as many labels as images.
         OSError: a file cannot be read.
     """
-    if path.suffix not in MAGIC:
-        raise ValueError(f"{path}: expected features as {', '.join(MAGIC)}, got {path.suffix or 'no suffix'}")
     if images is not None and not images.is_dir():
         raise ValueError(f"--images: expected a folder, got {images}")
-    wanted = {content: (name,) if name else COLUMNS[content] for content, name in columns.items()}
-    only_features = path.suffix == ".npy"
-    if labels is None and only_features:
-        raise ValueError(f"{path} holds features alone; --labels names the file of their labels")
-    features = read_matrix(path, wanted["features"])
-
-    def of_each_image(content: str, file: Path) -> list[Any]:
-        values = read_values(file, content, wanted[content])
-        if len(values) != len(features):
-            raise ValueError(
-                f"{file}: expected a {content} for each of the {len(features)} images of {path}, got {len(values)}"
-            )
-        return values
-
-    found = _labels(labels or path, of_each_image("label", labels or path))
-    if paths is None and (only_features or not (columns["path"] or has_column(path, wanted["path"]))):
+    read = read_features(path, labels, paths, columns)
+    if read.paths is None:
         if images is not None:
             raise ValueError("--images needs the names of the images' files: --paths, or a column path")
-        return Source(path.stem, features, found, None, None)
-    names = ["" if name is None else str(name) for name in of_each_image("path", paths or path)]
-    if images is not None and not any((images / name).is_file() for name in names[:CHECKED_FILES]):
-        raise ValueError(f"--images: expected the folder that the files are in, but {images / names[0]} is not there")
-    picture = partial(_open_picture, names, images or Path(), max_pixels or MAX_PIXELS)
-    return Source(path.stem, features, found, names, picture)
+        return Source(read.name, read.features, read.labels, None, None)
+    if images is not None and not any((images / name).is_file() for name in read.paths[:CHECKED_FILES]):
+        found = images / read.paths[0]
+        raise ValueError(f"--images: expected the folder that the files are in, but {found} is not there")
+    folder = images or (path.parent if path.suffix == ".json" else Path())
+    picture = partial(_open_picture, read.paths, folder, max_pixels or MAX_PIXELS)
+    return Source(read.name, read.features, read.labels, read.paths, picture)
 
 
 def _open_picture(names: list[str], folder: Path, max_pixels: int, image: int) -> Image.Image:
@@ -110,22 +92,6 @@ def _open_picture(names: list[str], folder: Path, max_pixels: int, image: int) -
     if not file.is_file():  # reading a pipe would wait for ever
         raise FileNotFoundError(f"no file {file}")
     return Image.fromarray(as_picture(decode(file, max_pixels=max_pixels, smallest=PICTURE_SIZE)))
-
-
-def _labels(path: Path, values: list[Any]) -> "list[str | None] | NDArray[np.integer[Any]]":
-    """Labels as `audit_labels` takes them: integers, or names with None where there is none."""
-    try:
-        labels = read_labels(values, str(path))
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-    if isinstance(labels, torch.Tensor):
-        return labels.numpy()
-    return [None if label is None else as_utf8(label) for label in labels]
-
-
-def as_utf8(name: str) -> str:
-    """A name, which may be any bytes, as text that UTF-8 can write; different names stay different."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def encode_folder(

@@ -159,7 +159,7 @@ def save_run(text: bytes) -> None:
     ("prepare", "arguments", "said"),
     [
         (None, ["nowhere.npy"], "nowhere.npy: no such file or folder"),
-        (None, ["features.npy"], "--labels names the file"),
+        (lambda: Path("labels.npy").unlink(), ["features.npy"], "--labels names the file"),
         (None, ["features.npy", "--labels", "none.npy"], "none.npy"),
         (save_nan, ["bad.npy", *LABELS], "2 of 24: 2, 9"),
         (
@@ -176,11 +176,15 @@ def save_run(text: bytes) -> None:
         (lambda: Path("bad.parquet").write_bytes(b"PAR1..."), ["bad.parquet"], "bad.parquet cannot be read"),
         (lambda: Path("bad.parquet").write_text("a,b"), ["bad.parquet"], "it begins like something else"),
         (save_cut, ["bad.npy", *LABELS], "bad.npy cannot be read"),
-        (lambda: Path("bad.tif").write_text("x"), ["bad.tif"], "expected features as .npy, .npz, .parquet, got .tif"),
+        (
+            lambda: Path("bad.tif").write_text("x"),
+            ["bad.tif"],
+            "as .npy, .npz, .parquet, .pt, .json, got .tif",
+        ),
         (save_pickled_labels, ["features.npy", "--labels", "bad.npy"], "which are not loaded"),
         (lambda: save_npz(features=np.array([None])), ["bad.npz", *LABELS], "which are not loaded"),
-        (lambda: save_npz(x=[1], y=[2]), ["bad.npz"], "has no column features; it has x, y; --features-column"),
-        (lambda: save_npz(features=np.ones((2, 2)), y=[2, 3]), ["bad.npz"], "has no column label or labels; it has"),
+        (lambda: save_npz(x=[1], y=[2]), ["bad.npz"], "column features or embeddings; it has x, y; --features-col"),
+        (lambda: save_npz(features=np.ones((2, 2)), y=[2, 3]), ["bad.npz"], "has no column label or labels or "),
         (lambda: save_parquet([[1.0], [1.0, 2.0]]), ["bad.parquet"], "got 2 values in row 1 and 1 in row 0"),
         (lambda: save_parquet([1.0]), ["bad.parquet"], "expected features as lists of numbers, got double"),
         (lambda: save_parquet([["a"]]), ["bad.parquet"], "expected features as float16"),
