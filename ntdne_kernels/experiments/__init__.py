@@ -4,21 +4,20 @@ The command `ntdne` is the way in (`ntdne --help`). Nothing in the core imports 
 """
 
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ntdne_kernels.experiments.trained_encoder import load_encoder
+    from ntdne_kernels.experiments.trained_encoder import load_encoder as load_encoder
 
-__all__ = ["load_encoder", "main"]
+# The module of each, imported when it is asked for: torchvision takes seconds.
+FUNCTIONS = {"load_encoder": "trained_encoder"}
 
 
 def __getattr__(name: str) -> Any:
-    """`load_encoder`, imported when it is asked for: it needs the extra, and torchvision takes a second to import."""
-    if name == "load_encoder":
-        from ntdne_kernels.experiments.trained_encoder import load_encoder
-
-        return load_encoder
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{FUNCTIONS[name]}"), name)
 
 
 def main() -> int:

@@ -135,12 +135,12 @@ def open_archive(  # noqa: PLR0913 (independent settings, all but two with defau
 
 
 def open_features(
-    path: Path, labels: Path | None, columns: dict[str, str | None], classes: Sequence[str] | None = None
+    data: Path, labels: Path | None, columns: dict[str, str | None], classes: Sequence[str] | None = None
 ) -> Archive:
     """Features in a file as an archive. Classes are integers or names, in ascending order; see `read_features`.
 
     Args:
-        path: of the features, as `read_features` takes it; and so the next two.
+        data: of the features, as `read_features` takes it; and so the next two.
         labels: the file of the labels.
         columns: names of columns.
         classes: the classes to keep; all by default. Rows of others count as unlabelled.
@@ -149,13 +149,13 @@ def open_features(
         ArchiveError: there is no such class, fewer than 2 are left, or one of them has too few rows to split.
         ValueError, OSError: as `read_features`.
     """
-    read = read_features(path, labels, None, columns)
+    read = read_features(data, labels, None, columns)
     codes, found = encode_labels(read.labels)
     names = list(map(str, found))
     if classes is not None:
         unknown = [name for name in classes if name not in names]
         if unknown:
-            raise ArchiveError(f"{path} has no class {unknown[0]}; its classes are {', '.join(names)}")
+            raise ArchiveError(f"{data} has no class {unknown[0]}; its classes are {', '.join(names)}")
         kept = torch.tensor([name in classes for name in names] + [False])  # the last one for −1
         codes = torch.where(kept, kept.cumsum(0) - 1, -1)[codes]
         names = [name for name in names if name in classes]

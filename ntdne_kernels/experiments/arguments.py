@@ -48,8 +48,13 @@ from a folder of images for each class, with the encoder of a run:
 from features of your own encoder (in Python: numpy.save("features.npy", features), (N, D) floats; labels as integers,
 -1 for none, or as names, "" for none), with or without the names of the images' files, for the pictures on the page:
   ntdne audit features.npy --labels labels.npy --paths files.txt --images photos/
-  ntdne audit archive.npz              arrays features, labels and, if you like, paths
+  ntdne audit archive.npz              arrays features, labels and, if you like, paths; .pt likewise
   ntdne audit archive.parquet          columns features (lists of floats), label and, if you like, path
+  ntdne audit embedded/                a folder of ntdne embed, or of FiftyOne's export with its samples.json
+
+labels.npy and files.txt beside features.npy are found by themselves. Features may go through the head of a run first:
+  ntdne train features.npy --noise none --output runs/head
+  ntdne audit features.npy --checkpoint runs/head
 
 Written: audit.html, a page with the worst images of each class beside their neighbours; audit.csv, a row for each
 image; with --fix corrected.csv. Where the features cannot tell how many labels are wrong, that is said first, labels
@@ -198,14 +203,17 @@ def _add_machine(command: argparse.ArgumentParser, trains: bool = True) -> None:
 
 def _add_audit(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "data", help="features: .npy, .npz or .parquet; or images, as for ntdne train, and --checkpoint"
+        "data", help="features: .npy, .npz, .pt, .parquet, or a folder; or images, as for ntdne train, and --checkpoint"
     )
     files = command.add_argument_group("what is read")
     files.add_argument(
-        "--checkpoint", type=Path, metavar="RUN", help="run of ntdne train, or its last.ckpt, that encodes the images"
+        "--checkpoint",
+        type=Path,
+        metavar="RUN",
+        help="run of ntdne train, or its last.ckpt, that encodes what is audited",
     )
     files.add_argument(
-        "--labels", type=Path, metavar="FILE", help=".npy, .npz, .parquet, .csv, or .txt with one a line"
+        "--labels", type=Path, metavar="FILE", help=".npy, .npz, .pt, .parquet, .json, .csv, or .txt with one a line"
     )
     files.add_argument("--paths", type=Path, metavar="FILE", help="names of the images' files, as --labels")
     files.add_argument(

@@ -51,13 +51,13 @@ def features_file(data: str) -> Path | None:
 
 
 def read_features(
-    path: Path, labels: Path | None, paths: Path | None = None, columns: dict[str, str | None] | None = None
+    data: Path, labels: Path | None, paths: Path | None = None, columns: dict[str, str | None] | None = None
 ) -> Features:
     """Features from a file, with the labels and file names in it, given beside it, or found beside it.
 
     Args:
-        path: .npy or .pt, which are mapped into memory; .npz, .parquet or FiftyOne's samples.json, which are read. A
-            .pt file holds a tensor, or a dictionary with the columns.
+        data: .npy or .pt, which are mapped into memory; .npz, .parquet or FiftyOne's samples.json, which are read; or
+            a folder, see `FOLDERS`. A .pt file holds a tensor, or a dictionary with the columns.
         labels: .npy, .npz, .parquet, .csv, .txt, .pt or samples.json; None: a column of the features' file, or, where
             that has no columns, labels.npy beside it.
         paths: names of the images' files, as labels; None: a column, or files.txt beside it, or none.
@@ -67,6 +67,7 @@ def read_features(
         ValueError: a file is not what its name says or lacks a column, or there are not as many labels as images.
         OSError: a file cannot be read.
     """
+    path = features_file(str(data)) or data
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: expected features as {', '.join(SUFFIXES)}, got {path.suffix or 'no suffix'}")
     given = columns or {}
@@ -94,9 +95,8 @@ def read_features(
             read_values(path, "label", wanted["label"])  # says which columns there are
         raise ValueError(f"{path} holds features alone; --labels names the file of their labels")
     paths = holding("path", paths)
-    name = path.parent.resolve().name if path.name in FOLDERS else path.stem
     return Features(
-        name,
+        data.resolve().name if data.is_dir() else path.stem,
         features,
         _labels(labels, of_each_image("label", labels)),
         None if paths is None else ["" if each is None else str(each) for each in of_each_image("path", paths)],

@@ -101,16 +101,16 @@ def make_problem(settings: Settings, cache: Path | None = None, download: bool =
 
 def _open(settings: Settings, cache: Path | None, download: bool) -> Archive:
     """The archive of the settings, images or features; ValueError where the encoder takes the other."""
-    path = features_file(settings.data)
-    if (settings.encoder in HEADS) != (path is not None):
-        expected, what = ("head or linear", "features") if path else ("resnet18, resnet50 or small", "images")
+    of_features = features_file(settings.data) is not None
+    if (settings.encoder in HEADS) != of_features:
+        expected, what = ("head or linear", "features") if of_features else ("resnet18, resnet50 or small", "images")
         raise ValueError(
             f"encoder: expected {expected} for {settings.data}, which holds {what}, got {settings.encoder}"
         )
-    if path is not None:
+    if of_features:
         columns = {"features": settings.features_column or None, "label": settings.label_column or None, "path": None}
         labels = Path(settings.labels) if settings.labels else None
-        return open_features(path, labels, columns, list(settings.classes) or None)
+        return open_features(Path(settings.data), labels, columns, list(settings.classes) or None)
     if settings.labels:
         raise ValueError("labels: expected none, because the labels of images are their folders")
     return open_archive(

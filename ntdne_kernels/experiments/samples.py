@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from ntdne_kernels.experiments.archive import Archive
 
-FEATURE_NOISE = 0.2  # in units of the features' deviation
+FEATURE_NOISE = 0.4  # in units of the features' deviation
 JITTER = 0.4  # of contrast, brightness and colours, as in the authors' code
 STATISTICS_CHUNK = 256  # images read at a time
 

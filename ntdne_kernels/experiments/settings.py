@@ -79,7 +79,7 @@ class Settings:
     epochs: int = _setting(100, "passes over the training images")
     batch_size: int = _setting(256, "images of a step")
     lr: float = _setting(0.01, "learning rate: the first one; the highest one of one-cycle")
-    schedule: str = _setting("step", "of the learning rate", ("constant", "step", "one-cycle", "cosine"))
+    schedule: str = _setting("step", "of the learning rate", ("constant", "step", "one-cycle"))
     lr_step: int = _setting(30, "epochs between the falls of a step schedule")
     lr_decay: float = _setting(0.5, "factor of each fall")
     momentum: float = _setting(0.9, "of SGD, with Nesterov; one-cycle moves it from 0.95 to 0.85 and back instead")

@@ -92,7 +92,7 @@ class Training(LightningModule):
         It must not depend on how often it is asked for or iterated: at the start of a continued run Lightning does both
         twice, once while the epoch is still 0.
         """
-        seed = 1_000_003 * self.settings.seed + max(self.current_epoch, self.first_epoch)
+        seed = self._epoch_seed
         dataset = self.problem.dataset(self.problem.train, augment_by=seed if self.settings.augment else None)
         order: DistributedSampler[Any] = DistributedSampler(
             dataset, self.trainer.world_size, self.trainer.global_rank, seed=seed
@@ -104,6 +104,10 @@ class Training(LightningModule):
             collate_fn=dataset.collate,
             pin_memory=self.device.type == "cuda",
         )
+
+    @property
+    def _epoch_seed(self) -> int:
+        return 1_000_003 * self.settings.seed + max(self.current_epoch, self.first_epoch)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """The loader of the validation images, if there are any."""
@@ -119,11 +123,10 @@ class Training(LightningModule):
             self.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay, nesterov=True
         )
         schedule: torch.optim.lr_scheduler.LRScheduler
-        steps = settings.epochs * self.steps_per_epoch
         if settings.schedule == "one-cycle":
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=steps)
-        elif settings.schedule == "cosine":
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, settings.lr, total_steps=settings.epochs * self.steps_per_epoch
+            )
         else:
             decay = settings.lr_decay if settings.schedule == "step" else 1.0
             interval = settings.lr_step * self.steps_per_epoch
@@ -139,6 +142,11 @@ class Training(LightningModule):
         self._losses: list[Tensor] = []
         self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         self._epoch_began = time.perf_counter()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the epoch's dropout, after all that loaders draw, which is more where a run is continued."""
+        if batch_idx == 0:
+            torch.manual_seed(self._epoch_seed + self.global_rank)
 
     def training_step(self, batch: list[Tensor]) -> dict[str, Tensor]:
         """The loss of a batch, with its features for the update of the bank."""

@@ -96,7 +96,7 @@ def test_too_many_unseen_classes_are_refused(tmp_path):
         ({"bands": ("4",)}, "bands: expected whole numbers from 1, as 4,3,2"),
         ({"bands": "4"}, "bands: expected a list, got '4'"),
         ({"max_pixels": 0}, "max_pixels: expected at least 1, got 0"),
-        ({"schedule": "sine"}, "schedule: expected one of constant, step, one-cycle, cosine, got 'sine'"),
+        ({"schedule": "cosine"}, "schedule: expected one of constant, step, one-cycle, got 'cosine'"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -5,8 +5,9 @@ Nothing is unpickled, and no file is written to.
 Shapes: N images, D features.
 """
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ class Source:
 
 
 def read_source(
-    path: Path,
+    data: Path,
     labels: Path | None,
     paths: Path | None,
     images: Path | None,
@@ -61,10 +62,10 @@ def read_source(
     """Features from a file, and the pictures of their images.
 
     Args:
-        path: of the features, as `read_features` takes it; and so labels, paths and columns.
+        data: of the features, as `read_features` takes it; and so labels, paths and columns.
         labels: the file of the labels.
         paths: the file of the names of the images' files.
-        images: the folder that file names are relative to; None: this one, or the one that FiftyOne exported.
+        images: the folder that file names are relative to; None: see `_images_folder`.
         columns: names of columns.
         max_pixels: pictures of more pixels are not shown; None: as `images.decode`.
 
@@ -74,7 +75,7 @@ def read_source(
     """
     if images is not None and not images.is_dir():
         raise ValueError(f"--images: expected a folder, got {images}")
-    read = read_features(path, labels, paths, columns)
+    read = read_features(data, labels, paths, columns)
     if read.paths is None:
         if images is not None:
             raise ValueError("--images needs the names of the images' files: --paths, or a column path")
@@ -82,9 +83,18 @@ def read_source(
     if images is not None and not any((images / name).is_file() for name in read.paths[:CHECKED_FILES]):
         found = images / read.paths[0]
         raise ValueError(f"--images: expected the folder that the files are in, but {found} is not there")
-    folder = images or (path.parent if path.suffix == ".json" else Path())
+    folder = images or _images_folder(data)
     picture = partial(_open_picture, read.paths, folder, max_pixels or MAX_PIXELS)
     return Source(read.name, read.features, read.labels, read.paths, picture)
+
+
+def _images_folder(data: Path) -> Path:
+    """What the names of images are relative to: the folder in embed.json, that of FiftyOne's export, or this one."""
+    folder = data if data.is_dir() else data.parent
+    about = folder / "embed.json"
+    if about.is_file():
+        return Path(json.loads(about.read_text(encoding="utf-8")).get("folder", ""))
+    return folder if (folder / "samples.json").is_file() else Path()
 
 
 def _open_picture(names: list[str], folder: Path, max_pixels: int, image: int) -> Image.Image:
@@ -111,14 +121,14 @@ def encode_folder(
         ValueError: there is no such archive or run, one of them is broken, or the run was trained on other bands.
     """
     from ntdne_kernels.experiments.archive import open_archive
+    from ntdne_kernels.experiments.encoders import HEADS
     from ntdne_kernels.experiments.results import embed
     from ntdne_kernels.experiments.run import trained
     from ntdne_kernels.experiments.samples import ImageDataset, transform
-    from ntdne_kernels.experiments.training import CHECKPOINT
 
-    if run.is_file() and run.name != CHECKPOINT:
-        raise ValueError(f"--checkpoint: expected the {CHECKPOINT} of a run of ntdne train, or its folder, got {run}")
-    settings, _, encoder, _, normalisation = trained(run.parent if run.is_file() else run)
+    settings, _, encoder, _, normalisation = trained(_folder(run))
+    if settings.encoder in HEADS:
+        raise ValueError(f"--checkpoint: the run in {run} was trained on features, but {data} holds images")
     max_pixels = max_pixels or settings.max_pixels
     archive = open_archive(
         data,
@@ -154,6 +164,47 @@ def encode_folder(
         settings.loss_options.get("sigma", 0.1),
         archive.skipped,
     )
+
+
+def encode_features(source: Source, run: Path, device: str) -> Source:
+    """The source with its features through the head of a trained run, and with the sigma of its loss.
+
+    Args:
+        source: features that the head can take.
+        run: folder of a run of `ntdne train` on features, or a checkpoint in it.
+        device: where the head runs.
+
+    Raises:
+        ValueError: there is no such run, it is broken, or was trained on images or on features of another length.
+    """
+    from ntdne_kernels.experiments.archive import Archive
+    from ntdne_kernels.experiments.encoders import HEADS
+    from ntdne_kernels.experiments.results import embed
+    from ntdne_kernels.experiments.run import trained
+    from ntdne_kernels.experiments.samples import FeatureDataset
+
+    settings, _, encoder, _, normalisation = trained(_folder(run))
+    N, values = source.features.shape
+    if settings.encoder not in HEADS or len(normalisation.mean) != values:
+        trained_on = f"features of {len(normalisation.mean)} values" if settings.encoder in HEADS else "images"
+        raise ValueError(
+            f"--checkpoint: the run in {run} was trained on {trained_on}, but {source.name} has features of {values}"
+        )
+    unlabelled = torch.full((N,), -1)
+    rows = FeatureDataset(
+        Archive(source.features, unlabelled, [], [], source.name, [], {}), torch.arange(N), unlabelled, normalisation
+    )
+    features = embed(encoder, rows, settings.batch_size, device)
+    return replace(source, features=features, sigma=settings.loss_options.get("sigma", 0.1))
+
+
+def _folder(run: Path) -> Path:
+    """The folder of a run that is given by its folder or its checkpoint."""
+    from ntdne_kernels.experiments.training import CHECKPOINT
+
+    if run.is_file() and run.name != CHECKPOINT:
+        raise ValueError(f"--checkpoint: expected the {CHECKPOINT} of a run of ntdne train, or its folder, got {run}")
+    return run.parent if run.is_file() else run
 
 
 def _archive_picture(

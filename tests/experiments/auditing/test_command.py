@@ -209,7 +209,7 @@ def save_run(text: bytes) -> None:
         (None, ["features.npy", *LABELS, "--scratch", "none"], "--scratch: expected a folder, got none"),
         (None, ["features.npy", *LABELS, "--output", "features.npy"], "--output: expected a folder"),
         (None, ["features.npy", *LABELS, "--output", "features.npy/x"], "features.npy is none"),
-        (None, ["features.npy", *LABELS, "--checkpoint", "run"], "is a file of features"),
+        (None, ["features.npy", *LABELS, "--checkpoint", "no-run"], "no-run is no folder of a run"),
         (None, ["{photos}"], "--checkpoint names the run"),
         (None, ["{photos}", *LABELS, "--checkpoint", "run"], "the labels of images are their folders"),
         (None, ["{photos}", "--checkpoint", "no-run"], "no-run"),
