@@ -1,6 +1,6 @@
-"""Archives: images of one size in one file, and their classes.
+"""Archives: images of one size in one file, or features of images, and their classes.
 
-Shapes: N images of H × W pixels (H = W = image_size) in B bands, C classes.
+Shapes: N images of H × W pixels (H = W = image_size) in B bands, or N rows of F features; C classes.
 Order: classes sorted by folder name, the files of a class sorted by name.
 """
 
@@ -14,28 +14,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntdne_kernels.experiments.features import read_features
 from ntdne_kernels.experiments.image_cache import decoded_images
 from ntdne_kernels.experiments.images import MAX_PIXELS
-from ntdne_kernels.experiments.sources import ArchiveError, Decoding, Source, find_source, left_out_notes
+from ntdne_kernels.experiments.sources import ArchiveError, Decoding, find_source, left_out_notes
 from ntdne_kernels.experiments.splits import SMALLEST_CLASS
+from ntdne_kernels.labels import encode_labels
 
 
 @dataclass(frozen=True)
 class Archive:
-    """Images in order, decoded to one size.
+    """Images in order, decoded to one size, or their features.
 
     Attributes:
         images: (N, H, W, B), mapped read-only from the cache file: uint8 where all files have 8 bits, uint16 in full
-            range where they have up to 16, else float32; see `images.decode`. Pictures have B = 3, RGB.
-        labels: (N,) int64 class of each image, 0..C−1.
+            range where they have up to 16, else float32; see `images.decode`. Pictures have B = 3, RGB. Or features
+            (N, F) of any float dtype, mapped where their file allows it.
+        labels: (N,) int64 class of each image, 0..C−1; −1 for features without one.
         classes: C names.
-        files: N file names relative to the archive's folder; "" for made images.
+        files: N file names relative to the archive's folder; "" for made images; none for features without names.
         name: what reports call the archive.
         skipped: unreadable files that were left out.
         left_out: how many files of the folder are no images, by their suffix.
     """
 
-    images: np.memmap[Any, np.dtype[Any]]
+    images: Any
     labels: Tensor
     classes: list[str]
     files: list[str]
@@ -44,8 +47,15 @@ class Archive:
     left_out: dict[str, int]
 
     @property
+    def of_features(self) -> bool:
+        """Whether it holds features instead of images."""
+        return bool(self.images.ndim == 2)
+
+    @property
     def notes(self) -> str:
         """What was left out, in one line; "" where nothing was."""
+        if unlabelled := int((self.labels < 0).sum()):
+            return f"{self.name}: {unlabelled} of {len(self.labels)} images have no label of these and are left out"
         return left_out_notes(self.name, self.left_out)
 
 
@@ -97,7 +107,7 @@ def open_archive(  # noqa: PLR0913 (independent settings, all but two with defau
     found = find_source(source, decoding, cache / "datasets", download=download, classes=classes, nested=nested)
     if bands and found.folder == Path():
         raise ArchiveError(f"bands: {found.name} is made of grey or RGB images; bands are chosen of files")
-    _check_class_sizes(found, found.labels, smallest_class)
+    _check_class_sizes(found.name, found.classes, found.labels, smallest_class)
     path, reasons = decoded_images(found, decoding, cache)
     if reasons and not skip_unreadable:
         file, reason = next(iter(reasons.items()))
@@ -107,7 +117,7 @@ def open_archive(  # noqa: PLR0913 (independent settings, all but two with defau
         )
     kept = [i for i, file in enumerate(found.files) if file not in reasons]
     labels = [found.labels[i] for i in kept]
-    _check_class_sizes(found, labels, smallest_class)
+    _check_class_sizes(found.name, found.classes, labels, smallest_class, "readable " if reasons else "")
     return Archive(
         np.load(path, mmap_mode="r"),
         torch.tensor(labels),
@@ -119,16 +129,47 @@ def open_archive(  # noqa: PLR0913 (independent settings, all but two with defau
     )
 
 
+def open_features(
+    data: Path, labels: Path | None, columns: dict[str, str | None], classes: Sequence[str] | None = None
+) -> Archive:
+    """Features in a file as an archive. Classes are integers or names, in ascending order; see `read_features`.
+
+    Args:
+        data: of the features, as `read_features` takes it; and so the next two.
+        labels: the file of the labels.
+        columns: names of columns.
+        classes: the classes to keep; all by default. Rows of others count as unlabelled.
+
+    Raises:
+        ArchiveError: there is no such class, fewer than 2 are left, or one of them has too few rows to split.
+        ValueError, OSError: as `read_features`.
+    """
+    read = read_features(data, labels, None, columns)
+    codes, found = encode_labels(read.labels)
+    names = list(map(str, found))
+    if classes is not None:
+        unknown = [name for name in classes if name not in names]
+        if unknown:
+            raise ArchiveError(f"{data} has no class {unknown[0]}; its classes are {', '.join(names)}")
+        kept = torch.tensor([name in classes for name in names] + [False])  # the last one for −1
+        codes = torch.where(kept, kept.cumsum(0) - 1, -1)[codes]
+        names = [name for name in names if name in classes]
+    archive = Archive(read.features, codes, names, read.paths or [], read.name, [], {})
+    _check_class_sizes(archive.name, names, codes[codes >= 0], SMALLEST_CLASS, cure="; --classes names those to keep")
+    return archive
+
+
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ntdne_kernels"
 
 
-def _check_class_sizes(source: Source, labels: list[int], smallest: int) -> None:
-    counts = np.bincount(np.asarray(labels, np.int64), minlength=len(source.classes))
-    for name, count in zip(source.classes, counts, strict=True):
+def _check_class_sizes(
+    archive: str, classes: list[str], labels: Sequence[int] | Tensor, smallest: int, readable: str = "", cure: str = ""
+) -> None:
+    counts = np.bincount(np.asarray(labels, np.int64), minlength=len(classes))
+    for name, count in zip(classes, counts, strict=True):
         if count < smallest:
-            readable = "readable " if len(labels) < len(source.labels) else ""
             raise ArchiveError(
-                f"class {name} of {source.name} has {count or 'no'} {readable}image{'' if count == 1 else 's'}; "
-                f"a 70/10/20 split needs at least {SMALLEST_CLASS}"
+                f"class {name} of {archive} has {count or 'no'} {readable}image{'' if count == 1 else 's'}; "
+                f"a 70/10/20 split needs at least {SMALLEST_CLASS}{cure}"
             )

@@ -12,10 +12,12 @@ import torch
 import yaml
 
 from ntdne_kernels.audit import METHODS as AUDIT_METHODS
+from ntdne_kernels.experiments.features import features_file
 from ntdne_kernels.experiments.images import MAX_PIXELS
 from ntdne_kernels.experiments.loss_registry import LOSSES, loss_options
 from ntdne_kernels.experiments.paper import METHODS
 from ntdne_kernels.experiments.settings import PRESETS, Settings
+from ntdne_kernels.storage import STORAGE_KINDS
 
 T = TypeVar("T")
 
@@ -25,6 +27,7 @@ DESCRIPTION = """\
 Train image encoders on archives with wrong labels, with NTDNE and the losses it is compared with, and judge them.
 
   ntdne train photos/ --preset scratch --rate 0.5     one run: wrong labels in, a trained encoder and its metrics out
+  ntdne train features.npy --labels labels.npy        the same on features: a head is trained on them
   ntdne evaluate runs/photos/...                      the metrics of a run once more
   ntdne reproduce photos/ --rates 0.1 0.5             a grid of losses and noise, as in the paper; runs what is missing
   ntdne report runs/photos                            tables, figures and a page of all runs in a folder
@@ -33,8 +36,9 @@ Train image encoders on archives with wrong labels, with NTDNE and the losses it
   ntdne audit features.npy --labels labels.npy        which labels of an archive are probably wrong
 
 photos/ holds a folder of images for each class. The labels found there count as right; wrong ones are made, so that it
-is known which they are. Only audit makes none: it looks for those that are there. A command that was killed is started
-again the same way; training goes on where it was.
+is known which they are. Only audit makes none: it looks for those that are there; and with --noise none an encoder is
+trained on the labels as they are, and judged by them. A command that was killed is started again the same way; training
+goes on where it was.
 """
 
 
@@ -46,8 +50,13 @@ from a folder of images for each class, with the encoder of a run:
 from features of your own encoder (in Python: numpy.save("features.npy", features), (N, D) floats; labels as integers,
 -1 for none, or as names, "" for none), with or without the names of the images' files, for the pictures on the page:
   ntdne audit features.npy --labels labels.npy --paths files.txt --images photos/
-  ntdne audit archive.npz              arrays features, labels and, if you like, paths
+  ntdne audit archive.npz              arrays features, labels and, if you like, paths; .pt likewise
   ntdne audit archive.parquet          columns features (lists of floats), label and, if you like, path
+  ntdne audit embedded/                a folder of ntdne embed, or of FiftyOne's export with its samples.json
+
+labels.npy and files.txt beside features.npy are found by themselves. Features may go through the head of a run first:
+  ntdne train features.npy --noise none --output runs/head
+  ntdne audit features.npy --checkpoint runs/head
 
 Written: audit.html, a page with the worst images of each class beside their neighbours; audit.csv, a row for each
 image; with --fix corrected.csv. Where the features cannot tell how many labels are wrong, that is said first, labels
@@ -112,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
 def class_folders(data: str) -> Path | None:
     """The folder of class folders that the archive is; None for an archive of another kind."""
     folder = Path(data).expanduser()
-    return folder if folder.is_dir() else None
+    return folder if folder.is_dir() and features_file(data) is None else None
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
@@ -163,10 +172,12 @@ def _add_settings(command: argparse.ArgumentParser, exclude: set[str]) -> None:
     command.add_argument(
         "data",
         help="folder of class folders; or eurosat, resisc45 (libraries' archives); digits (scikit-learn's scans); "
-        "made:NxC (N made images in C classes, to try things out)",
+        "made:NxC (N made images in C classes, to try things out); or features: .npy, .npz, .parquet, .pt, a folder of "
+        "ntdne embed, FiftyOne's samples.json",
     )
     command.add_argument(
-        "--preset", default="paper", help=f"settings to start from: {', '.join(PRESETS)}, or a YAML file (paper)"
+        "--preset",
+        help=f"settings to start from: {', '.join(PRESETS)}, or a YAML file (paper; of features, features)",
     )
     command.add_argument(
         "--loss-option",
@@ -207,6 +218,12 @@ def _add_machine(command: argparse.ArgumentParser, trains: bool = True) -> None:
     group.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="where to train (auto)")
     if trains:
         group.add_argument("--workers", type=int, default=0, help="processes that load images (0)")
+        group.add_argument(
+            "--storage",
+            default="device",
+            choices=STORAGE_KINDS,
+            help="where the bank of NTDNE and SNCA lives; disk: in a file in the run's folder (device)",
+        )
         group.add_argument("--devices", type=int, default=1, help="GPUs or processes to train on (1)")
 
 
@@ -239,20 +256,26 @@ def _add_search(command: argparse.ArgumentParser) -> None:
     command.add_argument("archive", type=Path, help="folder of ntdne embed; or features: .npy, .npz or .parquet")
     command.add_argument("queries", nargs="+", metavar="query", help="image files; or one file of features")
     command.add_argument("--k", type=_count, default=10, help="images of the archive for each query (10)")
+    command.add_argument(
+        "--checkpoint", type=Path, metavar="RUN", help="run of ntdne train on such features: its head compares them"
+    )
     command.add_argument("--page", type=Path, metavar="FILE", help="write a page with the pictures, as sheet.html")
     command.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
 
 
 def _add_audit(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "data", help="features: .npy, .npz or .parquet; or images, as for ntdne train, and --checkpoint"
+        "data", help="features: .npy, .npz, .pt, .parquet, or a folder; or images, as for ntdne train, and --checkpoint"
     )
     files = command.add_argument_group("what is read")
     files.add_argument(
-        "--checkpoint", type=Path, metavar="RUN", help="run of ntdne train, or its last.ckpt, that encodes the images"
+        "--checkpoint",
+        type=Path,
+        metavar="RUN",
+        help="run of ntdne train, or its last.ckpt, that encodes what is audited",
     )
     files.add_argument(
-        "--labels", type=Path, metavar="FILE", help=".npy, .npz, .parquet, .csv, or .txt with one a line"
+        "--labels", type=Path, metavar="FILE", help=".npy, .npz, .pt, .parquet, .json, .csv, or .txt with one a line"
     )
     files.add_argument("--paths", type=Path, metavar="FILE", help="names of the images' files, as --labels")
     files.add_argument(

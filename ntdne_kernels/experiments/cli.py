@@ -64,15 +64,16 @@ def _train(arguments: argparse.Namespace) -> None:
     if results is not None:
         _print_metrics(results)
         print(
-            f"written to {folder}: last.ckpt, results.json, figures.npz; next: ntdne report {shlex.quote(str(folder))}"
+            f"written to {folder}: last.ckpt, encoder.pt, results.json, figures.npz; next: ntdne report "
+            f"{shlex.quote(str(folder))}"
         )
 
 
 def _check_weights(settings: Settings) -> None:
     """ValueError, before the images are decoded, where the first weights cannot be loaded."""
-    from ntdne_kernels.experiments.encoders import make_encoder
+    from ntdne_kernels.experiments.encoders import HEADS, make_encoder
 
-    if settings.weights:
+    if settings.weights and settings.encoder not in HEADS:  # whose shape follows from the features
         with torch.random.fork_rng(devices=[]):
             make_encoder(settings.encoder, settings.dim, settings.weights)
 
@@ -159,7 +160,16 @@ def _embed(arguments: argparse.Namespace) -> None:
 def _search(arguments: argparse.Namespace) -> None:
     from ntdne_kernels.experiments.search_sheet import search_files
 
-    print(search_files(arguments.archive, arguments.queries, arguments.k, device=arguments.device, page=arguments.page))
+    head = None
+    if arguments.checkpoint is not None:
+        from ntdne_kernels.experiments.trained_encoder import load_encoder
+
+        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        head = load_encoder(arguments.checkpoint, device)
+        if head.image_size is not None:
+            raise ValueError(f"--checkpoint: expected a run on features, got {arguments.checkpoint}, a run on images")
+    archive, queries = arguments.archive, arguments.queries
+    print(search_files(archive, queries, arguments.k, head=head, device=arguments.device, page=arguments.page))
     if arguments.page is not None:
         print(arguments.page)
 
@@ -179,7 +189,9 @@ def _machine(arguments: argparse.Namespace) -> "Machine":
 
 def _runs_folder(data: str) -> Path:
     """Where the runs of an archive go by default."""
-    return Path("runs") / (Path(data).resolve().name if Path(data).exists() else data.replace(":", "-"))
+    path = Path(data)
+    name = path.resolve().stem if path.is_file() else path.resolve().name if path.exists() else data.replace(":", "-")
+    return Path("runs") / name
 
 
 def _counted(number: int, noun: str) -> str:

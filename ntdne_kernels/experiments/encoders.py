@@ -1,6 +1,6 @@
-"""The networks that turn images into features.
+"""The networks that turn images, or the features of another network, into features.
 
-Shapes: b images of B bands, D features.
+Shapes: b images of B bands, or b rows of F values; D features.
 """
 
 import math
@@ -11,18 +11,22 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+HEADS = ("head", "linear")  # on features; the others take images
+HIDDEN, DROPOUT = 512, 0.2
+
 
 def make_encoder(name: str, dim: int, weights: str = "", bands: int = 3) -> nn.Module:
-    """A network from images (b, B, H, W) to features (b, D), not normalised.
+    """A network from images (b, B, H, W), or for a head from features (b, F), to features (b, D), not normalised.
 
     Args:
         name: resnet18 or resnet50 (He et al. 2016; the last layer is Linear(·, D), as in the authors' code), or small:
-            three convolutions, for images of some 8 to 32 pixels.
+            three convolutions, for images of some 8 to 32 pixels. On features head, with one hidden layer of 512
+            values, or linear.
         dim: D.
         weights: "" starts at random; "imagenet" downloads torchvision's weights for all but the last layer; else a file
             with a state dict: of this network, or of one whose last layer has another width. Weights for three bands
             serve any number, see `_for_bands`.
-        bands: B.
+        bands: B, or F for a head.
 
     Raises:
         ValueError: the weights cannot be read or downloaded, or belong to another network.
@@ -32,10 +36,10 @@ def make_encoder(name: str, dim: int, weights: str = "", bands: int = 3) -> nn.M
         >>> make_encoder("small", dim=16)(torch.zeros(2, 3, 8, 8)).shape
         torch.Size([2, 16])
     """
-    if name == "small":
+    if name in ("small", *HEADS):
         if weights == "imagenet":
-            raise ValueError("weights: imagenet weights exist for resnet18 and resnet50, not for small")
-        encoder: nn.Module = _small(dim, bands)
+            raise ValueError(f"weights: imagenet weights exist for resnet18 and resnet50, not for {name}")
+        encoder: nn.Module = {"small": _small, "head": _head, "linear": _linear}[name](dim, bands)
     else:
         resnet: models.ResNet = getattr(models, name)()
         if weights == "imagenet":
@@ -52,6 +56,11 @@ def make_encoder(name: str, dim: int, weights: str = "", bands: int = 3) -> nn.M
     if weights not in ("", "imagenet"):
         _load(encoder, Path(weights))
     return encoder.to(memory_format=torch.channels_last)  # the memory format in which convolutions are fastest
+
+
+def for_encoder(batch: Tensor) -> Tensor:
+    """A batch as encoders take it fastest: images (b, B, H, W) channels last, features (b, F) as they are."""
+    return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
 
 
 def _for_bands(colours: Tensor, bands: int) -> Tensor:
@@ -99,6 +108,16 @@ def _small(dim: int, bands: int) -> nn.Module:
     )
 
 
+def _head(dim: int, values: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(values, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, dim)
+    )
+
+
+def _linear(dim: int, values: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(values, dim))  # its weights are called 0.weight, as `_load` expects of a last layer
+
+
 def _load(encoder: nn.Module, path: Path) -> None:
     """Load a state dict. A last layer of another width keeps its random weights; a first one of 3 bands is adapted."""
     try:
@@ -112,7 +131,7 @@ def _load(encoder: nn.Module, path: Path) -> None:
     if not isinstance(state, dict) or state.keys() != own.keys():
         raise ValueError(f"weights: {path} is no state dict of this network")
     first = next(iter(own))
-    if isinstance(state[first], Tensor) and state[first].shape[1:2] == (3,) != own[first].shape[1:2]:
+    if isinstance(state[first], Tensor) and state[first].dim() == 4 and state[first].size(1) == 3 != own[first].size(1):
         state[first] = _for_bands(state[first], own[first].shape[1])
     last = next(reversed(own)).rpartition(".")[0]
     fitting = {

@@ -21,7 +21,7 @@ from ntdne_kernels.experiments.results import FIGURES, RESULTS
 from ntdne_kernels.experiments.settings import RATELESS
 
 NOISES = {
-    "none": "all training labels are right",
+    "none": "labels are used as they are, and metrics are by them",
     "uniform": "a wrong label is any other class, each as likely",
     "label-dependent": "a wrong label is one of a few classes that resemble the true one",
     "matrix": "wrong labels by a given matrix of probabilities",

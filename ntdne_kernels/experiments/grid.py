@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ntdne_kernels.experiments.arguments import WORDS, parse_value
+from ntdne_kernels.experiments.features import features_file
 from ntdne_kernels.experiments.loss_registry import loss_name
 from ntdne_kernels.experiments.settings import RATELESS, Settings, read_preset
 
@@ -42,7 +43,7 @@ def planned_run(
     Raises:
         ValueError: there is no such preset, loss or option, or a setting is bad.
     """
-    preset = read_preset(arguments.preset)
+    preset = _preset(arguments)
     preset_options = preset.pop("losses")
     names = {setting.name for setting in dataclasses.fields(Settings)}
     given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
@@ -50,7 +51,7 @@ def planned_run(
     merged["loss"] = loss_name(merged["loss"])
     merged["classes"] = tuple(map(str, merged.get("classes", ())))
     merged["bands"] = tuple(merged.get("bands", ()))
-    for name in ("data", "weights", "noise_file"):  # absolute, so that a run is the same one from any folder
+    for name in ("data", "labels", "weights", "noise_file"):  # absolute, so that a run is the same one from any folder
         path = merged.get(name)
         if path and path not in WORDS and Path(path).exists():
             merged[name] = str(Path(path).resolve())
@@ -62,7 +63,7 @@ def planned_run(
 
 def planned_grid(arguments: argparse.Namespace) -> list[PlannedRun]:
     """A run for each combination of noise, rate, loss and seed; noise that has no rate comes once. Errors as above."""
-    preset = read_preset(arguments.preset)
+    preset = _preset(arguments)
     losses = list(dict.fromkeys(map(loss_name, arguments.losses)))
     noises = arguments.noises or [preset.get("noise", "uniform")]
     rates = arguments.rates or ([preset["rate"]] if "rate" in preset else PAPER_RATES)
@@ -76,6 +77,11 @@ def planned_grid(arguments: argparse.Namespace) -> list[PlannedRun]:
             run = planned_run(arguments, values, options)
             planned[run.subfolder] = run
     return list(planned.values())
+
+
+def _preset(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The preset that is named, or the one that suits the archive."""
+    return read_preset(arguments.preset or ("features" if features_file(arguments.data) else "paper"))
 
 
 def _loss_options(arguments: argparse.Namespace, loss: str) -> dict[str, Any]:

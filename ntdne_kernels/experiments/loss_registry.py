@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -71,13 +71,16 @@ def loss_options(name: str) -> dict[str, Any]:
     }
 
 
-def make_loss(name: str, labels: Tensor, dim: int, **options: Any) -> Criterion:
+def make_loss(
+    name: str, labels: Tensor, dim: int, *, bank: Mapping[str, Any] | None = None, **options: Any
+) -> Criterion:
     """The loss of that name for an archive, a module with `forward`, `update_bank` and `set_epoch`.
 
     Args:
         name: one of `LOSSES`, in any case.
         labels: (N,) given class of each training image, from 0 to C − 1.
         dim: D, features per image.
+        bank: dtype, storage and path of the bank, for losses that have one: see `MemoryBank`.
         options: as the loss's class describes them; `loss_options(name)` are the defaults.
 
     Raises:
@@ -95,6 +98,8 @@ def make_loss(name: str, labels: Tensor, dim: int, **options: Any) -> Criterion:
     if unknown:
         listed = ", ".join(f"{option} = {default!r}" for option, default in known.items()) or "none"
         raise ValueError(f"{name}: no option {unknown[0]!r}{_closest(unknown[0], known)}; its options are {listed}")
+    if LOSSES[name] in (NTDNELoss, SNCALoss):
+        options |= bank or {}
     try:
         return LOSSES[name](labels, dim, **options)
     except (TypeError, ValueError) as error:

@@ -12,13 +12,16 @@ import yaml
 from torch import Tensor
 
 from ntdne_kernels.experiments import noise
-from ntdne_kernels.experiments.archive import Archive, open_archive
+from ntdne_kernels.experiments.archive import Archive, open_archive, open_features
+from ntdne_kernels.experiments.encoders import HEADS
+from ntdne_kernels.experiments.features import features_file
 from ntdne_kernels.experiments.noise import NoisyLabels
-from ntdne_kernels.experiments.samples import ImageDataset, Normalisation, normalisation, transform
+from ntdne_kernels.experiments.samples import FeatureDataset, ImageDataset, Normalisation, normalisation, transform
 from ntdne_kernels.experiments.settings import Settings
-from ntdne_kernels.experiments.splits import split
+from ntdne_kernels.experiments.splits import at_most, split
 
 AUTHORS_NOISE_SEED = 42
+MAX_QUERIES, MAX_DATABASE = 10_000, 1_000_000  # that evaluation compares: more take time, and change little
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class Problem:
         classes: the C classes trained on.
         labels: true label of each image of the archive in 0..C − 1; −1 where its class is kept out of training.
         train: (N,) training images.
-        validation: validation images.
+        validation: validation images; of more than MAX_QUERIES every n-th, and so of the next two.
         test: test images.
-        unseen: all images of the classes that are kept out.
+        unseen: images of the classes that are kept out.
         noisy: the labels (N,) given to the training images, and which of them are wrong.
         normalisation: of the bands, from the training images.
     """
@@ -47,14 +50,19 @@ class Problem:
     noisy: NoisyLabels
     normalisation: Normalisation
 
-    def dataset(self, images: Tensor, augment_by: int | None = None) -> ImageDataset:
+    def dataset(self, images: Tensor, augment_by: int | None = None) -> ImageDataset | FeatureDataset:
         """Samples (image, true label, position in `images`); the seed `augment_by` augments them, None does not."""
+        if self.archive.of_features:
+            return FeatureDataset(self.archive, images, self.labels[images], self.normalisation, augment_by)
         augmentation = transform(augment_by is not None, self.normalisation)
         return ImageDataset(self.archive, images, self.labels[images], augmentation, augment_by)
 
     @property
     def fingerprint(self) -> str:
         """A hash of the training images and their given labels: it tells problems apart."""
+        if self.archive.of_features:  # which may be too many for a list
+            rows = self.train.numpy().tobytes() + self.noisy.labels.numpy().tobytes()
+            return hashlib.sha256(repr((self.archive.images.shape, self.classes)).encode() + rows).hexdigest()
         files = [self.archive.files[image] for image in self.train.tolist()]
         return hashlib.sha256(repr((files, self.classes, self.noisy.labels.tolist())).encode()).hexdigest()
 
@@ -65,16 +73,7 @@ def make_problem(settings: Settings, cache: Path | None = None, download: bool =
     Raises:
         ArchiveError, ValueError: the archive or a setting is bad.
     """
-    archive = open_archive(
-        settings.data,
-        settings.image_size,
-        cache=cache,
-        skip_unreadable=settings.skip_unreadable,
-        download=download,
-        classes=list(settings.classes) or None,
-        bands=settings.bands,
-        max_pixels=settings.max_pixels,
-    )
+    archive = _open(settings, cache, download)
     C = len(archive.classes)
     if settings.unseen_classes > C - 2:
         raise ValueError(
@@ -86,16 +85,44 @@ def make_problem(settings: Settings, cache: Path | None = None, download: bool =
     seen = torch.ones(C, dtype=torch.bool)
     seen[unseen_classes] = False
     labels = torch.where(seen, seen.cumsum(0) - 1, -1)[archive.labels]
+    labels[archive.labels < 0] = -1
     classes = [name for name, kept in zip(archive.classes, seen.tolist(), strict=True) if kept]
 
     parts = split(archive.labels, settings.split, settings.seed)
     train, validation, test = (part[labels[part] >= 0] for part in parts)
+    validation, test = at_most(validation, MAX_QUERIES), at_most(test, MAX_QUERIES)
     matrix = _matrix(settings, classes)
     noise_seed = AUTHORS_NOISE_SEED if settings.split == "authors" else settings.seed
     noisy = noise.corrupt(labels[train], matrix, noise_seed, settings.draw)
-    unseen = (labels < 0).nonzero()[:, 0]
+    unseen = at_most(((labels < 0) & (archive.labels >= 0)).nonzero()[:, 0], MAX_QUERIES)
     bands = normalisation(archive, train, settings.bands)
     return Problem(archive, classes, labels, train, validation, test, unseen, noisy, bands)
+
+
+def _open(settings: Settings, cache: Path | None, download: bool) -> Archive:
+    """The archive of the settings, images or features; ValueError where the encoder takes the other."""
+    of_features = features_file(settings.data) is not None
+    if (settings.encoder in HEADS) != of_features:
+        expected, what = ("head or linear", "features") if of_features else ("resnet18, resnet50 or small", "images")
+        raise ValueError(
+            f"encoder: expected {expected} for {settings.data}, which holds {what}, got {settings.encoder}"
+        )
+    if of_features:
+        columns = {"features": settings.features_column or None, "label": settings.label_column or None, "path": None}
+        labels = Path(settings.labels) if settings.labels else None
+        return open_features(Path(settings.data), labels, columns, list(settings.classes) or None)
+    if settings.labels:
+        raise ValueError("labels: expected none, because the labels of images are their folders")
+    return open_archive(
+        settings.data,
+        settings.image_size,
+        cache=cache,
+        skip_unreadable=settings.skip_unreadable,
+        download=download,
+        classes=list(settings.classes) or None,
+        bands=settings.bands,
+        max_pixels=settings.max_pixels,
+    )
 
 
 def _matrix(settings: Settings, classes: list[str]) -> Tensor:

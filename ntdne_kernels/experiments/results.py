@@ -20,40 +20,48 @@ from tqdm import tqdm
 import ntdne_kernels
 from ntdne_kernels import NTDNELoss
 from ntdne_kernels.experiments import evaluation, tasks
-from ntdne_kernels.experiments.encoders import make_encoder
+from ntdne_kernels.experiments.encoders import for_encoder, make_encoder
 from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.images import as_picture
 from ntdne_kernels.experiments.noise import dataset_of
-from ntdne_kernels.experiments.problem import Problem
-from ntdne_kernels.experiments.samples import ImageDataset
+from ntdne_kernels.experiments.problem import MAX_DATABASE, Problem
+from ntdne_kernels.experiments.samples import FeatureDataset, ImageDataset
 from ntdne_kernels.experiments.settings import Settings
+from ntdne_kernels.experiments.splits import stride
+from ntdne_kernels.experiments.trained_encoder import ENCODER, save_encoder
 from ntdne_kernels.experiments.training import NEIGHBOURS
 
 RESULTS = "results.json"
 FIGURES = "figures.npz"
 FIGURE_POINTS = 2000  # of the t-SNE
 RETRIEVAL_QUERIES = 6
+MAX_SCORED = 50_000  # images whose leave-one-out scores are looked at, each among all
+SCORED_AT_A_TIME = 1024
 FEW_SHOT_QUERIES = 15  # of each class; a class needs as many images beside its examples
 
 
 @torch.no_grad()
-def embed(encoder: nn.Module, images: ImageDataset, batch_size: int, device: str) -> Tensor:
+def embed(encoder: nn.Module, images: ImageDataset | FeatureDataset, batch_size: int, device: str) -> Tensor:
     """Features (len(images), D) of images, not normalised; float32, as the encoder evaluates."""
     encoder = encoder.to(device).eval()
     features = []
-    batches = DataLoader(images, batch_size)
+    batches = DataLoader(images, batch_size, collate_fn=images.collate)
     for pixels, _, _ in tqdm(batches, "Encoding images", unit="batch", leave=False, disable=None):
-        pixels = pixels.to(device).contiguous(memory_format=torch.channels_last)
-        features.append(encoder(pixels).float())
+        features.append(encoder(for_encoder(pixels.to(device))).float())
     return torch.cat(features)
 
 
-def leave_one_out_scores(features: Tensor, labels: Tensor, sigma: float = 0.1) -> Tensor:
-    """The score p (N,) of each image's label among all the others (eq. 4), from unit features (N, D)."""
-    criterion = NTDNELoss(labels.to(features.device), features.size(1), sigma=sigma, device=features.device)
-    criterion.memory.update_(features, torch.arange(len(features), device=features.device), momentum=0.0)
-    criterion.refresh_indicator()
-    return criterion.memory.last_log_p.exp()
+def leave_one_out_scores(features: Tensor, labels: Tensor, sigma: float = 0.1, most: int = MAX_SCORED) -> Tensor:
+    """The score p of each image's label among all the others (eq. 4), from unit features (N, D).
+
+    (N,), or of every s-th image where N is larger than `most`; see `splits.stride`.
+    """
+    criterion = NTDNELoss(labels.to(features.device), features.size(1), sigma=sigma, device=features.device).eval()
+    index = torch.arange(len(features), device=features.device)
+    criterion.memory.update_(features, index, momentum=0.0)
+    scored = index[:: stride(len(features), most)].split(SCORED_AT_A_TIME)
+    with torch.no_grad():
+        return torch.cat([criterion(features[images], images, return_scores=True)[1] for images in scored])
 
 
 def evaluate(
@@ -66,9 +74,10 @@ def evaluate(
     variant: str,
     device: str,
 ) -> dict[str, Any]:
-    """Evaluate a trained encoder; write results.json and figures.npz into its folder.
+    """Evaluate a trained encoder; write results.json, figures.npz and encoder.pt into its folder.
 
-    The database is the training set with its true labels, the queries are the test set (section IV-A).
+    The database is the training set with its true labels, the queries are the test set (section IV-A). Of more than a
+    million training images every n-th is in the database, of more than 10,000 test images every n-th is a query.
 
     Args:
         encoder: the trained network.
@@ -87,12 +96,14 @@ def evaluate(
     def unit(images: Tensor) -> Tensor:
         return normalize(embed(encoder, problem.dataset(images), batch, device), dim=1)
 
-    train, test = unit(problem.train), unit(problem.test)
-    train_labels, test_labels = (problem.labels[images].to(device) for images in (problem.train, problem.test))
-    given, flipped = problem.noisy.labels, problem.noisy.flipped
+    every = stride(len(problem.train), MAX_DATABASE)
+    database, given, flipped = problem.train[::every], problem.noisy.labels[::every], problem.noisy.flipped[::every]
+    train, test = unit(database), unit(problem.test)
+    train_labels, test_labels = (problem.labels[images].to(device) for images in (database, problem.test))
     K = min(NEIGHBOURS, len(train))
     nmi, acc = evaluation.clustering(test, test_labels, settings.seed)
     scores = leave_one_out_scores(train, given).cpu()
+    flipped = flipped[:: stride(len(flipped), MAX_SCORED)]
     metrics = {
         "knn": evaluation.knn_accuracy(test, test_labels, train, train_labels, K=K),
         "knn_distance": evaluation.knn_accuracy(test, test_labels, train, train_labels, "distance", K),
@@ -112,7 +123,7 @@ def evaluate(
     query, neighbour = evaluation.retrieval_examples(
         test, train, RETRIEVAL_QUERIES, settings.seed, K=min(5, len(train))
     )
-    shown = torch.cat([problem.test[query.cpu(), None], problem.train[neighbour.cpu()]], dim=1)
+    shown = torch.cat([problem.test[query.cpu(), None], database[neighbour.cpu()]], dim=1)
     # The parts are sorted by class, so the points are drawn at random.
     points = torch.randperm(len(test), generator=torch.Generator().manual_seed(settings.seed))[:FIGURE_POINTS]
     figures: dict[str, Any] = {
@@ -122,9 +133,10 @@ def evaluate(
         "flipped": flipped,
         "pr_recall": recall,
         "pr_precision": precision,
-        "retrieval_images": as_picture(problem.archive.images[shown.numpy()]),
-        "retrieval_labels": problem.labels[shown],
     }
+    if not problem.archive.of_features:
+        figures["retrieval_images"] = as_picture(problem.archive.images[shown.numpy()])
+        figures["retrieval_labels"] = problem.labels[shown]
     if settings.dim == 2:  # the features themselves are shown, before and after training
         torch.manual_seed(settings.seed)
         untrained = make_encoder(settings.encoder, 2, settings.weights, len(problem.normalisation.mean))
@@ -132,6 +144,7 @@ def evaluate(
         figures["untrained_features"] = embed(untrained, sample, batch, device).cpu()
         figures["test_features"] = embed(encoder, sample, batch, device).cpu()
 
+    save_encoder(encoder, settings, problem, folder / ENCODER)
     results = {
         "settings": dataclasses.asdict(settings),
         "dataset": dataset_of(problem.archive.classes) or problem.archive.name,
@@ -146,7 +159,7 @@ def evaluate(
             "train": len(problem.train),
             "validation": len(problem.validation),
             "test": len(problem.test),
-            "flipped": int(flipped.sum()),
+            "flipped": int(problem.noisy.flipped.sum()),
             "skipped": len(problem.archive.skipped),
         },
         "metrics": {name: float(value) for name, value in metrics.items()},

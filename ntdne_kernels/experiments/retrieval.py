@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ntdne_kernels.audit.inputs import rows_per_block
-from ntdne_kernels.experiments.auditing.columns import read_matrix
+from ntdne_kernels.experiments.columns import read_matrix
 from ntdne_kernels.experiments.embedding import Batches, Embeddings, open_embeddings
 from ntdne_kernels.experiments.pretrained import make_extractor
 

@@ -2,7 +2,7 @@
 
 {output}/settings.yaml   what the run is; the folder is refused to other runs
 {output}/last.ckpt       after each epoch
-{output}/results.json    when it is finished, with figures.npz
+{output}/results.json    when it is finished, with figures.npz and encoder.pt
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ class Machine:
         workers: processes that load images for each device.
         accelerator: "auto", "cpu" or "gpu".
         devices: GPUs or processes to train on.
+        storage: where the bank lives, see `train`.
     """
 
     cache: Path | None = None
@@ -44,6 +45,7 @@ class Machine:
     workers: int = 0
     accelerator: str = "auto"
     devices: int = 1
+    storage: str = "device"
 
     @property
     def evaluation_device(self) -> str:
@@ -79,6 +81,7 @@ def run(settings: Settings, variant: str, folder: Path, machine: Machine) -> dic
         workers=machine.workers,
         accelerator=machine.accelerator,
         devices=machine.devices,
+        storage=machine.storage,
     )
     if trained is None:
         return None
@@ -162,6 +165,7 @@ def _announce(settings: Settings, variant: str, folder: Path) -> None:
     write_whole(folder / SETTINGS, lambda file: file.write(text.encode()))
     loss = f"{settings.loss} ({variant})" if variant else settings.loss
     noise = settings.noise if settings.noise in RATELESS else f"{settings.noise} at rate {settings.rate}"
+    noise += " (labels are used as they are, and metrics are by them)" if noise == "none" else ""
     print(f"{folder}: {loss}, noise {noise}, seed {settings.seed}, {settings.epochs} epochs", flush=True)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 import ntdne_kernels
-from ntdne_kernels.experiments.auditing.columns import MAGIC, read_matrix
 from ntdne_kernels.experiments.auditing.inputs import PICTURE_SIZE, as_utf8
 from ntdne_kernels.experiments.auditing.pictures import thumbnails
+from ntdne_kernels.experiments.columns import SUFFIXES, read_matrix
 from ntdne_kernels.experiments.embedding import Embeddings, open_embeddings
 from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.images import as_picture, decode
@@ -47,7 +47,7 @@ def search_files(
         raise ValueError(f"--page: expected a file in a folder that is there, got {page}")
     items: list[dict[str, Any]]
     found = open_embeddings(archive) if archive.is_dir() else read_matrix(archive, ["features"])
-    if len(queries) == 1 and Path(queries[0]).suffix in MAGIC:
+    if len(queries) == 1 and Path(queries[0]).suffix in SUFFIXES:
         file = Path(queries[0])
         features = read_matrix(file, ["features"])
         items = [{"image": row, "path": f"row {row} of {file}", "file": None} for row in range(len(features))]

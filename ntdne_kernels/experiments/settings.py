@@ -11,7 +11,7 @@ import yaml
 from ntdne_kernels.experiments.images import MAX_PIXELS
 from ntdne_kernels.experiments.loss_registry import LOSSES, loss_name
 
-PRESETS = ("paper", "authors", "scratch")
+PRESETS = ("paper", "authors", "scratch", "features")
 RATELESS = ("none", "matrix")  # noise that has no rate
 SMALLEST_IMAGE = 4  # pixels: less would be pooled away by the encoders
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
@@ -32,6 +32,13 @@ class Settings:
     """
 
     data: str
+    labels: str = _setting(
+        "",
+        "of features: .npy, .npz, .parquet, .csv, .txt, .pt, or FiftyOne's samples.json; without it a column of the "
+        "features' file, or labels.npy beside it",
+    )
+    features_column: str = _setting("", "of features: the column that holds them, where its name is not a usual one")
+    label_column: str = _setting("", "of features: the column of the labels, likewise")
     image_size: int = _setting(256, "images are resized to this many pixels squared")
     classes: tuple[str, ...] = _setting((), "keep only these classes")
     unseen_classes: int = _setting(
@@ -62,7 +69,11 @@ class Settings:
     )
     loss: str = _setting("NTDNE", "the loss", tuple(LOSSES))
     loss_options: dict[str, Any] = field(default_factory=dict)
-    encoder: str = _setting("resnet18", "the network; small is for tiny images", ("resnet18", "resnet50", "small"))
+    encoder: str = _setting(
+        "resnet18",
+        "the network; small is for tiny images; on features head, with a hidden layer, or linear",
+        ("resnet18", "resnet50", "small", "head", "linear"),
+    )
     weights: str = _setting("", "imagenet (downloaded by torchvision), or a file with a state dict; else from scratch")
     dim: int = _setting(128, "D, values of a feature")
     epochs: int = _setting(100, "passes over the training images")
@@ -73,7 +84,12 @@ class Settings:
     lr_decay: float = _setting(0.5, "factor of each fall")
     momentum: float = _setting(0.9, "of SGD, with Nesterov; one-cycle moves it from 0.95 to 0.85 and back instead")
     weight_decay: float = _setting(1e-4, "of SGD")
-    augment: bool = _setting(True, "train on augmented images: grey, colour jitter, flip")
+    augment: bool = _setting(True, "train on augmented images: grey, colour jitter, flip; or on features with noise")
+    bank_dtype: str = _setting(
+        "float32",
+        "of the bank of NTDNE and SNCA; bfloat16 takes half the memory, and is the fastest on recent CPUs and GPUs",
+        ("float32", "bfloat16", "float16"),
+    )
     precision: str = _setting("32-true", "of the encoder, as Lightning names it", ("32-true", "bf16-mixed", "16-mixed"))
     seed: int = _setting(0, "of splits, flips, first weights, batches and augmentation")
 

@@ -1,5 +1,6 @@
 """Splits of an archive into images for training, validation and testing."""
 
+import math
 import random
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ def split(labels: Tensor, how: str, seed: int) -> Split:
     """70/10/20 percent of each class for training, validation and testing.
 
     Args:
-        labels: (N,) class of each image, in the archive's order.
+        labels: (N,) class of each image, in the archive's order; −1 for none, which is in no part.
         how: "seeded" shuffles each class by the seed. "authors" repeats the split of the paper's code: Python's
             generator, seeded with 42 for each class, shuffles it; `seed` is not used.
         seed: 0 or more.
@@ -40,7 +41,7 @@ def split(labels: Tensor, how: str, seed: int) -> Split:
         raise ValueError(f"how: expected 'seeded' or 'authors', got {how!r}")
     generator = np.random.default_rng(seed)
     parts: tuple[list[Tensor], ...] = ([], [], [])
-    for c in labels.unique().tolist():
+    for c in labels[labels >= 0].unique().tolist():
         members = (labels == c).nonzero()[:, 0]
         n = len(members)
         if n < SMALLEST_CLASS:
@@ -55,3 +56,18 @@ def split(labels: Tensor, how: str, seed: int) -> Split:
         for part, piece in zip(parts, shuffled.tensor_split(cuts), strict=True):
             part.append(piece)
     return Split(*map(torch.cat, parts))
+
+
+def stride(n: int, most: int) -> int:
+    """The smallest s so that every s-th of n is at most `most`. Of a part of a split that is a share of each class.
+
+    Example:
+        >>> stride(10, 4), stride(10, 10)
+        (3, 1)
+    """
+    return max(1, math.ceil(n / most))
+
+
+def at_most(images: Tensor, most: int) -> Tensor:
+    """The images (n,), or every s-th where they are more than `most`; see `stride`."""
+    return images[:: stride(len(images), most)]

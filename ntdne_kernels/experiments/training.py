@@ -5,7 +5,7 @@ that was never killed (on a GPU as far as PyTorch's kernels are deterministic), 
 only on the seed and the epoch, and the checkpoint holds encoder, loss (with bank and scores), optimiser, schedule and
 history. It is written under another name and then renamed, so it is always complete.
 
-Shapes: b images of a batch in B bands, N training images, D features, C classes.
+Shapes: b images of a batch in B bands, or b rows of F features; N training images, D values of the encoder, C classes.
 """
 
 import dataclasses
@@ -32,15 +32,17 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from ntdne_kernels import NTDNELoss, SNCALoss
-from ntdne_kernels.experiments.encoders import make_encoder
+from ntdne_kernels.experiments.encoders import for_encoder, make_encoder
 from ntdne_kernels.experiments.evaluation import knn_accuracy
 from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.loss_registry import make_loss
 from ntdne_kernels.experiments.losses import Criterion, TRNSLLoss
-from ntdne_kernels.experiments.problem import Problem
+from ntdne_kernels.experiments.problem import MAX_DATABASE, Problem
 from ntdne_kernels.experiments.settings import Settings
+from ntdne_kernels.experiments.splits import stride
 
-CHECKPOINT = "last.ckpt"
+CHECKPOINT, BANK = "last.ckpt", "bank.rows"
+MAX_SCORES = 1_000_000  # that quantiles and AUROC are taken of; torch.quantile refuses more than 16 million
 NEIGHBOURS = 10  # K of K-NN
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -49,14 +51,22 @@ class Training(LightningModule):
     """Encoder and loss of a run, with its metrics.
 
     Attributes:
-        encoder: images (b, B, H, W) to features (b, D).
+        encoder: images (b, B, H, W), or features (b, F), to features (b, D).
         criterion: one of the losses.
         history: a row of metrics for each complete epoch.
     """
 
     train_features: Tensor
 
-    def __init__(self, settings: Settings, problem: Problem, workers: int = 0, devices: int = 1) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        problem: Problem,
+        workers: int = 0,
+        devices: int = 1,
+        storage: str = "device",
+        path: Path | None = None,
+    ) -> None:
         super().__init__()
         self.settings, self.problem, self.workers = settings, problem, workers
         self.batch_size = settings.batch_size // devices
@@ -64,13 +74,16 @@ class Training(LightningModule):
         torch.manual_seed(settings.seed)
         bands = len(problem.normalisation.mean)
         self.encoder = make_encoder(settings.encoder, settings.dim, settings.weights, bands)
-        self.criterion = make_criterion(settings, problem.noisy.labels)
+        self.criterion = make_criterion(settings, problem.noisy.labels, storage, path)
         momentum = settings.loss_options.get("momentum")
         self.bank_momentum: dict[int, float] = momentum if isinstance(momentum, dict) else {}
         self.history: list[dict[str, float]] = []
         self.first_epoch = 0
-        # Each image's feature when it was last trained on. Validation searches these, which saves a pass.
-        self.register_buffer("train_features", torch.zeros(len(problem.train), settings.dim), persistent=False)
+        # Each image's feature when it was last trained on. Validation searches these, which saves a pass; of very many
+        # it searches every n-th.
+        self.every = stride(len(problem.train), MAX_DATABASE)
+        searched = len(range(0, len(problem.train), self.every))
+        self.register_buffer("train_features", torch.zeros(searched, settings.dim), persistent=False)
         self._validation: list[tuple[Tensor, Tensor]] = []
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -79,7 +92,7 @@ class Training(LightningModule):
         It must not depend on how often it is asked for or iterated: at the start of a continued run Lightning does both
         twice, once while the epoch is still 0.
         """
-        seed = 1_000_003 * self.settings.seed + max(self.current_epoch, self.first_epoch)
+        seed = self._epoch_seed
         dataset = self.problem.dataset(self.problem.train, augment_by=seed if self.settings.augment else None)
         order: DistributedSampler[Any] = DistributedSampler(
             dataset, self.trainer.world_size, self.trainer.global_rank, seed=seed
@@ -88,14 +101,20 @@ class Training(LightningModule):
             dataset,
             batch_sampler=Batches(order, self.batch_size),
             num_workers=self.workers,
+            collate_fn=dataset.collate,
             pin_memory=self.device.type == "cuda",
         )
+
+    @property
+    def _epoch_seed(self) -> int:
+        return 1_000_003 * self.settings.seed + max(self.current_epoch, self.first_epoch)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """The loader of the validation images, if there are any."""
         if len(self.problem.validation) == 0:  # an archive of tiny classes
             return []
-        return [DataLoader(self.problem.dataset(self.problem.validation), self.batch_size, num_workers=self.workers)]
+        dataset = self.problem.dataset(self.problem.validation)
+        return [DataLoader(dataset, self.batch_size, num_workers=self.workers, collate_fn=dataset.collate)]
 
     def configure_optimizers(self) -> Any:
         """SGD and the schedule of the settings."""
@@ -124,10 +143,15 @@ class Training(LightningModule):
         self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         self._epoch_began = time.perf_counter()
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the epoch's dropout, after all that loaders draw, which is more where a run is continued."""
+        if batch_idx == 0:
+            torch.manual_seed(self._epoch_seed + self.global_rank)
+
     def training_step(self, batch: list[Tensor]) -> dict[str, Tensor]:
         """The loss of a batch, with its features for the update of the bank."""
         images, _, index = batch
-        features = self.encoder(images.contiguous(memory_format=torch.channels_last))
+        features = self.encoder(for_encoder(images))
         with self._naming_divergence():
             loss = self.criterion(features, index)
         return {"loss": loss, "features": features.detach(), "index": index}
@@ -145,6 +169,8 @@ class Training(LightningModule):
                 memory.record_(self._of_all_ranks(memory.last_log_p[outputs["index"]]), index)
         with self._naming_divergence():
             self.criterion.update_bank(features, index)
+        if self.every > 1:
+            features, index = features[index % self.every == 0], index[index % self.every == 0] // self.every
         self.train_features[index] = normalize(features, dim=1)
         self._losses.append(outputs["loss"].detach())
 
@@ -166,7 +192,7 @@ class Training(LightningModule):
     def validation_step(self, batch: list[Tensor]) -> None:
         """Keep the unit features of a batch for the end of the epoch."""
         images, labels, _ = batch
-        features = self.encoder(images.contiguous(memory_format=torch.channels_last)).float()
+        features = self.encoder(for_encoder(images)).float()
         self._validation.append((normalize(features, dim=1), labels))
 
     def on_train_epoch_end(self) -> None:
@@ -202,7 +228,7 @@ class Training(LightningModule):
             return {}
         features, labels = (torch.cat(part) for part in zip(*self._validation, strict=True))
         self._validation.clear()
-        noisy, true = self.problem.noisy.labels, self.problem.labels[self.problem.train]
+        noisy, true = self.problem.noisy.labels[:: self.every], self.problem.labels[self.problem.train[:: self.every]]
         nearest = min(NEIGHBOURS, len(true))
         return {
             "val_knn": knn_accuracy(features, labels, self.train_features, true.to(labels.device), K=nearest),
@@ -215,14 +241,15 @@ class Training(LightningModule):
             return {"pruned_share": self.criterion.truncated_share}
         if not isinstance(self.criterion, NTDNELoss | SNCALoss):
             return {}
-        p = self.criterion.memory.last_log_p.exp().cpu()
+        every = stride(len(self.problem.train), MAX_SCORES)
+        p = self.criterion.memory.last_log_p[::every].exp().cpu()
         row = {
             f"p{round(100 * share)}": float(q)
             for share, q in zip(QUANTILES, p.quantile(torch.tensor(QUANTILES)), strict=True)
         }
         if isinstance(self.criterion, NTDNELoss):
             row["pruned_share"] = float(self.criterion.pruned.float().mean()) if self.criterion.pruning else 0.0
-        flipped = self.problem.noisy.flipped
+        flipped = self.problem.noisy.flipped[::every]
         if 0 < int(flipped.sum()) < len(flipped):
             row["flip_auroc"] = float(roc_auc_score(flipped, -p))
         return row
@@ -268,10 +295,11 @@ class WholeCheckpoints(TorchCheckpointIO):
         write_whole(Path(path), lambda file: torch.save(checkpoint, file))
 
 
-def make_criterion(settings: Settings, labels: Tensor) -> Criterion:
+def make_criterion(settings: Settings, labels: Tensor, storage: str = "device", path: Path | None = None) -> Criterion:
     """The loss that settings describe, for given labels (N,); ValueError where an option is bad.
 
-    A bank's momentum may be a number, or {epoch: momentum from then on} with an epoch 0.
+    A bank's momentum may be a number, or {epoch: momentum from then on} with an epoch 0. A bank lives in `storage`, and
+    where that is "disk" in the file `path`.
     """
     options = dict(settings.loss_options)
     momentum = options.get("momentum")
@@ -280,7 +308,8 @@ def make_criterion(settings: Settings, labels: Tensor) -> Criterion:
         if 0 not in momentum or not valid or not all(type(epoch) is int for epoch in momentum):
             raise ValueError(f"momentum: expected {{0: number in [0, 1], later epoch: number, ...}}, got {momentum}")
         options["momentum"] = momentum[0]
-    return make_loss(settings.loss, labels, settings.dim, **options)
+    bank = {"dtype": getattr(torch, settings.bank_dtype), "storage": storage, "path": path}
+    return make_loss(settings.loss, labels, settings.dim, bank=bank, **options)
 
 
 def train(
@@ -291,6 +320,7 @@ def train(
     workers: int = 0,
     accelerator: str = "auto",
     devices: int = 1,
+    storage: str = "device",
 ) -> Training | None:
     """Train a run in its folder, continue it where it was killed, or return it where it is finished.
 
@@ -301,6 +331,7 @@ def train(
         workers: processes that load images for each device.
         accelerator: as Lightning names it.
         devices: how many. Each trains on its share of a batch with a bank of its own, and all banks get all features.
+        storage: where a bank lives: "device", "host", or "disk", the file bank.rows in the folder; see `MemoryBank`.
 
     Returns:
         The trained run; None in the processes of devices other than the first.
@@ -314,8 +345,12 @@ def train(
         raise ValueError("accelerator: expected auto or cpu, because no GPU is visible; got gpu")
     if settings.batch_size % devices:
         raise ValueError(f"batch_size: expected a multiple of the {devices} devices, got {settings.batch_size}")
+    if storage == "disk" and devices > 1:
+        raise ValueError(f"storage: expected device or host for {devices} devices, each of which has a bank; got disk")
     _quiet()
-    training = Training(settings, problem, workers, devices)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / BANK if storage == "disk" else None
+    training = Training(settings, problem, workers, devices, storage, path)
     checkpoint = folder / CHECKPOINT
     trainer = Trainer(
         accelerator=accelerator,

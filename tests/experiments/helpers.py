@@ -147,3 +147,16 @@ def write_run(
         | (arrays or {}),
     )
     return folder
+
+
+# Features
+
+
+def write_features(each: int = 30, classes: tuple[str, ...] = ("lake", "pond")) -> np.ndarray:
+    """features.npy, float16 in clusters, and labels.npy, names, in this folder; gives the features."""
+    source = np.random.default_rng(0)
+    codes = np.repeat(np.arange(len(classes)), each)
+    features = np.eye(len(classes), 10)[codes] + 0.2 * source.standard_normal((len(codes), 10))
+    np.save("features.npy", features.astype(np.float16))
+    np.save("labels.npy", np.array(classes)[codes])
+    return features.astype(np.float16)

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from ntdne_kernels.experiments import embed, retrieval, search
+from ntdne_kernels.experiments.encoders import make_encoder
 from tests.experiments.auditing.helpers import pictures_on
 
 
@@ -135,3 +136,30 @@ def test_other_weights_than_those_of_the_archive_are_refused(embedded, tmp_path,
     (tmp_path / "out" / "embed.json").write_text(about.replace(resnet18_file, str(tmp_path / "other.pth")))
     with pytest.raises(ValueError, match="is not what made its features"):
         search(tmp_path / "out", [embedded / "photos" / "beside.png"], 1)
+
+
+def trained_head(image_size: int | None) -> None:
+    """Write encoder.pt of a linear head that keeps the second of two values alone."""
+    weight = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    parts = {"name": "linear", "dim": 2, "classes": [], "image_size": image_size, "bands": ()}
+    normalisation = {"mean": (0.0, 0.0), "deviation": (1.0, 1.0), "floats": True}
+    state = make_encoder("linear", 2, bands=2).state_dict()
+    for key, value in state.items():
+        state[key] = weight if value.dim() == 2 else torch.zeros_like(value)
+    torch.save({"format": 1, "normalisation": normalisation, "state_dict": state, **parts}, "encoder.pt")
+
+
+def test_the_command_compares_what_a_trained_head_makes_of_features(ntdne, capsys):
+    np.save("archive.npy", np.array([[1.0, -1.0], [0.0, 1.0]], np.float32))
+    np.save("queries.npy", np.array([[9.0, 1.0]], np.float32))
+    trained_head(None)
+    for options, nearest in (((), "row 0"), (("--checkpoint", "encoder.pt"), "row 1")):
+        assert ntdne("search", "archive.npy", "queries.npy", *options) == 0
+        assert capsys.readouterr().out.splitlines()[2].endswith(nearest)
+
+
+def test_search_refuses_the_encoder_of_a_run_on_images(ntdne, capsys):
+    np.save("archive.npy", np.eye(2, dtype=np.float32))
+    trained_head(8)
+    assert ntdne("search", "archive.npy", "archive.npy", "--checkpoint", "encoder.pt") == 2
+    assert "--checkpoint: expected a run on features" in capsys.readouterr().err

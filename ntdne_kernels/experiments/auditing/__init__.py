@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from ntdne_kernels.audit import LabelAudit, audit_bank, feature_bank
-from ntdne_kernels.experiments.auditing.inputs import Source, encode_folder, read_features
+from ntdne_kernels.experiments.auditing.inputs import Source, encode_features, encode_folder, read_source
 from ntdne_kernels.experiments.auditing.options import AuditOptions
 from ntdne_kernels.experiments.auditing.outputs import (
     CORRECTED,
@@ -23,8 +23,9 @@ __all__ = [
     "Source",
     "check_output",
     "earlier_outputs",
+    "encode_features",
     "encode_folder",
-    "read_features",
+    "read_source",
     "write_audit",
 ]
 

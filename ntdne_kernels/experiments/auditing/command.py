@@ -13,10 +13,12 @@ from ntdne_kernels.experiments.auditing import (
     Source,
     check_output,
     earlier_outputs,
+    encode_features,
     encode_folder,
-    read_features,
+    read_source,
     write_audit,
 )
+from ntdne_kernels.experiments.features import features_file
 
 
 def audit(arguments: argparse.Namespace) -> None:
@@ -28,8 +30,10 @@ def audit(arguments: argparse.Namespace) -> None:
     """
     data, checkpoint = Path(arguments.data).expanduser(), arguments.checkpoint
     images = data.is_dir() or arguments.data in WORDS or arguments.data.startswith("made:")
+    images &= features_file(arguments.data) is None
     _check(arguments, data, images)
-    output = arguments.output or Path("audit") / (data.resolve().name if images else data.stem).replace(":", "-")
+    name = data.resolve().name if images or data.is_dir() else data.stem
+    output = arguments.output or Path("audit") / name.replace(":", "-")
     inputs = [file for file in (data, checkpoint, arguments.labels, arguments.paths) if file is not None]
     check_output(output, inputs, class_folders(arguments.data), arguments.format)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,8 +75,6 @@ def _check(arguments: argparse.Namespace, data: Path, images: bool) -> None:
         raise ValueError(f"{data} holds images: --checkpoint names the run that encodes them; or give their features")
     if images and any([arguments.labels, arguments.paths, arguments.images]):
         raise ValueError("--labels, --paths and --images are for features; the labels of images are their folders")
-    if not images and arguments.checkpoint is not None:
-        raise ValueError(f"--checkpoint encodes a folder of images, but {data} is a file of features")
     if arguments.scratch is not None and not arguments.scratch.is_dir():
         raise ValueError(f"--scratch: expected a folder, got {arguments.scratch}")
 
@@ -88,9 +90,15 @@ def _source(arguments: argparse.Namespace, data: Path, images: bool, device: str
             max_pixels=arguments.max_pixels,
         )
     columns = {content: getattr(arguments, f"{content}_column") for content in ("features", "label", "path")}
-    return read_features(
-        data, arguments.labels, arguments.paths, arguments.images, columns, max_pixels=arguments.max_pixels
+    source = read_source(
+        data,
+        arguments.labels,
+        arguments.paths,
+        arguments.images,
+        columns,
+        max_pixels=arguments.max_pixels,
     )
+    return source if arguments.checkpoint is None else encode_features(source, arguments.checkpoint, device)
 
 
 def _print_summary(audit: LabelAudit, source: Source, arguments: argparse.Namespace) -> None:

@@ -5,27 +5,25 @@ Nothing is unpickled, and no file is written to.
 Shapes: N images, D features.
 """
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
-from ntdne_kernels.experiments.auditing.columns import MAGIC, has_column, read_matrix, read_values
+from ntdne_kernels.experiments.features import as_utf8, read_features
 from ntdne_kernels.experiments.images import MAX_PIXELS, as_picture, decode
-from ntdne_kernels.labels import read_labels
 
 if TYPE_CHECKING:
     from ntdne_kernels.experiments.archive import Archive
 
 # What encodes images is imported where it is needed: torchvision and Lightning take seconds.
 
-COLUMNS = {"features": ("features",), "label": ("label", "labels"), "path": ("path", "paths")}
 PICTURE_SIZE = 192  # pixels a side: twice what the page shows
 CHECKED_FILES = 100  # names that are tried to see whether the folder of pictures is right
 
@@ -53,56 +51,50 @@ class Source:
     unreadable: list[str] = field(default_factory=list)
 
 
-def read_features(
-    path: Path,
+def read_source(
+    data: Path,
     labels: Path | None,
     paths: Path | None,
     images: Path | None,
     columns: dict[str, str | None],
     max_pixels: int | None = None,
 ) -> Source:
-    """Features from a file, as the command's help describes it.
+    """Features from a file, and the pictures of their images.
 
     Args:
-        path: .npy, which is mapped into memory; .npz or .parquet, which are read.
-        labels: .npy, .npz, .parquet, .csv or .txt; None: they are in the file of the features.
-        paths: names of the images' files, as labels.
-        images: the folder that file names are relative to.
-        columns: names of the columns of "features", "label" and "path", or None for the usual ones.
+        data: of the features, as `read_features` takes it; and so labels, paths and columns.
+        labels: the file of the labels.
+        paths: the file of the names of the images' files.
+        images: the folder that file names are relative to; None: see `_images_folder`.
+        columns: names of columns.
         max_pixels: pictures of more pixels are not shown; None: as `images.decode`.
 
     Raises:
         ValueError: a file is not what its name says or lacks a column, or there are not as many labels as images.
         OSError: a file cannot be read.
     """
-    if path.suffix not in MAGIC:
-        raise ValueError(f"{path}: expected features as {', '.join(MAGIC)}, got {path.suffix or 'no suffix'}")
     if images is not None and not images.is_dir():
         raise ValueError(f"--images: expected a folder, got {images}")
-    wanted = {content: (name,) if name else COLUMNS[content] for content, name in columns.items()}
-    only_features = path.suffix == ".npy"
-    if labels is None and only_features:
-        raise ValueError(f"{path} holds features alone; --labels names the file of their labels")
-    features = read_matrix(path, wanted["features"])
-
-    def of_each_image(content: str, file: Path) -> list[Any]:
-        values = read_values(file, content, wanted[content])
-        if len(values) != len(features):
-            raise ValueError(
-                f"{file}: expected a {content} for each of the {len(features)} images of {path}, got {len(values)}"
-            )
-        return values
-
-    found = _labels(labels or path, of_each_image("label", labels or path))
-    if paths is None and (only_features or not (columns["path"] or has_column(path, wanted["path"]))):
+    read = read_features(data, labels, paths, columns)
+    if read.paths is None:
         if images is not None:
             raise ValueError("--images needs the names of the images' files: --paths, or a column path")
-        return Source(path.stem, features, found, None, None)
-    names = ["" if name is None else str(name) for name in of_each_image("path", paths or path)]
-    if images is not None and not any((images / name).is_file() for name in names[:CHECKED_FILES]):
-        raise ValueError(f"--images: expected the folder that the files are in, but {images / names[0]} is not there")
-    picture = partial(_open_picture, names, images or Path(), max_pixels or MAX_PIXELS)
-    return Source(path.stem, features, found, names, picture)
+        return Source(read.name, read.features, read.labels, None, None)
+    if images is not None and not any((images / name).is_file() for name in read.paths[:CHECKED_FILES]):
+        found = images / read.paths[0]
+        raise ValueError(f"--images: expected the folder that the files are in, but {found} is not there")
+    folder = images or _images_folder(data)
+    picture = partial(_open_picture, read.paths, folder, max_pixels or MAX_PIXELS)
+    return Source(read.name, read.features, read.labels, read.paths, picture)
+
+
+def _images_folder(data: Path) -> Path:
+    """What the names of images are relative to: the folder in embed.json, that of FiftyOne's export, or this one."""
+    folder = data if data.is_dir() else data.parent
+    about = folder / "embed.json"
+    if about.is_file():
+        return Path(json.loads(about.read_text(encoding="utf-8")).get("folder", ""))
+    return folder if (folder / "samples.json").is_file() else Path()
 
 
 def _open_picture(names: list[str], folder: Path, max_pixels: int, image: int) -> Image.Image:
@@ -110,22 +102,6 @@ def _open_picture(names: list[str], folder: Path, max_pixels: int, image: int) -
     if not file.is_file():  # reading a pipe would wait for ever
         raise FileNotFoundError(f"no file {file}")
     return Image.fromarray(as_picture(decode(file, max_pixels=max_pixels, smallest=PICTURE_SIZE)))
-
-
-def _labels(path: Path, values: list[Any]) -> "list[str | None] | NDArray[np.integer[Any]]":
-    """Labels as `audit_labels` takes them: integers, or names with None where there is none."""
-    try:
-        labels = read_labels(values, str(path))
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-    if isinstance(labels, torch.Tensor):
-        return labels.numpy()
-    return [None if label is None else as_utf8(label) for label in labels]
-
-
-def as_utf8(name: str) -> str:
-    """A name, which may be any bytes, as text that UTF-8 can write; different names stay different."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def encode_folder(
@@ -145,14 +121,14 @@ def encode_folder(
         ValueError: there is no such archive or run, one of them is broken, or the run was trained on other bands.
     """
     from ntdne_kernels.experiments.archive import open_archive
+    from ntdne_kernels.experiments.encoders import HEADS
     from ntdne_kernels.experiments.results import embed
     from ntdne_kernels.experiments.run import trained
     from ntdne_kernels.experiments.samples import ImageDataset, transform
-    from ntdne_kernels.experiments.training import CHECKPOINT
 
-    if run.is_file() and run.name != CHECKPOINT:
-        raise ValueError(f"--checkpoint: expected the {CHECKPOINT} of a run of ntdne train, or its folder, got {run}")
-    settings, _, encoder, _, normalisation = trained(run.parent if run.is_file() else run)
+    settings, _, encoder, _, normalisation = trained(_folder(run))
+    if settings.encoder in HEADS:
+        raise ValueError(f"--checkpoint: the run in {run} was trained on features, but {data} holds images")
     max_pixels = max_pixels or settings.max_pixels
     archive = open_archive(
         data,
@@ -188,6 +164,47 @@ def encode_folder(
         settings.loss_options.get("sigma", 0.1),
         archive.skipped,
     )
+
+
+def encode_features(source: Source, run: Path, device: str) -> Source:
+    """The source with its features through the head of a trained run, and with the sigma of its loss.
+
+    Args:
+        source: features that the head can take.
+        run: folder of a run of `ntdne train` on features, or a checkpoint in it.
+        device: where the head runs.
+
+    Raises:
+        ValueError: there is no such run, it is broken, or was trained on images or on features of another length.
+    """
+    from ntdne_kernels.experiments.archive import Archive
+    from ntdne_kernels.experiments.encoders import HEADS
+    from ntdne_kernels.experiments.results import embed
+    from ntdne_kernels.experiments.run import trained
+    from ntdne_kernels.experiments.samples import FeatureDataset
+
+    settings, _, encoder, _, normalisation = trained(_folder(run))
+    N, values = source.features.shape
+    if settings.encoder not in HEADS or len(normalisation.mean) != values:
+        trained_on = f"features of {len(normalisation.mean)} values" if settings.encoder in HEADS else "images"
+        raise ValueError(
+            f"--checkpoint: the run in {run} was trained on {trained_on}, but {source.name} has features of {values}"
+        )
+    unlabelled = torch.full((N,), -1)
+    rows = FeatureDataset(
+        Archive(source.features, unlabelled, [], [], source.name, [], {}), torch.arange(N), unlabelled, normalisation
+    )
+    features = embed(encoder, rows, settings.batch_size, device)
+    return replace(source, features=features, sigma=settings.loss_options.get("sigma", 0.1))
+
+
+def _folder(run: Path) -> Path:
+    """The folder of a run that is given by its folder or its checkpoint."""
+    from ntdne_kernels.experiments.training import CHECKPOINT
+
+    if run.is_file() and run.name != CHECKPOINT:
+        raise ValueError(f"--checkpoint: expected the {CHECKPOINT} of a run of ntdne train, or its folder, got {run}")
+    return run.parent if run.is_file() else run
 
 
 def _archive_picture(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ntdne_kernels.audit import LabelAudit
-from ntdne_kernels.experiments.auditing.inputs import Source, as_utf8
+from ntdne_kernels.experiments.auditing.inputs import Source
+from ntdne_kernels.experiments.features import as_utf8
 from ntdne_kernels.experiments.files import check_folder, write_whole
 from ntdne_kernels.interchange import to_frame
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ntdne_kernels.experiments.auditing import columns
+from ntdne_kernels.experiments import columns
 from tests.experiments.auditing.helpers import NAMES, WRONG, clusters
 
 

@@ -1,31 +1,37 @@
-"""Columns of files: features, labels and paths out of .npy, .npz, .parquet, .csv and .txt.
+"""Columns of files: features, labels and paths out of .npy, .npz, .pt, .parquet, FiftyOne's .json, .csv and .txt.
 
 Nothing is unpickled, and no file is written to.
 
 Shapes: N images, D features.
 """
 
+import base64
+import io
+import json
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ntdne_kernels.audit import free_memory
 
-MAGIC = {".npy": b"\x93NUMPY", ".npz": b"PK", ".parquet": b"PAR1"}  # how these files begin
+MAGIC = {".npy": b"\x93NUMPY", ".npz": b"PK", ".parquet": b"PAR1", ".pt": b"PK"}  # how these files begin
+SUFFIXES = (*MAGIC, ".json")  # of files that hold features
 NUMPY_ERRORS = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)  # raised for a broken file
 
 
 def read_matrix(path: Path, names: Sequence[str]) -> NDArray[Any]:
-    """Features (N, D) of float16, float32 or float64; a .npy file is mapped into memory.
+    """Features (N, D) of float16, float32 or float64; .npy and .pt files are mapped into memory.
 
     Args:
-        path: .npy, .npz or .parquet.
+        path: of one of the SUFFIXES. bfloat16, which NumPy does not have, becomes float32, in memory.
         names: the column has one of these.
 
     Raises:
@@ -33,7 +39,10 @@ def read_matrix(path: Path, names: Sequence[str]) -> NDArray[Any]:
         OSError: the file cannot be read.
     """
     column = _column(path, "features", names)
-    features = column if isinstance(column, np.ndarray) else _matrix(path, column)
+    if isinstance(column, list):
+        features = _stacked(path, column)
+    else:
+        features = column if isinstance(column, np.ndarray) else _matrix(path, column)
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"{path}: expected features of shape (images, values), got {features.shape}")
     if features.dtype.kind != "f" or features.dtype.itemsize > 8:
@@ -41,11 +50,11 @@ def read_matrix(path: Path, names: Sequence[str]) -> NDArray[Any]:
     return features
 
 
-def read_values(path: Path, content: str, names: Sequence[str]) -> list[Any]:
-    """A value of Python's own types for each image.
+def read_values(path: Path, content: str, names: Sequence[str]) -> "list[Any] | NDArray[np.integer[Any]]":
+    """A value for each image: an array of integers, or a list of Python's own types.
 
     Args:
-        path: .npy, .npz, .parquet, .csv or .txt.
+        path: of one of the SUFFIXES, .csv or .txt.
         content: what a value is, for messages: "label" or "path".
         names: the column has one of these.
 
@@ -60,14 +69,21 @@ def read_values(path: Path, content: str, names: Sequence[str]) -> list[Any]:
         return list(values.to_pylist())
     if values.ndim != 1:
         raise ValueError(f"{path}: expected a list of {content}s, got an array of shape {values.shape}")
+    if values.dtype.kind in "iu":
+        return values
     if values.dtype.kind == "S":
         values = np.char.decode(values, "utf-8", "surrogateescape")
     return list(values.tolist())
 
 
 def has_column(path: Path, names: Iterable[str]) -> bool:
-    """Whether a .csv, .parquet or .npz has a column of one of the names; errors as `read_values`."""
-    return not set(names).isdisjoint(_column_names(path))
+    """Whether the file has a column of one of the names; errors as `read_values`."""
+    return has_names(path) and not set(names).isdisjoint(_column_names(path))
+
+
+def has_names(path: Path) -> bool:
+    """Whether the file has columns with names, or is one column."""
+    return path.suffix not in (".npy", ".txt") and not (path.suffix == ".pt" and isinstance(_torch(path), Tensor))
 
 
 def _column(path: Path, content: str, names: Sequence[str]) -> Any:
@@ -84,6 +100,8 @@ def _column(path: Path, content: str, names: Sequence[str]) -> Any:
     if path.suffix == ".txt":
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")  # a file's name may be any bytes
         return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    if not has_names(path):
+        return _array(_torch(path))
     known = _column_names(path)
     name = next((name for name in names if name in known), None)
     if name is None:
@@ -91,8 +109,14 @@ def _column(path: Path, content: str, names: Sequence[str]) -> Any:
             f"{path} has no column {' or '.join(names)}; it has {', '.join(known) or 'none'}; "
             f"--{content}-column names another"
         )
-    read = {".npz": _npz_array, ".csv": _csv_column, ".parquet": _parquet_column}[path.suffix]
-    return read(path, name)
+    read = {
+        ".npz": _npz_array,
+        ".csv": _csv_column,
+        ".parquet": _parquet_column,
+        ".pt": lambda path, name: _array(_torch(path)[name]),
+        ".json": _fiftyone_column,
+    }
+    return read[path.suffix](path, name)
 
 
 def _column_names(path: Path) -> list[str]:
@@ -104,6 +128,10 @@ def _column_names(path: Path) -> list[str]:
             raise _broken(path, error) from None
     if path.suffix == ".csv":
         return [str(name) for name in _csv(path, nrows=0).columns]
+    if path.suffix == ".pt":
+        return list(map(str, _torch(path)))
+    if path.suffix == ".json":
+        return list(dict.fromkeys(name for sample in _fiftyone(path) for name in sample))
     return list(_parquet(path).schema_arrow.names)
 
 
@@ -132,18 +160,66 @@ def _parquet_column(path: Path, name: str) -> Any:
     return file.read(columns=[name])[name]
 
 
+def _torch(path: Path) -> Any:
+    """The tensor, or the dictionary, that torch.save wrote; tensors are mapped into memory."""
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch.load raises exceptions of many types
+        reason = str(error).partition(". ")[0] or type(error).__name__  # the rest advises loading with code execution
+        raise ValueError(f"{path} cannot be read: {reason}") from None
+    if not isinstance(saved, Tensor | Mapping):
+        raise ValueError(f"{path}: expected a tensor or a dictionary of columns, got {type(saved).__name__}")
+    return saved
+
+
+def _array(column: Any) -> Any:
+    """A tensor as an array, which NumPy has for all dtypes but bfloat16; a list as it is."""
+    if not isinstance(column, Tensor):
+        return column if isinstance(column, np.ndarray) else list(column)
+    return (column.float() if column.dtype == torch.bfloat16 else column).detach().numpy()
+
+
+def _fiftyone(path: Path) -> list[dict[str, Any]]:
+    """The samples of samples.json, as FiftyOne exports a dataset of its own type."""
+    try:
+        samples = json.loads(path.read_bytes())["samples"]
+    except (ValueError, KeyError, TypeError):
+        samples = None
+    if not isinstance(samples, list) or not all(isinstance(sample, dict) for sample in samples):
+        raise ValueError(f"{path}: expected samples.json of an export as fiftyone.types.FiftyOneDataset, found others")
+    return samples
+
+
+def _fiftyone_column(path: Path, name: str) -> list[Any]:
+    """A field of all samples: of a Classification its label; of a vector its values."""
+    return [_fiftyone_value(path, sample.get(name)) for sample in _fiftyone(path)]
+
+
+def _fiftyone_value(path: Path, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "$binary" not in value:
+        return value.get("label")
+    binary = value["$binary"]  # bson's JSON of what FiftyOne makes of an array: .npy, compressed
+    try:
+        data = base64.b64decode(binary["base64"] if isinstance(binary, dict) else binary)
+        return np.load(io.BytesIO(zlib.decompress(data)), allow_pickle=False)
+    except (*NUMPY_ERRORS, TypeError) as error:
+        raise _broken(path, error) from None
+
+
 def _check_beginning(path: Path) -> None:
     """ValueError unless the file's name ends as one that can be read, and the file begins as its name says."""
-    known = (*MAGIC, ".csv", ".txt")
+    known = (*SUFFIXES, ".csv", ".txt")
     if path.suffix not in known:
         raise ValueError(f"{path}: expected a file {', '.join(known)}, got {path.suffix or 'no suffix'}")
     with path.open("rb") as file:
         beginning = file.read(max(map(len, MAGIC.values())))
     if not beginning:
         raise ValueError(f"{path} is empty")
-    found = next((suffix for suffix, magic in MAGIC.items() if beginning.startswith(magic)), None)
-    if found != (path.suffix if path.suffix in MAGIC else None):
-        looks = f"it begins like a {found} file" if found else "it begins like something else"
+    found = [suffix for suffix, magic in MAGIC.items() if beginning.startswith(magic)]
+    if path.suffix not in (found if path.suffix in MAGIC or found else [path.suffix]):
+        looks = f"it begins like a {found[0]} file" if found else "it begins like something else"
         raise ValueError(f"{path} is no {path.suffix} file: {looks}")
 
 
@@ -199,6 +275,23 @@ def _matrix(path: Path, column: Any) -> NDArray[Any]:
         )
     values: NDArray[Any] = pc.list_flatten(column).to_numpy()
     return values.reshape(len(lengths), -1)
+
+
+def _stacked(path: Path, rows: list[Any]) -> NDArray[Any]:
+    """(N, D) from a list of rows."""
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    lengths = [np.size(row) if row is not None else 0 for row in rows]
+    wrong = next((i for i, length in enumerate(lengths) if length != lengths[0] or length == 0), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{path}: expected lists of features of one length, got {lengths[wrong]} values in row {wrong} and "
+            f"{lengths[0]} in row 0"
+        )
+    try:
+        return np.stack([np.asarray(row, np.asarray(rows[0]).dtype) for row in rows])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected features as lists of numbers: {error}") from None
 
 
 def _broken(path: Path, error: BaseException) -> ValueError:

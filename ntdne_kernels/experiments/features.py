@@ -1,0 +1,119 @@
+"""Features of images, with their labels and file names, out of every kind of file: for train, reproduce and audit.
+
+Nothing is unpickled, and no file is written to.
+
+Shapes: N images, F features.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ntdne_kernels.experiments.columns import SUFFIXES, has_column, has_names, read_matrix, read_values
+from ntdne_kernels.labels import read_labels
+
+COLUMNS = {  # ours; cleanlab's; FiftyOne's, in its JSON and its CSV
+    "features": ("features", "embeddings"),
+    "label": ("label", "labels", "given_label", "ground_truth", "ground_truth.label"),
+    "path": ("path", "paths", "filepath"),
+}
+FOLDERS = ("features.npy", "samples.json")  # what is read of a folder: of `ntdne embed`, and of a FiftyOneDataset
+BESIDE = {"label": "labels.npy", "path": "files.txt"}  # found by themselves beside features without them
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of N images.
+
+    Attributes:
+        name: of the archive.
+        features: (N, F) of float16, float32 or float64; mapped into memory where the file is .npy or .pt.
+        labels: (N,) integers, −1 for unlabelled, or a list of names, None for unlabelled.
+        paths: N file names, or None.
+    """
+
+    name: str
+    features: NDArray[Any]
+    labels: "list[str | None] | NDArray[np.integer[Any]]"
+    paths: list[str] | None
+
+
+def features_file(data: str) -> Path | None:
+    """The file of features that `data` names, itself or in its folder; None where it names an archive of images."""
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return next((path / name for name in FOLDERS if (path / name).is_file()), None)
+    return path if path.suffix in SUFFIXES else None
+
+
+def read_features(
+    data: Path, labels: Path | None, paths: Path | None = None, columns: dict[str, str | None] | None = None
+) -> Features:
+    """Features from a file, with the labels and file names in it, given beside it, or found beside it.
+
+    Args:
+        data: .npy or .pt, which are mapped into memory; .npz, .parquet or FiftyOne's samples.json, which are read; or
+            a folder, see `FOLDERS`. A .pt file holds a tensor, or a dictionary with the columns.
+        labels: .npy, .npz, .parquet, .csv, .txt, .pt or samples.json; None: a column of the features' file, or, where
+            that has no columns, labels.npy beside it.
+        paths: names of the images' files, as labels; None: a column, or files.txt beside it, or none.
+        columns: names of the columns of "features", "label" and "path", or None for the usual ones, see `COLUMNS`.
+
+    Raises:
+        ValueError: a file is not what its name says or lacks a column, or there are not as many labels as images.
+        OSError: a file cannot be read.
+    """
+    path = features_file(str(data)) or data
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: expected features as {', '.join(SUFFIXES)}, got {path.suffix or 'no suffix'}")
+    given = columns or {}
+    wanted = {content: (name,) if (name := given.get(content)) else usual for content, usual in COLUMNS.items()}
+    features = read_matrix(path, wanted["features"])
+
+    def holding(content: str, file: Path | None) -> Path | None:
+        """The file with the values of each image: the one given, that of the features, or one beside it."""
+        if file is not None or given.get(content) or has_column(path, wanted[content]):
+            return file or path
+        beside = path.with_name(BESIDE[content])
+        return beside if beside.is_file() and not has_names(path) else None
+
+    def of_each_image(content: str, file: Path) -> Any:
+        values = read_values(file, content, wanted[content])
+        if len(values) != len(features):
+            raise ValueError(
+                f"{file}: expected a {content} for each of the {len(features)} images of {path}, got {len(values)}"
+            )
+        return values
+
+    labels = holding("label", labels)
+    if labels is None:
+        if has_names(path):
+            read_values(path, "label", wanted["label"])  # says which columns there are
+        raise ValueError(f"{path} holds features alone; --labels names the file of their labels")
+    paths = holding("path", paths)
+    return Features(
+        data.resolve().name if data.is_dir() else path.stem,
+        features,
+        _labels(labels, of_each_image("label", labels)),
+        None if paths is None else ["" if each is None else str(each) for each in of_each_image("path", paths)],
+    )
+
+
+def as_utf8(name: str) -> str:
+    """A name, which may be any bytes, as text that UTF-8 can write; different names stay different."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _labels(path: Path, values: Any) -> "list[str | None] | NDArray[np.integer[Any]]":
+    """Labels as `encode_labels` takes them: integers, or names with None where there is none."""
+    try:
+        labels = read_labels(values, str(path))
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    if isinstance(labels, torch.Tensor):
+        return labels.numpy()
+    return [None if label is None else as_utf8(label) for label in labels]
