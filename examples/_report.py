@@ -193,6 +193,18 @@ def print_summary(metrics: Metrics, cost: dict[str, float], data: Digits) -> Non
     )
 
 
+def print_next_steps() -> None:
+    """Print how to do the same with images of one's own."""
+    print("""
+The same with your own images, which lie in a folder for each class (ntdne is in .venv/bin after make demo, or comes
+with pip install '.[embed]'; docs/features.md says more):
+  ntdne embed photos/ --encoder efficientnet-lite0               features of a pretrained network, once
+  ntdne audit embeddings/photos --images photos/                 which labels are probably wrong, as a page to look at
+  ntdne train embeddings/photos --noise none --output runs/head  a head, trained in spite of them
+  ntdne search embeddings/photos NEW.jpg --checkpoint runs/head  the images most like a new one
+python examples/aerial.py photos/ does all four.""")
+
+
 def plot_features(outcomes: dict[str, Outcome], metrics: Metrics, data: Digits, seed: int, path: Path) -> None:
     """One t-SNE map of the test features for each method; a scan is drawn as the digit it shows."""
     figure, axes = plt.subplots(1, len(outcomes), figsize=(5 * len(outcomes), 5.6), layout="constrained")

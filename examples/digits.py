@@ -28,6 +28,7 @@ from _report import (
     plot_scores,
     print_costs,
     print_metrics,
+    print_next_steps,
     print_summary,
 )
 from sklearn.datasets import load_digits
@@ -285,6 +286,7 @@ def main() -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nWritten to {folder}/: features.png, scores.png, results.json")
     print_summary(metrics, costs[-1], data)
+    print_next_steps()
 
 
 if __name__ == "__main__":

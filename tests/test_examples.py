@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from ntdne_kernels.experiments import load_encoder
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -108,6 +110,23 @@ def test_a_killed_disk_bank_run_gives_what_a_whole_one_gives(run_here, tmp_path)
     assert run_here("disk_bank.py", "killed", str(archive), *options).splitlines() == expected[2:]
 
 
+def test_aerial_goes_from_a_folder_to_features_audit_head_and_search(run_here, tmp_path, monkeypatch):
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    torch.save(resnet18().state_dict(), tmp_path / "weights.pt")
+    network = ("--encoder", "resnet18", "--weights", "weights.pt", "--image-size", "32")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    archive = load_example("_scenes").make_scenes(per_class=12)
+    printed = run_here("aerial.py", str(archive), "out", *network, "--epochs", "2")
+    assert printed.count("$ ntdne ") == 4
+    assert np.load(tmp_path / "out/features/features.npy").shape == (60, 512)
+    rows = sorted(suspects(tmp_path / "out/audit/audit.csv"), key=lambda row: int(row["rank"]))
+    assert planted(rows[:10]) >= 8
+    assert load_encoder(tmp_path / "out/head")(torch.zeros(1, 512)).shape == (1, 128)
+    assert "data:image" in (tmp_path / "out/search.html").read_text()
+
+
 def test_aerial_archive_trains_and_ranks_wrong_labels_first(run_here, tmp_path):
     printed = run_here(
         "aerial_archive.py", "--epochs", "5", "--batch-size", "32", "--image-size", "32", "--workers", "0"
@@ -175,6 +194,10 @@ def test_digits_writes_its_figures_and_results(tmp_path):
         assert cost["streamed_peak_megabytes"] < 64
         assert cost["gradient_difference"] < 1e-4
     assert "\x1b" not in result.stdout
+    from ntdne_kernels.experiments.arguments import parser
+
+    commands = [line.split("  ")[1].split() for line in result.stdout.splitlines() if line.startswith("  ntdne ")]
+    assert [parser().parse_args(command[1:]).command for command in commands] == ["embed", "audit", "train", "search"]
 
 
 @pytest.mark.parametrize(
