@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
 def class_folders(data: str) -> Path | None:
     """The folder of class folders that the archive is; None for an archive of another kind."""
     folder = Path(data).expanduser()
-    return folder if folder.is_dir() and features_file(data) is None else None
+    return folder if data not in WORDS and folder.is_dir() and features_file(data) is None else None
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ntdne_kernels.experiments import encoders
 from ntdne_kernels.experiments import run as runs
+from ntdne_kernels.experiments.arguments import class_folders
 from tests.experiments.helpers import QUICK, results_of
 
 
@@ -127,6 +128,13 @@ def test_the_authors_preset_is_continued_and_known_again(ntdne, photos, capsys):
     for _ in range(2):
         assert ntdne(*command) == 0
     assert capsys.readouterr().out.count("epoch 2/2") == 1
+
+
+def test_runs_on_a_named_archive_may_lie_in_a_folder_of_its_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert class_folders("digits") is None
+    assert class_folders("./digits") == Path("digits")
 
 
 def test_the_archive_does_not_become_an_archive_of_runs(ntdne, photos, capsys, monkeypatch):
