@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 
-from ntdne_kernels.ops import gpu, reference
+from ntdne_kernels.ops import gpu, reference, schema
+from ntdne_kernels.ops.bank_update import skipped_counter
 from ntdne_kernels.ops.gpu import configs
 from ntdne_kernels.ops.gpu.configs import Device, hopper_tiles, hopper_width
 from ntdne_kernels.ops.layout import ClassOrder
+from ntdne_kernels.ops.losses import LossSpec
 from ntdne_kernels.ops.schema import Batch
 from tests.archives import Archive, batch_of
 
@@ -76,6 +78,35 @@ def test_results_repeat_bit_for_bit_also_where_sums_are_added_to_memory(monkeypa
         assert all(torch.equal(one, other) for one, other in zip(first, gpu.log_scores(batch, True), strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("D", [64, 112, 128, 256])
+@pytest.mark.parametrize("B", [17, 64, 65, 300])
+def test_class_sums_are_those_of_the_portable_kernel_and_of_float64(B, D):
+    """Empty classes, single rows, ragged ends, more classes than programs, queries of no row."""
+    for N, C in ((1, 1), (129, 1), (3333, 300), (20_001, 45), (70_001, 2), (70_001, 2000)):
+        batch = in_class_order(B, N, D, C, seed=N)
+        offsets = torch.cat([batch.layout.offsets.new_zeros(2), batch.layout.offsets])  # the first class is empty
+        given = batch.features.bfloat16(), batch.bank, batch.own, offsets
+        found = gpu.class_log_sums(*given, 0.1, kernel="hopper")
+        torch.testing.assert_close(found, gpu.class_log_sums(*given, 0.1), rtol=1e-6, atol=1e-6)
+        exact = reference.class_log_sums(*(x.double() for x in given[:2]), *given[2:], 0.1)
+        torch.testing.assert_close(found, exact, rtol=2e-6, atol=2e-6)
+
+
+@needs_interpreter
+def test_class_sums_say_what_the_hopper_kernel_needs(monkeypatch):
+    batch = in_class_order(20, 60, 128, 3, device="cpu")
+    given = batch.features.bfloat16(), batch.bank, batch.own, batch.layout.offsets
+    with pytest.raises(ValueError, match=r"kernel: 'hopper' needs a Hopper GPU, more than 16 queries"):
+        gpu.class_log_sums(*given, 0.1, kernel="hopper")
+    monkeypatch.setattr(gpu.launches, "hopper_serves", lambda _: True)
+    with pytest.raises(ValueError, match=r"kernel: 'hopper' needs a sigma of at least 0\.03, got 0\.01"):
+        gpu.class_log_sums(*given, 0.01, kernel="hopper")
+
+
 @pytest.mark.parametrize(
     ("D", "B", "expected"),
     [(128, 256, (128, 128)), (128, 64, (64, 128)), (64, 65, (128, 128)), (256, 4096, (128, 64)), (96, 128, (128, 128)),
@@ -105,7 +136,11 @@ def test_portable_kernel_takes_over_where_hopper_does_not_compile_said_once(monk
             return launch
 
     batch = in_class_order(20, 60, 128, 3, device="cpu")
-    expected = gpu.log_scores(batch, True)
+    batch.features[4], batch.features[9, 1] = 0, torch.nan
+    images = schema.Archive(batch.labels, batch.own, torch.full((21,), torch.nan))
+    batch = batch._replace(own=torch.arange(20))
+    spec = LossSpec(0.7, None, "mean")
+    expected = gpu.fused_loss(batch, images, spec, True)
     gpu.launches.plan_of.cache_clear()
     monkeypatch.setattr(
         gpu.launches,
@@ -113,12 +148,14 @@ def test_portable_kernel_takes_over_where_hopper_does_not_compile_said_once(monk
         SimpleNamespace(stream=Broken(), descriptors=lambda queries, bank, rows: (queries, bank)),
     )
     monkeypatch.setattr(gpu.launches, "hopper_serves", lambda bank: gpu.launches.hopper is not None)
+    before = int(skipped_counter(torch.device("cpu")))
     with pytest.warns(RuntimeWarning, match="kernel for Hopper GPUs does not compile with triton") as said:
-        found = gpu.log_scores(batch, True)
-        again = gpu.log_scores(batch, True)
-    assert len(said) == 1
+        found = gpu.fused_loss(batch, images, spec, True)
+        assert int(skipped_counter(torch.device("cpu"))) == before + 2  # also where the step begins anew
+        again = gpu.fused_loss(batch, images, spec, True)
+    assert sum("Hopper" in str(warning.message) for warning in said) == 1
     for results in (found, again):
-        assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
+        torch.testing.assert_close(results, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_stages_are_as_many_as_fit():
