@@ -10,7 +10,7 @@ import benchmarks.audit
 from benchmarks.audit.calibration import calibrate
 from benchmarks.audit.evidence import evidence
 from benchmarks.audit.features import audit_features, read_features, write_rows
-from benchmarks.audit.speed import Case, run_case, speed
+from benchmarks.audit.speed import Case, run_case, run_fit, speed
 from benchmarks.audit.tables import CALIBRATION, EVIDENCE, FEATURES, SPEED, table
 
 
@@ -53,6 +53,8 @@ def main() -> None:
     command.add_argument("--calibration", type=Path, default=CALIBRATION)
     command = commands.add_parser("case")  # which `speed` runs, each in a process of its own
     command.add_argument("case", nargs=5)
+    command = commands.add_parser("fit")
+    command.add_argument("sizes", type=int, nargs=3, metavar=("N", "D", "C"))
     given = parser.parse_args()
     if given.command == "evidence":
         write(evidence(given.runs, given.cache), given.output)
@@ -63,6 +65,8 @@ def main() -> None:
         given.output.write_text(text)
     elif given.command == "calibrate":
         write(calibrate(given.scenes), given.output)
+    elif given.command == "fit":
+        print(json.dumps(run_fit(*given.sizes)))
     elif given.command == "table":
         table(given.features, given.evidence, given.speed, given.calibration)
     else:

@@ -36,7 +36,7 @@ def table(features_path: Path, evidence_path: Path, speed_path: Path, calibratio
 
 
 def print_features(path: Path) -> None:
-    """Each method in the mean over the noises, with standard errors over the seeds; then noise by noise."""
+    """Each method whose runs are all there: over all noises, and in each; with standard errors over the seeds."""
     with path.open() as file:
         rows = list(csv.DictReader(file))
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
@@ -46,7 +46,8 @@ def print_features(path: Path) -> None:
             if row["dataset"] == dataset:
                 run = runs.setdefault(row["method"], {}).setdefault((f"{row['noise']} {row['rate']}", row["seed"]), {})
                 run[row["suspects"], row["metric"]] = float(row["value"])
-        _print_methods(dataset, runs)
+        complete = {method: found for method, found in runs.items() if len(found) == max(map(len, runs.values()))}
+        _print_methods(dataset, complete)
 
 
 def _print_methods(dataset: str, runs: dict[str, dict[tuple[str, str], dict[tuple[str, str], float]]]) -> None:
