@@ -36,9 +36,8 @@ def choose_sigma(bank: MemoryBank) -> float:
     drawn with a fixed seed, are compared with all N. The middle one is taken of those σ whose agreement is within one
     standard error of the highest: in small archives many agree equally often.
 
-    On the untrained features of AID this comes within a point of the best average precision that any σ gives in
-    finding wrong labels; the σ with the highest mean log p (eq. 5) is 3 to 4 points below
-    (`python -m benchmarks.audit features`).
+    On the untrained features of AID neighbours alone then find wrong labels with a mean average precision of 91.7 %,
+    with the σ of training, 0.1, of 89.1 (`python -m benchmarks.audit features`).
 
     Example:
         >>> from ntdne_kernels.audit import feature_bank
