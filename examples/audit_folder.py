@@ -21,11 +21,10 @@ from torchvision import models
 from torchvision.datasets import ImageFolder
 
 from ntdne_kernels import IndexedDataset, MemoryBank, fill_bank
-from ntdne_kernels.audit import audit_bank, audit_labels
+from ntdne_kernels.audit import audit_bank
 from ntdne_kernels.interchange import to_frame
 
 D = 512
-SIGMAS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)
 
 
 def make_encoder(weights: str) -> nn.Module:
@@ -35,18 +34,6 @@ def make_encoder(weights: str) -> nn.Module:
         encoder.load_state_dict(torch.load(weights, weights_only=True))
     encoder.fc = nn.Identity()
     return encoder
-
-
-def choose_sigma(bank: MemoryBank, most: int = 5000) -> float:
-    """The width of the neighbourhood at which neighbours foretell the labels best; each encoder has its own."""
-    sample = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[:most].to(bank.device)
-    features, labels = bank.rows(sample), bank.labels[sample]
-
-    def agreement(sigma: float) -> float:
-        audit = audit_labels(features, labels, sigma=sigma)
-        return float((audit.suggested == audit.labels)[audit.judged].float().mean())
-
-    return max(SIGMAS, key=agreement)
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -65,7 +52,7 @@ loader = DataLoader(dataset, batch_size=64, num_workers=arguments.workers)
 torch.manual_seed(0)
 bank = MemoryBank(dataset.labels, D, device=device)
 fill_bank(bank, make_encoder(arguments.weights).to(device), loader)
-audit = audit_bank(bank, sigma=choose_sigma(bank), classes=files.classes)
+audit = audit_bank(bank, classes=files.classes)
 
 frame = to_frame(audit, paths=[path for path, _ in files.samples]).sort_values("rank")
 frame.to_csv(arguments.output, index=False)
@@ -74,6 +61,6 @@ if audit.doubt:
     print(f"how many labels are wrong these features cannot say, look at the worst first: {audit.doubt}")
 else:
     print(f"about {audit.noise_rate:.1%} of the labels are wrong")
-print("\nquality  label -> should be (share of its neighbours)")
+print("\nquality  label -> should be (its share)")
 for row in frame.head(arguments.show).itertuples():
     print(f"{row.label_score:7.3f}  {row.given_label} -> {row.predicted_label} ({row.suggested_share:.0%})  {row.path}")

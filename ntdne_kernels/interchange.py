@@ -39,11 +39,12 @@ def to_frame(
 
         path             the image's path; only where `paths` are given
         given_label      its label, categorical; missing where unlabelled
-        predicted_label  the suggested class, categorical: the one with the largest share of its neighbourhood
+        predicted_label  the suggested class, categorical: the one with the largest share
         is_label_issue   whether it is a suspect
         label_score      quality of its label in [0, 1], low is suspect; NaN where not judged
         rank             its place in the ranking; 1 is the most suspect, those not judged come last
         score            p: the share of its neighbourhood that carries its label (eq. 4); NaN where unlabelled
+        label_share      the share of its label, with the ridge regression where the audit has one; NaN where not judged
         suggested_share  the share of the suggested class
         log_density      log of the mean of exp(f_i·f_j/σ) over the other images
         duplicate_of     the first image with exactly the same features; missing where there is none before it
@@ -87,6 +88,7 @@ def to_frame(
         "label_score": audit.quality.numpy(),
         "rank": rank.numpy(),
         "score": audit.score.numpy(),
+        "label_share": audit.label_share.numpy(),
         "suggested_share": audit.suggested_share.numpy(),
         "log_density": audit.log_density.numpy(),
         "duplicate_of": pd.arrays.IntegerArray(audit.duplicate_of.numpy(), (audit.duplicate_of < 0).numpy()),
@@ -96,10 +98,10 @@ def to_frame(
 
 
 def pred_probs(audit: LabelAudit) -> NDArray[np.floating[Any]]:
-    """The leave-one-out class shares p_ic as cleanlab's functions take them: (N, C), classes in order of code.
+    """The leave-one-out class shares as cleanlab's functions take them: (N, C), classes in order of code.
 
-    A row sums to 1 minus the share of unlabelled neighbours. cleanlab knows no unlabelled images: give its functions
-    the rows where `audit.labels` is not −1, beside these labels.
+    A row sums to 1; in an audit without the ridge, to 1 minus the share of unlabelled neighbours. cleanlab knows no
+    unlabelled images: give its functions the rows where `audit.labels` is not −1, beside these labels.
 
     Example:
         >>> from ntdne_kernels.audit import audit_labels
@@ -162,7 +164,7 @@ def register_issue_manager() -> type:
 
     class AuditIssueManager(IssueManager):  # type: ignore[misc]  # cleanlab has no types
         issue_name = "ntdne_label"
-        description = "Examples whose given label is not that of their neighbours in feature space."
+        description = "Examples whose given label is not the one that all others foretell by their features."
         verbosity_levels: ClassVar = {0: [], 1: ["noise_rate", "num_not_judged"], 2: [], 3: []}
 
         def __init__(self, datalab: Any, audit: LabelAudit, method: str | float = "rate", **_: Any) -> None:
@@ -171,7 +173,7 @@ def register_issue_manager() -> type:
             if len(audit) != len(datalab.data):
                 raise ValueError(f"audit: expected one of the Datalab's {len(datalab.data)} examples, got {len(audit)}")
             self.frame = to_frame(audit, method=method)
-            self.noise_rate = audit.noise_rate
+            self.noise_rate, self.sigma = audit.noise_rate, audit.sigma
 
         def find_issues(self, **_: Any) -> None:
             columns = {"is_label_issue": "is_ntdne_label_issue", "label_score": "ntdne_label_score"}
@@ -184,6 +186,7 @@ def register_issue_manager() -> type:
             return {
                 "num_label_issues": int(self.frame["is_label_issue"].sum()),
                 "average_label_quality": float(self.frame["label_score"].mean()),
+                "sigma": self.sigma,
                 "num_not_judged": int(self.frame["label_score"].isna().sum()),
                 "noise_rate": self.noise_rate,
                 "given_label": self.frame["given_label"].tolist(),

@@ -152,7 +152,7 @@ def test_labels_of_pandas_belong_to_features_by_position():
 def test_pred_probs_are_the_leave_one_out_class_shares():
     features, codes = made()
     codes[:6] = -1
-    audit = audit_labels(features, codes, sigma=0.2)
+    audit = audit_labels(features, codes, sigma=0.2, ridge=False)
     mass = (features.double() @ features.double().T / 0.2).exp().fill_diagonal_(0)
     shares = torch.stack([mass[:, codes == c].sum(dim=1) for c in range(4)], dim=1) / mass.sum(dim=1, keepdim=True)
     np.testing.assert_allclose(pred_probs(audit), shares, rtol=1e-5)
@@ -185,7 +185,10 @@ def test_score_is_cleanlabs_self_confidence():
     features, codes = made(C=3)
     audit = audit_labels(features, codes, sigma=0.2)
     theirs = rank.get_label_quality_scores(codes.numpy(), pred_probs(audit), method="self_confidence")
-    np.testing.assert_allclose(audit.score, theirs, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(audit.label_share, theirs, rtol=1e-5, atol=1e-6)
+    alone = audit_labels(features, codes, sigma=0.2, ridge=False)
+    theirs = rank.get_label_quality_scores(codes.numpy(), pred_probs(alone), method="self_confidence")
+    np.testing.assert_allclose(alone.score, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_datalab_takes_an_audit_as_an_issue(capsys):

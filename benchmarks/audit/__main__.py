@@ -1,7 +1,6 @@
 """The command `python -m benchmarks.audit`."""
 
 import argparse
-import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 import benchmarks.audit
 from benchmarks.audit.calibration import calibrate
 from benchmarks.audit.evidence import evidence
-from benchmarks.audit.speed import Case, run_case, speed
-from benchmarks.audit.tables import CALIBRATION, EVIDENCE, SPEED, table
+from benchmarks.audit.features import audit_features, read_features, write_rows
+from benchmarks.audit.speed import Case, run_case, run_fit, speed
+from benchmarks.audit.tables import CALIBRATION, EVIDENCE, FEATURES, SPEED, table
 
 
 def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
@@ -23,12 +23,7 @@ def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
     found = list(rows)
     if not found:
         raise SystemExit("no finished run with wrong labels was found")
-    written = path.with_suffix(".new")
-    with written.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
-    written.replace(path)
+    write_rows(found, path)
 
 
 def main() -> None:
@@ -40,6 +35,11 @@ def main() -> None:
     command.add_argument("runs", type=Path)
     command.add_argument("--cache", type=Path, help="of `ntdne reproduce`")
     command.add_argument("--output", type=Path, default=EVIDENCE)
+    command = commands.add_parser("features")
+    for name in ("features", "labels", "classes"):
+        command.add_argument(f"--{name}", type=Path)
+    command.add_argument("--seeds", type=int, default=5)
+    command.add_argument("--output", type=Path, default=FEATURES)
     command = commands.add_parser("speed")
     command.add_argument("--sizes", type=int, nargs="+", default=[10**4, 10**5, 10**6])
     command.add_argument("--output", type=Path, default=SPEED)
@@ -47,21 +47,28 @@ def main() -> None:
     command.add_argument("--scenes", type=Path, help="folder of class folders of aerial scenes")
     command.add_argument("--output", type=Path, default=CALIBRATION)
     command = commands.add_parser("table")
+    command.add_argument("--features", type=Path, default=FEATURES)
     command.add_argument("--evidence", type=Path, default=EVIDENCE)
     command.add_argument("--speed", type=Path, default=SPEED)
     command.add_argument("--calibration", type=Path, default=CALIBRATION)
     command = commands.add_parser("case")  # which `speed` runs, each in a process of its own
     command.add_argument("case", nargs=5)
+    command = commands.add_parser("fit")
+    command.add_argument("sizes", type=int, nargs=3, metavar=("N", "D", "C"))
     given = parser.parse_args()
     if given.command == "evidence":
         write(evidence(given.runs, given.cache), given.output)
+    elif given.command == "features":
+        audit_features(read_features(given.features, given.labels, given.classes), given.seeds, given.output)
     elif given.command == "speed":
         text = json.dumps(speed(given.sizes), indent=1) + "\n"
         given.output.write_text(text)
     elif given.command == "calibrate":
         write(calibrate(given.scenes), given.output)
+    elif given.command == "fit":
+        print(json.dumps(run_fit(*given.sizes)))
     elif given.command == "table":
-        table(given.evidence, given.speed, given.calibration)
+        table(given.features, given.evidence, given.speed, given.calibration)
     else:
         N, D, C, dtype, batches = given.case
         print(json.dumps(run_case(Case(int(N), int(D), int(C), dtype, int(batches)))))

@@ -1,11 +1,13 @@
 """What the label audit, cleanlab and a K-NN vote say of the given labels, as one kind of verdict.
 
-Every method gets the same unit features and the same labels.
+Every method gets the same features and labels. Those that ask neighbours compare directions, so that the rows' lengths
+are nothing to them; for a logistic regression they matter.
 
 Shapes: N images, D features, C classes.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ from cleanlab.rank import get_label_quality_scores
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ntdne_kernels import audit
 
@@ -33,17 +36,20 @@ class Verdict(NamedTuple):
     """The estimated share of wrong labels."""
 
 
-def ours(features: Tensor, labels: Tensor) -> Verdict:
-    """The audit of this package."""
-    found = audit.audit_labels(features, labels)
+def ours(features: Tensor, labels: Tensor, **options: Any) -> Verdict:
+    """The audit of this package, with these options of `audit_labels`."""
+    found = audit.audit_labels(features, labels, **options)
     suspects = {method: found.suspects(method) for method in audit.METHODS}
     return Verdict(found.quality, suspects | {f"k={K}": found.suspects(K)}, found.noise_rate)
 
 
-def score(features: Tensor, labels: Tensor) -> Verdict:
-    """The audit's score p in place of its quality."""
-    found = audit.audit_labels(features, labels)
-    return Verdict(found.score, {}, found.noise_rate)
+def ridge(features: Tensor, labels: Tensor) -> Verdict:
+    """The leave-one-out ridge regression alone, judged as cleanlab judges a classifier."""
+    bank = audit.feature_bank(features, labels)
+    log_shares = audit.fit_ridge(bank).log_shares(bank, bank.positions(torch.arange(len(labels)))).double()
+    own = labels.unsqueeze(1)
+    ratio = log_shares.gather(1, own) - log_shares.scatter(1, own, -torch.inf).amax(dim=1, keepdim=True)
+    return cleanlab(labels, log_shares.exp().numpy())._replace(quality=ratio.squeeze(1))
 
 
 def vote(features: Tensor, labels: Tensor) -> Verdict:
@@ -88,8 +94,11 @@ def cleanlab(labels: Tensor, shares: "np.ndarray[Any, Any]") -> Verdict:
 
 METHODS: dict[str, Callable[[Tensor, Tensor], Verdict]] = {
     "ours": ours,
-    "ours, p alone": score,
     "cleanlab, classifier": cleanlab_classifier,
+    "cleanlab, classifier on unit rows": lambda features, labels: cleanlab_classifier(normalize(features), labels),
+    "ours, ridge alone": ridge,
+    "ours, neighbours alone": partial(ours, ridge=False),
+    "ours, neighbours, sigma 0.1": partial(ours, sigma=0.1, ridge=False),
     "cleanlab, K-NN": cleanlab_knn,
     "K-NN vote": vote,
 }

@@ -7,8 +7,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import memory
 from benchmarks.machine import describe_cpu
-from ntdne_kernels import audit
+from ntdne_kernels import MemoryBank, audit
 
 Row = dict[str, Any]
 
@@ -87,9 +88,21 @@ def run_case(case: Case) -> Row:
 
 
 def audit_once(features: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
-    """All that an audit computes: scores, ranking and suspects."""
-    found = audit.audit_labels(features, labels, dtype=dtype, progress=True)
+    """All that an audit by neighbours alone computes: scores, ranking and suspects."""
+    found = audit.audit_labels(features, labels, sigma=0.1, ridge=False, dtype=dtype, progress=True)
     found.ranking, found.suspects("rate")
+
+
+def run_fit(N: int, D: int, C: int) -> Row:
+    """The seconds of what an audit does beside its neighbours, and the peak of memory that each adds to the bank."""
+    bank = audit.feature_bank(torch.randn(N, D), torch.randint(C, (N,)))
+    found: Row = {}
+    steps: dict[str, Callable[[MemoryBank], Any]] = {"choose_sigma": audit.choose_sigma, "fit_ridge": audit.fit_ridge}
+    for name, step in steps.items():
+        begun = time.process_time()
+        peak = memory.added_by(partial(step, bank))
+        found[name] = {"cpu_seconds": time.process_time() - begun, "peak_bytes": peak}
+    return found
 
 
 class Sweep:

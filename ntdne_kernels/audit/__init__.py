@@ -2,12 +2,17 @@
 
     p_ic = Σ_{j of class c} exp(f_i·f_j/σ) / Σ_j exp(f_i·f_j/σ),  j ≠ i      class c's share of i's neighbours
     p_i  = p_ic of i's own label c                                           the leave-one-out score (eq. 4)
+    r_ic = softmax_c(z_i/T)                                                  z_i: a ridge regression without image i
+    the share of class c ∝ √(p_ic·r_ic)
 
-No image votes on its own label, so the shares are class probabilities that were predicted out of sample, as a
+The neighbours know where classes lie however they are shaped, the regression what a class has in common. No image has a
+part in the verdict on its own label, so the shares are class probabilities that were predicted out of sample, as a
 classifier's cross-validation gives them. Methods for such probabilities (confident learning) work on them.
 
     inputs               features become a MemoryBank
-    neighbourhood        the shares p_ic
+    neighbourhood        the sums behind p_ic, and the choice of σ
+    ridge                r_ic
+    judgement            both of some rows, combined
     nearest, duplicates  the nearest neighbours and the exact copies of images
     result               LabelAudit: scores, ranking, suspects, noise rate
     confident_learning   confusions between classes, from the shares
@@ -29,9 +34,11 @@ from ntdne_kernels.audit.confident_learning import Confusions
 from ntdne_kernels.audit.doubt import Evidence, sample_neighbours
 from ntdne_kernels.audit.duplicates import find_duplicates
 from ntdne_kernels.audit.inputs import check_rows, feature_bank, free_memory
+from ntdne_kernels.audit.judgement import judge
 from ntdne_kernels.audit.nearest import nearest_neighbours
-from ntdne_kernels.audit.neighbourhood import class_shares
+from ntdne_kernels.audit.neighbourhood import SIGMAS, choose_sigma
 from ntdne_kernels.audit.result import METHODS, LabelAudit, otsu_threshold
+from ntdne_kernels.audit.ridge import Ridge, fit_ridge
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.labels import encode_labels
 from ntdne_kernels.ops.backends import BACKENDS
@@ -40,25 +47,31 @@ from ntdne_kernels.user_warning import warn_user
 
 __all__ = [
     "METHODS",
+    "SIGMAS",
     "Confusions",
     "Evidence",
     "LabelAudit",
+    "Ridge",
     "audit_bank",
     "audit_labels",
+    "choose_sigma",
     "feature_bank",
+    "fit_ridge",
     "free_memory",
     "nearest_neighbours",
     "otsu_threshold",
 ]
 
 QUERY_BATCH = {"cpu": 4096, "cuda": 32768}  # fills a GPU, and reads a bank on disk only N/4096 times
+BATCH_SHARES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of all classes, held in float64 a few times: 134 MB, 2.1 GB
 
 
 def audit_labels(  # noqa: PLR0913 (options, given by name)
     features: Any,
     labels: Any,
     *,
-    sigma: float = 0.1,
+    sigma: float | str = "auto",
+    ridge: bool = True,
     top: int = 10,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -66,15 +79,16 @@ def audit_labels(  # noqa: PLR0913 (options, given by name)
     backend: str | None = None,
     progress: bool = False,
 ) -> LabelAudit:
-    """Score the labels of a whole archive by the neighbours of each image.
+    """Score the labels of a whole archive by all other images, with nothing to set.
 
-    Exact, over all N·(N − 1) pairs. Needs memory for one copy of the features and for the result.
+    Exact, over all N·(N − 1) pairs. Needs memory for one copy of the features, for the result and, with the ridge
+    regression, for D×D and C×D values.
 
     Example:
         >>> features = torch.tensor([[9, 0], [9, 1], [9, 2], [9, 3], [0, 9], [1, 9], [2, 9]]).float()
         >>> audit = audit_labels(features, ["ash", "ash", "ash", "oak", "oak", "oak", "oak"])
         >>> audit
-        LabelAudit(7 images, 2 classes, 7 labels judged, sigma=0.1)
+        LabelAudit(7 images, 2 classes, 7 labels judged, sigma=0.068)
         >>> int(audit.ranking[0])  # the most suspect image
         3
         >>> audit.classes[audit.suggested[3]]
@@ -85,8 +99,10 @@ def audit_labels(  # noqa: PLR0913 (options, given by name)
         labels: (N,) integers, −1 for unlabelled, or names, of which "", None and NaN mean unlabelled, as
             `encode_labels` takes them: a tensor, array, list or Series. Label i belongs to row i, whatever the index of
             a Series says.
-        sigma: temperature σ > 0 of the neighbourhood (eq. 3): that of training, where NTDNE made the features.
-        top: m, how many classes are kept of each image's neighbours, at most C. Confident learning looks at these.
+        sigma: temperature σ > 0 of the neighbourhood (eq. 3). "auto": `choose_sigma` chooses it by the given labels.
+        ridge: combine the neighbours' shares with those of `fit_ridge`, where there are two classes or more. False: the
+            neighbours alone.
+        top: m, how many classes are kept of each image, at most C. Confident learning looks at these.
         device: where to compute; None: where the features are.
         dtype: of the copy, and so of the arithmetic.
         scratch: folder for the copy of an archive that is larger than memory. Nothing stays there, unless the process
@@ -103,14 +119,15 @@ def audit_labels(  # noqa: PLR0913 (options, given by name)
     _check_arguments(sigma, top, backend)
     codes, classes = encode_labels(labels)
     bank = feature_bank(features, codes, device=device, dtype=dtype, scratch=scratch, progress=progress)
-    return audit_bank(bank, sigma=sigma, top=top, backend=backend, progress=progress, classes=classes)
+    return audit_bank(bank, sigma=sigma, ridge=ridge, top=top, backend=backend, progress=progress, classes=classes)
 
 
 @torch.no_grad()
 def audit_bank(
     bank: MemoryBank,
     *,
-    sigma: float = 0.1,
+    sigma: float | str = "auto",
+    ridge: bool = True,
     top: int = 10,
     backend: str | None = None,
     progress: bool = False,
@@ -128,7 +145,8 @@ def audit_bank(
 
     Args:
         bank: of N images, kept by one process.
-        sigma: as in `audit_labels`.
+        sigma: as in `audit_labels`; that of training, where NTDNE made the features, will do as well.
+        ridge: as in `audit_labels`.
         top: as in `audit_labels`.
         backend: as in `audit_labels`.
         progress: as in `audit_labels`.
@@ -150,18 +168,23 @@ def audit_bank(
     if bank.fresh:
         warn_user("bank: its rows are still the random ones of its start; fill_bank brings an encoder's")
     check_rows(bank)
-    N, m = len(bank), min(int(top), len(classes))
-    log_score, log_sum_all = torch.empty(N, device="cpu"), torch.empty(N, device="cpu")
-    top_classes = torch.empty((N, m), dtype=torch.int64, device="cpu")
+    fit = fit_ridge(bank) if ridge and len(bank.classes) > 1 else None
+    chosen = choose_sigma(bank) if isinstance(sigma, str) else float(sigma)
+    N, C = len(bank), len(classes)
+    log_score, log_ratio, log_density = torch.empty((3, N), device="cpu")
+    top_classes = torch.empty((N, min(int(top), C)), dtype=torch.int64, device="cpu")
     # float32 would round the share 1 − 1e-9 of a tight class to 1, and its labels' quality to noise.
-    top_shares = torch.empty((N, m), dtype=torch.float64, device="cpu")
-    batch = QUERY_BATCH.get(bank.device.type, QUERY_BATCH["cpu"])
+    top_shares = torch.empty(top_classes.shape, dtype=torch.float64, device="cpu")
+    device = bank.device.type if bank.device.type in QUERY_BATCH else "cpu"
+    batch = max(min(QUERY_BATCH[device], BATCH_SHARES[device] // max(C, 1)), 1)
     starts: Iterable[int] = range(0, N, batch)
     for start in with_progress(starts, "Comparing images") if progress else starts:
         rows = torch.arange(start, min(start + batch, N), device=bank.device)
-        images, shares = bank.order[rows].cpu(), class_shares(bank, rows, m, sigma, backend)
-        log_score[images], log_sum_all[images] = shares.log_score.float().cpu(), shares.log_sum_all.float().cpu()
-        top_classes[images], top_shares[images] = shares.top_classes.cpu(), shares.top_shares.cpu()
+        images, found = bank.order[rows].cpu(), judge(bank, rows, chosen, fit, backend)
+        log_score[images], log_density[images] = found.log_score.float().cpu(), found.log_density.float().cpu()
+        log_ratio[images] = found.log_ratio.float().cpu()
+        largest = found.shares.topk(top_classes.size(1), dim=1)
+        top_classes[images], top_shares[images] = largest.indices.cpu(), largest.values.double().cpu()
     labels = bank.labels.cpu()
     codes = torch.searchsorted(bank.classes.cpu(), labels) if classes else labels
     codes = torch.where(labels == UNLABELLED, UNLABELLED, codes)
@@ -169,19 +192,24 @@ def audit_bank(
     return LabelAudit(
         classes=classes,
         labels=codes,
-        sigma=float(sigma),
+        sigma=chosen,
+        ridge=fit is not None,
         log_score=log_score,
+        log_ratio=log_ratio,
         top_classes=top_classes,
         top_shares=top_shares,
-        log_density=log_sum_all - math.log(max(N - 1, 1)),
+        log_density=log_density,
         duplicate_of=find_duplicates(bank),
         sample=sample,
         neighbour_labels=neighbour_labels,
     )
 
 
-def _check_arguments(sigma: float, top: int, backend: str | None) -> None:
-    check_number("sigma", sigma, 0, math.inf)
+def _check_arguments(sigma: float | str, top: int, backend: str | None) -> None:
+    if isinstance(sigma, str):
+        check_choice("sigma", sigma, ("auto",))
+    else:
+        check_number("sigma", sigma, 0, math.inf)
     if isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 1:
         raise ValueError(f"top: expected a number of classes from 1, got {top!r}")
     if backend is not None:

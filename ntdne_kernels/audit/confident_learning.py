@@ -31,7 +31,7 @@ def find_confident_classes(
 
     Args:
         labels: (N,) codes of the labels.
-        score: (N,) the share of each image's own label.
+        score: (N,) the share of each image's own label, NaN where not judged.
         judged: (N,) bool, which images have a score that means something; at least one.
         top_classes: (N, m) the classes with the largest shares, the largest first.
         top_shares: (N, m) their shares.

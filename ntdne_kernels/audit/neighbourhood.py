@@ -1,64 +1,109 @@
-"""The classes' shares in the neighbourhood of a bank's rows: sums of exp(f_i·f_j/σ) over each class.
+"""The classes' sums in the neighbourhood of a bank's rows, Σ exp(f_i·f_j/σ), and the σ at which they foretell labels.
 
-Classes are met in the bank's order, at most CLASS_BLOCK at a time, so that (B, C) sums are never held at once.
-
-Shapes: B queries, C classes, m classes kept, K classes of a block.
+Shapes: B queries, N bank rows, C classes, K classes of a block, S temperatures.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ntdne_kernels.arguments import NOT_IN_BANK
+from ntdne_kernels.arguments import NOT_IN_BANK, accumulator_dtype
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.functional import choose_backend
 from ntdne_kernels.ops.backends import BACKENDS
 from ntdne_kernels.ops.chunked import CHUNK_BYTES, chunks_of
+from ntdne_kernels.ops.products import exp_
 
 CLASS_BLOCK = 1024  # float64 sums of a block: 34 MB for 4,096 queries on a CPU, 268 MB for 32,768 on a GPU
 
-
-class ClassShares(NamedTuple):
-    """What the neighbours of B rows of a bank are of, on the bank's device."""
-
-    log_score: Tensor
-    """(B,) log of the share of the query's own label (eq. 4); −inf for no such row, NaN for an unlabelled query."""
-    log_sum_all: Tensor
-    """(B,) log Σ_j exp(f_i·f_j/σ) over all other rows."""
-    top_classes: Tensor
-    """(B, m) the classes with the largest shares, the largest first."""
-    top_shares: Tensor
-    """(B, m) float64: their shares."""
+SIGMAS = (
+    *(1.0, 0.68, 0.46, 0.32, 0.22, 0.15),
+    *(0.1, 0.068, 0.046, 0.032, 0.022, 0.015),
+    *(0.01, 0.0068, 0.0046, 0.0032, 0.0022, 0.0015, 0.001),
+)
+"""What `choose_sigma` chooses from: six to a decade, the largest first."""
+SAMPLE_SIZE = 2048
+SAMPLE_BLOCK, PRODUCTS = 256, 1 << 25  # images of the sample together; their products, beside as many exponentials
 
 
-def class_shares(bank: MemoryBank, rows: Tensor, m: int, sigma: float, backend: str | None) -> ClassShares:
-    """The shares of the m largest classes, and of its own, around each of the `rows` (B,) of `bank.storage`."""
-    # Range 0 holds the unlabelled rows, range 1 + c the rows of class c.
-    bounds = torch.cat([bank.offsets.new_zeros(1), bank.offsets])
-    own = torch.searchsorted(bounds, rows, right=True) - 1
-    log_own = torch.full((len(rows),), -torch.inf, dtype=torch.float64, device=bank.device)
-    log_all = log_own.clone()
-    log_top, top_ranges = log_own.new_empty((len(rows), 0)), own.new_empty((len(rows), 0))
+@torch.no_grad()
+def choose_sigma(bank: MemoryBank) -> float:
+    """The σ of `SIGMAS` at which the class with the largest share of an image's neighbours is most often its label.
+
+    Needs no right label: wrong ones that fall on images at random agree as seldom with every σ. Up to 2,048 images,
+    drawn with a fixed seed, are compared with all N. The middle one is taken of those σ whose agreement is within one
+    standard error of the highest: in small archives many agree equally often.
+
+    On the untrained features of AID neighbours alone then find wrong labels with a mean average precision of 91.7 %,
+    with the σ of training, 0.1, of 89.1 (`python -m benchmarks.audit features`).
+
+    Example:
+        >>> from ntdne_kernels.audit import feature_bank
+        >>> features = torch.tensor([[9, 0], [9, 1], [9, 2], [0, 9], [1, 9], [2, 9]]).float()
+        >>> choose_sigma(feature_bank(features, torch.tensor([0, 0, 0, 1, 1, 1])))
+        0.032
+
+    Args:
+        bank: of N images, kept by one process.
+    """
+    first, N = int(bank.offsets[0]), len(bank)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randperm(N - first, generator=generator, device="cpu")[:SAMPLE_SIZE].sort().values + first
+    if len(drawn) == 0:
+        return SIGMAS[0]
+    ranges = own_range(bank, torch.arange(N, device=bank.device))
+    agreeing = torch.zeros(len(SIGMAS), dtype=torch.int64, device=bank.device)
+    for rows in drawn.to(bank.device).split(max(min(SAMPLE_BLOCK, PRODUCTS // N), 1)):
+        products = _products(bank, rows)
+        products -= products.amax(dim=0)  # the nearest neighbour: its weight is 1 at every sigma
+        for s, sigma in enumerate(SIGMAS):
+            sums = products.new_zeros((len(bank.classes) + 1, len(rows)))
+            sums.index_add_(0, ranges, exp_(products / sigma))
+            agreeing[s] += (sums[1:].argmax(dim=0) + 1 == ranges[rows]).sum()
+    agreement = agreeing.double().cpu() / len(drawn)
+    best = agreement.max()
+    good = (agreement >= best - (best * (1 - best) / len(drawn)).sqrt()).nonzero().squeeze(1)
+    return SIGMAS[int(good[(len(good) - 1) // 2])]
+
+
+def class_log_sums(bank: MemoryBank, rows: Tensor, sigma: float, backend: str | None) -> Tensor:
+    """(B, 1 + C) float64: log Σ exp(f_i·f_j/σ) over the unlabelled rows, and over those of each class.
+
+    A row is not among its own neighbours. −inf where there is none.
+
+    Args:
+        bank: of N images.
+        rows: (B,) rows of `bank.storage`.
+        sigma: temperature of the neighbourhood.
+        backend: as in `functional.leave_one_out_log_scores`.
+    """
+    bounds = _bounds(bank)
+    found = torch.full((len(rows), len(bounds) - 1), -torch.inf, dtype=torch.float64, device=bank.device)
     for first, log_sums in _range_log_sums(bank, rows, bounds, sigma, backend):
-        log_all = torch.logaddexp(log_all, log_sums.logsumexp(dim=1))
-        inside = (own >= first) & (own < first + log_sums.size(1))
-        column = torch.where(inside, own - first, 0).unsqueeze(1)
-        log_own = torch.where(inside, log_sums.gather(1, column).squeeze(1), log_own)
-        labelled = max(first, 1)
-        largest, columns = _largest(log_sums[:, labelled - first :], m)
-        log_top, kept = _largest(torch.cat([log_top, largest], dim=1), m)
-        top_ranges = torch.cat([top_ranges, columns + labelled], dim=1).gather(1, kept)
-    log_own = torch.where(own == 0, torch.nan, log_own)
-    return ClassShares(
-        # −inf − (−inf) is NaN where the query has no neighbour at all.
-        log_score=torch.where(log_own == -torch.inf, log_own, log_own - log_all).clamp(max=0),
-        log_sum_all=log_all,
-        top_classes=top_ranges - 1,
-        top_shares=torch.where(log_top == -torch.inf, 0, (log_top - log_all.unsqueeze(1)).exp()),
-    )
+        found[:, first : first + log_sums.size(1)] = log_sums
+    return found
+
+
+def own_range(bank: MemoryBank, rows: Tensor) -> Tensor:
+    """(B,) the column of `class_log_sums` that holds each row's own label; 0: unlabelled."""
+    return torch.searchsorted(_bounds(bank), rows, right=True) - 1
+
+
+def _bounds(bank: MemoryBank) -> Tensor:
+    """(C + 2,) where ranges of rows begin: range 0 holds the unlabelled ones, range 1 + c those of class c."""
+    return torch.cat([bank.offsets.new_zeros(1), bank.offsets])
+
+
+def _products(bank: MemoryBank, rows: Tensor) -> Tensor:
+    """(N, B) cosine similarities of all rows with the given ones; −inf of a row with itself."""
+    dtype = accumulator_dtype(bank.storage.dtype)
+    queries = bank.stored_rows(rows).to(dtype).t()
+    found = queries.new_empty((len(bank), len(rows)))
+    for start, chunk in chunks_of(bank.storage, bank.device, _chunk_rows(bank)):
+        torch.mm(chunk.to(dtype), queries, out=found[start : start + len(chunk)])
+    return found.scatter_(0, rows.unsqueeze(0), -torch.inf)
 
 
 def _range_log_sums(
@@ -102,9 +147,3 @@ def _blocks(begins: list[int], start: int, stop: int) -> Iterator[tuple[int, int
     end += int(begins[end] < stop)
     for block in range(int(first), int(end), CLASS_BLOCK):
         yield block, min(block + CLASS_BLOCK, int(end))
-
-
-def _largest(log_sums: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """The m largest of the sums (B, K) in falling order, and their columns."""
-    values, columns = log_sums.topk(min(m, log_sums.size(1)), dim=1)
-    return values, columns

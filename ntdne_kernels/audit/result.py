@@ -1,4 +1,4 @@
-"""The result of an audit: what the neighbours of each image say of its label.
+"""The result of an audit: what the other images of an archive say of each one's label.
 
 Shapes: N images, C classes, m classes kept of each image's neighbours, n sampled images, K nearest neighbours of each.
 """
@@ -22,14 +22,14 @@ MAX_DENSE_CLASSES = 10_000  # of (C, C) matrices: 800 MB
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelAudit:
-    """What the neighbours of each image say of its label; tensors on the CPU, by image.
+    """What the other images say of each image's label; tensors on the CPU, by image.
 
     Example:
         >>> from ntdne_kernels.audit import audit_labels
         >>> features = torch.tensor([[9, 0], [9, 1], [9, 2], [9, 3], [0, 9], [1, 9], [2, 9]]).float()
         >>> audit = audit_labels(features, ["ash", "ash", "ash", "oak", "oak", "oak", "oak"])
-        >>> audit.score.round(decimals=2)
-        tensor([0.7400, 0.7000, 0.6500, 0.0100, 1.0000, 1.0000, 1.0000])
+        >>> audit.quality.round(decimals=2)
+        tensor([0.8100, 0.7300, 0.6100, 0.0100, 1.0000, 1.0000, 1.0000])
         >>> audit.suspects().nonzero().squeeze(1)
         tensor([3])
         >>> [audit.classes[code] for code in audit.corrected()]
@@ -41,9 +41,14 @@ class LabelAudit:
         classes: the C classes, names or integers, in order of code.
         labels: (N,) code of each image's label; −1 for unlabelled.
         sigma: temperature of the neighbourhood.
-        log_score: (N,) log p; −inf where no other image has the label, NaN for unlabelled.
-        top_classes: (N, m) codes of the classes with the largest shares of the neighbourhood, the largest first.
-        top_shares: (N, m) float64: their shares. Unlabelled images have a part of the neighbourhood too.
+        ridge: whether shares are those of the neighbours and the ridge regression combined, or of the neighbours alone.
+        log_score: (N,) log p of the neighbours alone (eq. 4); −inf where no other image has the label, NaN for
+            unlabelled.
+        log_ratio: (N,) log of the share of the image's label over the largest share of another class; NaN where not
+            `judged`.
+        top_classes: (N, m) codes of the classes with the largest shares, the largest first.
+        top_shares: (N, m) float64: their shares. Those of all classes add up to 1; of the neighbours alone, to 1 less
+            the share of unlabelled ones.
         log_density: (N,) log of the mean of exp(f_i·f_j/σ) over the other images. Images with the lowest are like
             nothing else in the archive: broken, or of a class that is not there. The audit says little of their labels.
         duplicate_of: (N,) the first image whose features, normalised in the audit's dtype, are the same to the bit; −1
@@ -56,7 +61,9 @@ class LabelAudit:
     classes: tuple[Any, ...]
     labels: Tensor
     sigma: float
+    ridge: bool
     log_score: Tensor
+    log_ratio: Tensor
     top_classes: Tensor
     top_shares: Tensor
     log_density: Tensor
@@ -80,7 +87,7 @@ class LabelAudit:
 
     @property
     def suggested(self) -> Tensor:
-        """(N,) code of the class with the largest share of the neighbourhood; −1 where there is no class at all."""
+        """(N,) code of the class with the largest share; −1 where there is no class at all."""
         return self.top_classes[:, 0] if self.classes else torch.full_like(self.labels, UNLABELLED)
 
     @property
@@ -104,43 +111,37 @@ class LabelAudit:
         highest = torch.full_like(group, UNLABELLED).scatter_reduce_(0, group, self.labels, "amax")
         return labelled & (lowest < highest)[group]
 
+    @property
+    def label_share(self) -> Tensor:
+        """(N,) float64: the share of the image's own label, beside `top_shares`; NaN where not `judged`."""
+        return self.suggested_share * self.log_ratio.double().clamp(max=0).exp()
+
     @cached_property
     def quality(self) -> Tensor:
-        """(N,) H/(H − log p), in [0, 1]: how surprising a neighbour's label is, against how surprising the image's is.
+        """(N,) the label's share against the largest of another class, a/(a + b), in [0, 1].
 
-        H = −Σ_c p_ic log p_ic is the entropy of the neighbours' labels, unlabelled being one class more. 0: no
-        neighbour carries the label; 1/2: the label is as surprising as a neighbour's is on average; 1: all carry it.
-        NaN where not `judged`. The shares of classes that were not kept count as equal.
-
-        This is confidence-weighted entropy (Kuan and Mueller, 2022) with −log p for 1/p. Ranking by p alone is worse
-        where classes are confused or unequal in size; ranking by its margin over the next class is worse where features
-        are weak.
+        0: nothing speaks for the label; below 1/2: more speaks for another class; 1: nothing speaks for another. NaN
+        where not `judged`.
         """
-        shares = self.top_shares
-        rest = (1 - shares.sum(dim=1)).clamp(min=0)
-        others = max(len(self.classes) - shares.size(1), 1)
-        entropy = -torch.xlogy(shares, shares).sum(dim=1) - torch.xlogy(rest, rest / others)
-        # Where all neighbours are of one class H is 0, and the quality is to be 1 or 0 instead of 0/0.
-        entropy = entropy.clamp(min=torch.finfo(torch.float32).tiny)
-        return torch.where(self.judged, entropy / (entropy - self.log_score), torch.nan).float()
+        return self.log_ratio.sigmoid()
 
     @cached_property
     def ranking(self) -> Tensor:
         """(N,) images in order of quality, the most suspect label first, those not judged at the end."""
-        return self.quality.nan_to_num(nan=torch.inf).argsort(stable=True)
+        return self.log_ratio.nan_to_num(nan=torch.inf).argsort(stable=True)
 
     @cached_property
     def confident_classes(self) -> Tensor:
         """(N,) the class that the image is confidently of; −1 for none and where not `judged`.
 
         Confident learning (Northcutt, Jiang and Chuang, JAIR 2021): among the classes whose share is at least the mean
-        score of the images with that label, the one with the largest share. An exception: where no class has a larger
+        share of the images with that label, the one with the largest share. An exception: where no class has a larger
         share than the image's own, it is the image's own. Without it the noise rate of archives with classes of unequal
         size comes out too high.
         """
         if not self.judged.any():
             return torch.full_like(self.labels, UNLABELLED)
-        return find_confident_classes(self.labels, self.score, self.judged, self.top_classes, self.top_shares)
+        return find_confident_classes(self.labels, self.label_share, self.judged, self.top_classes, self.top_shares)
 
     @cached_property
     def confusions(self) -> Confusions:
@@ -214,7 +215,7 @@ class LabelAudit:
                 "otsu": the lower of the two groups of qualities that differ most (Otsu, 1979): a mixture of two
                 components of one width.
                 "auto": p is below chance, the label's share of the other images, as in `NTDNELoss(k="auto")`.
-                A number k in (0, 1): p ≤ k, the paper's pruning (eq. 13).
+                A number k in (0, 1): p ≤ k, the paper's pruning (eq. 13). Both look at the neighbours alone.
                 "rate" and "otsu" pass over labels that are the suggested ones.
 
         Raises:

@@ -290,7 +290,9 @@ def _add_audit(command: argparse.ArgumentParser) -> None:
         )
     judged = command.add_argument_group("how it is judged")
     judged.add_argument(
-        "--sigma", type=_positive, help="temperature of the neighbourhood (that of the checkpoint's loss, else 0.1)"
+        "--sigma",
+        type=_positive,
+        help="temperature of the neighbourhood (that of the checkpoint's loss, else chosen by the labels)",
     )
     judged.add_argument(
         "--threshold",

@@ -34,7 +34,7 @@ def test_good_features_carry_a_noise_rate_and_random_ones_do_not(rate):
     made = torch.Generator().manual_seed(2)
     assert audit_labels(torch.randn(pixels.shape, generator=made), labels).doubt
     # All features nearly alike, as an untrained encoder makes them: neighbours are good, the rate is not.
-    alike = audit_labels(pixels + 500, labels)
+    alike = audit_labels(pixels + 500, labels, sigma=0.1, ridge=False)
     assert alike.noise_rate > 0.8
     assert alike.doubt
 
@@ -54,7 +54,7 @@ def test_features_that_confuse_classes_in_places_carry_no_noise_rate():
 def test_evidence_equals_plain_counting():
     features, labels, _ = blobs(N=60, C=3)
     labels[::9] = -1
-    found = audit_labels(features, labels, dtype=torch.float64)
+    found = audit_labels(features, labels, sigma=0.1, ridge=False, dtype=torch.float64)
     assert found.sample.tolist() == (labels >= 0).nonzero()[:, 0].tolist()
     agree = pairs = 0
     fours: dict[int, list[int]] = {0: [], 1: [], 2: []}

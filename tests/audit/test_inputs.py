@@ -80,6 +80,7 @@ def test_rows_that_are_not_finite_or_zero_are_all_named(value, tmp_path, monkeyp
         ({"dtype": "float32"}, TypeError, "dtype: expected float64, float32, float16 or bfloat16, got 'float32'"),
         ({"labels": [1, "a"] * 60}, TypeError, "labels: expected integers or names, got int and str"),
         ({"sigma": 0}, ValueError, "sigma: expected a number in (0, inf), got 0"),
+        ({"sigma": "best"}, ValueError, "sigma: expected one of 'auto', got 'best'"),
         ({"top": 0}, ValueError, "top: expected a number of classes from 1, got 0"),
         ({"backend": "cuda"}, ValueError, "backend: expected one of"),
         ({"scratch": "nowhere/at/all"}, OSError, "scratch: expected a folder, got nowhere/at/all"),
@@ -131,7 +132,10 @@ def test_bank_of_a_criterion_is_audited_as_it_stands(device):
     assert same(audit_bank(criterion.memory), audit_labels(features, labels, device=device))
     criterion.refresh_indicator()
     torch.testing.assert_close(
-        audit_bank(criterion.memory).log_score, criterion.memory.last_log_p.cpu(), rtol=1e-5, atol=1e-5
+        audit_bank(criterion.memory, sigma=criterion.sigma).log_score,
+        criterion.memory.last_log_p.cpu(),
+        rtol=1e-5,
+        atol=1e-5,
     )
     assert audit_bank(criterion.memory, classes=list("abcd")).classes == ("a", "b", "c", "d")
 

@@ -10,18 +10,29 @@ import pytest
 import torch
 from torch import nn
 
-from ntdne_kernels.audit import METHODS, audit_labels, otsu_threshold, result
+from ntdne_kernels.audit import METHODS, audit_labels, feature_bank, fit_ridge, otsu_threshold, result
 from tests.audit.archives import blobs, shares
 
 
-def test_wrong_labels_rank_first_and_get_the_right_suggestion():
+@pytest.mark.parametrize("sigma", [0.1, "auto"])
+def test_wrong_labels_rank_first_and_get_the_right_suggestion(sigma):
     features, labels, true = blobs(wrong=0.2)
-    found = audit_labels(features, labels)
+    found = audit_labels(features, labels, sigma=sigma, ridge=False)
     wrong = labels != true
     assert wrong[found.ranking[: int(wrong.sum())]].all()
     assert torch.equal(found.suggested, true)
     assert torch.equal(found.suspects(), wrong)
     assert torch.equal(found.corrected(), true)
+    assert abs(found.noise_rate - float(wrong.double().mean())) < 0.02
+
+
+def test_wrong_labels_rank_first_with_the_ridge_too():
+    features, labels, true = blobs(wrong=0.2)
+    found = audit_labels(features, labels)
+    wrong = labels != true
+    assert found.ridge
+    assert wrong[found.ranking[: int(wrong.sum())]].all()
+    assert torch.equal(found.suggested, true)
     assert abs(found.noise_rate - float(wrong.double().mean())) < 0.02
 
 
@@ -49,20 +60,36 @@ def test_transition_equals_that_of_the_noise():
     assert float(found.joint.sum()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("top", [2, 9])
+@pytest.mark.parametrize("top", [1, 2, 9])
 def test_quality_equals_its_formula(top):
     features, labels, _ = blobs()
     labels[::9] = -1
-    found = audit_labels(features, labels, dtype=torch.float64, top=top)
+    found = audit_labels(features, labels, sigma=0.1, ridge=False, dtype=torch.float64, top=top)
     p = shares(features, labels, 0.1)
-    kept = p.topk(min(top, 4), dim=1).values
-    rest = (1 - kept.sum(dim=1)).clamp(min=0)
-    others = {2: 2, 9: 1}[top]
-    entropy = -(kept * kept.log()).sum(dim=1) - rest * (rest / others).clamp(min=1e-300).log()
     j = found.judged
     own = p[j].gather(1, labels[j].unsqueeze(1)).squeeze(1)
-    torch.testing.assert_close(found.quality[j].double(), entropy[j] / (entropy[j] - own.log()), rtol=1e-4, atol=1e-6)
+    other = p[j].scatter(1, labels[j].unsqueeze(1), 0).amax(dim=1)
+    torch.testing.assert_close(found.quality[j].double(), own / (own + other), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.label_share[j], own, rtol=1e-5, atol=1e-9)
     assert torch.equal(found.quality[found.ranking][: int(j.sum())], found.quality[j].sort().values)
+
+
+def test_shares_of_neighbours_and_ridge_are_multiplied():
+    features, labels, _ = blobs(C=5)
+    labels[::9] = -1
+    found = audit_labels(features, labels, sigma=0.1, dtype=torch.float64)
+    bank = feature_bank(features, labels, dtype=torch.float64)
+    ridge = fit_ridge(bank).log_shares(bank, bank.positions(torch.arange(120))).exp()
+    expected = (shares(features, labels, 0.1) * ridge).sqrt()
+    expected /= expected.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(found.top_shares, expected.sort(dim=1, descending=True).values, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(expected.gather(1, found.top_classes), found.top_shares, rtol=1e-6, atol=1e-7)
+    j = found.judged
+    torch.testing.assert_close(
+        found.label_share[j], expected[j].gather(1, labels[j].unsqueeze(1)).squeeze(1), rtol=1e-5, atol=1e-9
+    )
+    alone = audit_labels(features, labels, sigma=0.1, ridge=False, dtype=torch.float64)
+    assert torch.equal(found.log_score.nan_to_num(), alone.log_score.nan_to_num())
 
 
 def test_quality_is_0_without_a_neighbour_of_the_label_and_1_where_all_carry_it():
@@ -127,7 +154,7 @@ def test_confident_learning_equals_plain_loops():
     features = torch.randn(90, 3, generator=made)
     labels = torch.cat([torch.zeros(60), torch.ones(20), torch.full((6,), 2), torch.full((4,), -1)]).long()
     labels[85] = 3  # alone
-    found = audit_labels(features, labels, sigma=0.3, dtype=torch.float64)
+    found = audit_labels(features, labels, sigma=0.3, ridge=False, dtype=torch.float64)
     p = shares(features, labels, 0.3)
     judged = [i for i in range(90) if labels[i] >= 0 and i != 85]
     means = {c: np.mean([float(p[i, c]) for i in judged if labels[i] == c]) for c in range(3)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.audit import calibration, tables
+from benchmarks.audit import calibration, features, tables
 from benchmarks.audit.__main__ import write
 from benchmarks.audit.evidence import evidence, measures
 from benchmarks.audit.methods import METHODS, Verdict
@@ -52,6 +52,28 @@ def test_evidence_of_a_run_is_written_and_drawn(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{100 * aurocs['ours']:.1f}" in printed
     assert "| digits | uniform 0.3 | 27 % |" in printed
+
+
+def test_methods_are_compared_on_made_features_and_go_on_where_they_were(tmp_path, capsys, monkeypatch):
+    made = torch.Generator().manual_seed(0)
+    true = torch.arange(300) % 10
+    rows = torch.eye(10)[true] + 0.1 * torch.randn(300, 10, generator=made)
+    archive = features.Features("made", rows, true, [str(name) for name in range(10)])
+    monkeypatch.setattr(features, "METHODS", {name: METHODS[name] for name in ("ours", "K-NN vote")})
+    file = tmp_path / "features.csv"
+    features.audit_features(archive, 1, file)
+    whole = file.read_text()
+    file.write_text(whole[: whole.index("made,uniform,0.1,0,K-NN vote")])
+    features.audit_features(archive, 1, file)
+    assert [row["method"] for row in features.read_rows(file)] == [
+        row["method"] for row in csv.DictReader(whole.split("\n"))
+    ]
+    capsys.readouterr()
+    tables.print_features(file)
+    printed = capsys.readouterr().out.splitlines()
+    ours = next(line for line in printed if line.startswith("| ours |")).split(" | ")
+    assert min(map(float, ours[1:5])) > 95
+    assert [line for line in printed if line.startswith("| K-NN vote | ")]
 
 
 def test_the_calibration_is_written_and_drawn(tmp_path, capsys, monkeypatch):

@@ -58,7 +58,7 @@ def write_audit(source: Source, folder: Path, options: AuditOptions) -> tuple[La
         progress=progress,
     )
     sigma = source.sigma if options.sigma is None else options.sigma
-    audit = audit_bank(bank, sigma=sigma, top=options.top, progress=progress, classes=classes)
+    audit = audit_bank(bank, sigma=sigma or "auto", top=options.top, progress=progress, classes=classes)
     method = options.method if options.force or not audit.doubt else None
     html = audit_page(audit, bank, source, method=method, worst=options.worst, neighbours=options.neighbours)
     folder.mkdir(parents=True, exist_ok=True)

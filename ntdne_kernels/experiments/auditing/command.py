@@ -114,4 +114,5 @@ def _print_summary(audit: LabelAudit, source: Source, arguments: argparse.Namesp
         summary += f"{100 * audit.noise_rate:.1f} % are estimated to be wrong"
     if judged and audit.doubt:
         print(f"how many labels are wrong cannot be said from these features: {audit.doubt}")
-    print(summary + (f"; {len(source.unreadable)} unreadable files left out" if source.unreadable else ""))
+    summary += f"; {len(source.unreadable)} unreadable files left out" if source.unreadable else ""
+    print(f"{summary}; sigma {audit.sigma:g}")

@@ -38,7 +38,7 @@ class Source:
         labels: (N,) integers, −1 for unlabelled, or a list of names, None for unlabelled.
         paths: N file names, as they are shown.
         picture: decodes the picture of an image, upright and RGB; raises where it cannot.
-        sigma: the temperature that the features were trained with, as far as is known.
+        sigma: the temperature that the features were trained with; None: not known.
         unreadable: files of a folder that are no images and were left out.
     """
 
@@ -47,7 +47,7 @@ class Source:
     labels: Any
     paths: list[str] | None
     picture: Callable[[int], Image.Image] | None
-    sigma: float = 0.1
+    sigma: float | None = None
     unreadable: list[str] = field(default_factory=list)
 
 

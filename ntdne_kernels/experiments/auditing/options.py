@@ -11,7 +11,7 @@ class AuditOptions:
     """How labels are judged, what is written, and where that is computed.
 
     Attributes:
-        sigma: temperature of the neighbourhood; None: that of the source.
+        sigma: temperature of the neighbourhood; None: that of the source, or "auto" where it has none.
         method: how suspects are chosen, see `LabelAudit.suspects`.
         top: classes kept of each image's neighbours, as in `audit_labels`.
         force: treat the features as if they could carry a noise rate (`LabelAudit.doubt`).

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ntdne_kernels.audit import SIGMAS
 from ntdne_kernels.experiments import run as runs
 from tests.experiments.auditing.helpers import LABELS, WRONG, clusters, everything_in
 
@@ -54,7 +55,9 @@ def test_features_that_carry_no_rate_are_said_first_and_fix_refuses_unless_told(
     assert ntdne(*command) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("how many labels are wrong cannot be said from these features: ")
-    assert said[1] == "24 images, 4 classes: 24 judged labels are ranked, the most suspect first"
+    summary, sigma = said[1].split("; sigma ")
+    assert summary == "24 images, 4 classes: 24 judged labels are ranked, the most suspect first"
+    assert float(sigma) in SIGMAS
     table = pd.read_csv("out/audit.csv")
     assert table.is_label_issue.isna().all()
     assert sorted(table["rank"]) == list(range(1, 25))
