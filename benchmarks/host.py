@@ -32,7 +32,7 @@ import torch
 
 from benchmarks import null_gpu
 from benchmarks.grid import GRADIENT
-from benchmarks.host_worker import MODULE, STEPS
+from benchmarks.host_worker import ENCODER, MODULE, STEPS
 from benchmarks.markdown import print_head, print_row
 
 BATCHES, ROWS = (64, 256), (10**4, 10**5)
@@ -82,7 +82,7 @@ def measure(batches: Iterable[int], rows: Iterable[int], against: Path | None, m
 
 
 def _that_differ(case: Row, packages: list["Package"]) -> list["Package"]:
-    """All packages for our step; naive is the same beside every package."""
+    """All packages for our step; naive and the empty op are the same beside every package."""
     return packages if case["provider"].startswith("ours") else packages[:1]
 
 
@@ -152,8 +152,14 @@ def _aims(row: Any, by_case: pd.DataFrame) -> Iterator[tuple[str, float, float, 
     beside = by_case[by_case.index == (row.what, row.B, row.N, "naive")]
     eager = by_case[(by_case.index == (row.what, row.B, row.N, "ours")) & (by_case.package == row.package)]
     if row.provider != "ours":
+        empty = by_case.queued_50.get([(row.what, row.B, row.N, f"empty op{how}") for how in ("", ", compiled")])
         for of_eager in eager.queued_50:
             yield f"{row.what}: compiled over eager", row.queued_50 / of_eager, 1, "×"
+            if empty is not None:
+                most = round(1e6 * (empty.iloc[1] - empty.iloc[0]))
+                yield f"{row.what}: compiling adds, as to an empty op,", 1e6 * (row.queued_50 - of_eager), most, "µs"
+        return
+    if row.what == ENCODER:
         return
     module = row.what == MODULE
     yield f"{row.what}: queued", 1e6 * row.queued_50, 300 if module else 200, "µs"

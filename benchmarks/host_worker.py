@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
@@ -36,11 +36,17 @@ from ntdne_kernels import NTDNELoss
 from ntdne_kernels.functional import ntdne_loss
 
 MODULE = "forward, backward, update_bank"
+ENCODER = "compiled encoder and NTDNELoss"
 STEPS = {
-    GRADIENT: ("ours", "ours, compiled", "naive", "naive, compiled"),
+    GRADIENT: ("ours", "ours, compiled", "naive", "naive, compiled", "empty op", "empty op, compiled"),
     MODULE: ("ours", "ours, compiled", "naive"),
+    ENCODER: ("ours", "ours, compiled"),
 }
-"""Ours as NTDNELoss or the functions choose it; naive as `providers.naive`, with `steps.update` after it."""
+"""Ours as NTDNELoss or the functions choose it; naive as `providers.naive`, with `steps.update` after it.
+
+An empty op has the arguments and results of ours, and does nothing: what compiling adds to it is PyTorch's. The encoder
+is compiled in either case, without the loss or with it.
+"""
 D, C = 128, 45
 WARM_UP = 20
 Call = Callable[[], Any]
@@ -103,19 +109,24 @@ def prepare(what: str, B: int, N: int, provider: str) -> Call:
     problem.features.requires_grad_()
     compiled = provider.endswith("compiled")
     if what == GRADIENT:
-        return _gradient(problem, naive=provider.startswith("naive"), compiled=compiled)
+        return _gradient(problem, provider.split(",")[0], compiled=compiled)
     if provider.startswith("naive"):
         return _naive_module(problem)
-    return _module(problem, made.bank_labels, compiled=compiled)
+    criterion = _criterion(problem, made.bank_labels)
+    return (_module if what == MODULE else _encoder)(problem, criterion, compiled=compiled)
 
 
-def _gradient(problem: problems.Problem, *, naive: bool, compiled: bool) -> Call:
+def _gradient(problem: problems.Problem, provider: str, *, compiled: bool) -> Call:
     """The loss of the functions, and its gradient."""
     loss = _ours
-    if naive:
+    if provider == "naive":
         from benchmarks import providers  # needs more of the package than its README names
 
         loss = providers.naive
+    elif provider == "empty op":
+        from benchmarks import empty_op  # the same
+
+        loss = empty_op.loss
     if compiled:
         loss = torch.compile(loss, fullgraph=True, dynamic=False)
     return lambda: torch.autograd.grad(loss(problem), problem.features)
@@ -139,7 +150,7 @@ def _naive_module(problem: problems.Problem) -> Call:
     return step
 
 
-def _module(problem: problems.Problem, labels: Tensor, *, compiled: bool) -> Call:
+def _criterion(problem: problems.Problem, labels: Tensor) -> NTDNELoss:
     """NTDNELoss after its warm-up, made from the labels (N,) of all images.
 
     It is made on the GPU: a bank that is moved there looks at its rows once, and a GPU that computes nothing would
@@ -148,6 +159,10 @@ def _module(problem: problems.Problem, labels: Tensor, *, compiled: bool) -> Cal
     criterion = NTDNELoss(labels, D, sigma=SIGMA, q=Q, k=0.3, warmup_epochs=20, dtype=problem.bank.dtype, device="cuda")
     criterion.memory.storage.copy_(problem.bank)
     criterion.set_epoch(20)  # the warm-up is over: scores are looked up, and may prune
+    return criterion
+
+
+def _module(problem: problems.Problem, criterion: NTDNELoss, *, compiled: bool) -> Call:
     forward: Callable[..., Any] = criterion
     if compiled:
         forward = torch.compile(criterion, fullgraph=True, dynamic=False)
@@ -156,6 +171,28 @@ def _module(problem: problems.Problem, labels: Tensor, *, compiled: bool) -> Cal
         problem.features.grad = None
         forward(problem.features, problem.index).backward()
         criterion.update_bank(problem.features, problem.index)
+
+    return step
+
+
+def _encoder(problem: problems.Problem, criterion: NTDNELoss, *, compiled: bool) -> Call:
+    """A small encoder before the loss, compiled with it or without; forward and backward."""
+    encoder = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D)).cuda()
+    images = problem.features.detach()
+
+    def forward(images: Tensor, index: Tensor) -> Tensor:
+        loss: Tensor = criterion(encode(images), index)
+        return loss
+
+    encode: Callable[..., Any] = encoder
+    if compiled:
+        forward = torch.compile(forward, fullgraph=True, dynamic=False)
+    else:
+        encode = torch.compile(encoder, fullgraph=True, dynamic=False)
+
+    def step() -> None:
+        encoder.zero_grad()
+        forward(images, problem.index).backward()
 
     return step
 

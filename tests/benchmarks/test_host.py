@@ -27,7 +27,9 @@ def rows(tmp_path_factory):
     """Of eager steps, measured in turns with themselves."""
     path = tmp_path_factory.mktemp("host") / "results" / "host.csv"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(host, "STEPS", {host.GRADIENT: ("ours", "naive", "wrong"), host.MODULE: ("ours", "naive")})
+        patched.setattr(
+            host, "STEPS", {host.GRADIENT: ("ours", "naive", "empty op", "wrong"), host.MODULE: ("ours", "naive")}
+        )
         patched.setattr(host, "_version", lambda checkout: f"version {len(seen)}")
         patched.setattr(host, "CALLS", 5)
         seen: list[int] = []
@@ -49,6 +51,7 @@ def test_each_step_of_each_package_is_a_row(rows):
         (host.GRADIENT, "ours", "version 1"),
         (host.GRADIENT, "ours", "version 2"),
         (host.GRADIENT, "naive", "version 1"),
+        (host.GRADIENT, "empty op", "version 1"),
         (host.GRADIENT, "wrong", "version 1"),
         (host.MODULE, "ours", "version 1"),
         (host.MODULE, "ours", "version 2"),
@@ -172,6 +175,8 @@ def test_aims_hold_and_do_not(capsys):
 
     found = [row(host.GRADIENT, "ours", 150, replay=31), row(host.GRADIENT, "ours, compiled", 300)]
     found += [row(host.GRADIENT, "naive", 450), row(host.MODULE, "ours", 301, 10), row(host.MODULE, "naive", 300)]
+    found += [row(host.GRADIENT, "empty op", 30), row(host.GRADIENT, "empty op, compiled", 190)]
+    found += [row(host.ENCODER, "ours", 500), row(host.ENCODER, "ours, compiled", 400)]
     host.print_aims(pd.DataFrame(found, columns=host.COLUMNS))
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [(cells[0], *cells[4:]) for cells in lines] == [
@@ -179,9 +184,11 @@ def test_aims_hold_and_do_not(capsys):
         (f"{host.GRADIENT}: time over naive's at most 1", "0.4 ×", "yes"),
         (f"{host.GRADIENT}: graph's replay at most 30", "31 µs", "**no**"),
         (f"{host.GRADIENT}: compiled over eager at most 1", "2 ×", "**no**"),
+        (f"{host.GRADIENT}: compiling adds, as to an empty op, at most 160", "150 µs", "yes"),
         (f"{host.MODULE}: queued at most 300", "301 µs", "**no**"),
         (f"{host.MODULE}: time over naive's at most 1", "1 ×", "**no**"),
         (f"{host.MODULE}: launches at most 10", "10 launches", "yes"),
+        (f"{host.ENCODER}: compiled over eager at most 1", "0.8 ×", "yes"),
     ]
 
 
