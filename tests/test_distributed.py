@@ -16,11 +16,12 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ntdne_kernels import MemoryBank, NTDNELoss, SNCALoss
+from ntdne_kernels import MemoryBank, NTDNELoss, SNCALoss, neighbourhood_loss
 from ntdne_kernels.bank import memory_bank
 from ntdne_kernels.bank.batch import LocalBatch, ShardedBatch
 from ntdne_kernels.distributed import OneProcess, Ranks
 from ntdne_kernels.ops import sharded
+from ntdne_kernels.ops.bank_update import skipped_counter
 from tests import ranks
 
 D = 6
@@ -468,6 +469,51 @@ def test_a_bad_batch_on_one_rank_raises_on_all_writes_nothing_and_does_not_hang(
         others = f"RuntimeError: nothing was computed or written on any rank, for rank 1: {message}"
         assert text.startswith(message if rank == 1 else others)
         assert unchanged
+
+
+def without_a_direction(own: slice | None, case: str, all_of_them: bool) -> dict[str, Tensor]:
+    """What a step gives in which nobody looks, as on a GPU, and features of two ranks have no direction, or all."""
+    reduction, kind, options = case.split(", ")
+    process_group = None if own is None else distributed.group.WORLD
+    own = slice(0, 7) if own is None else own
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(neighbourhood_loss, "check_directions", lambda *_, **__: None)
+        criterion = {"NTDNE": NTDNELoss, "SNCA": SNCALoss}[kind](
+            LABELS["mixed"], D, generator=torch.Generator().manual_seed(0), dtype=torch.float64, reduction=reduction,
+            process_group=process_group, **({"warmup_epochs": 0, "k": 0.2} if options == "pruning" else {}),
+        )  # fmt: skip
+        features = torch.randn(7, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        features[1], features[6, 2] = 0, torch.nan
+        if all_of_them:
+            features[:] = torch.inf
+        mine = features[own].clone().requires_grad_()
+        before = int(skipped_counter(torch.device("cpu")))
+        loss, scores = criterion(mine, torch.arange(2, 9)[own], return_scores=True)
+        loss.sum().backward()
+    skipped = skipped_counter(torch.device("cpu")) - before
+    found = {"losses": loss.detach(), "gradients": mine.grad, "scores": scores, "skipped": skipped}
+    return found | {"last": criterion.memory.last_log_p.clone()}
+
+
+def without_a_direction_over_ranks(*case: Any) -> dict[str, Tensor]:
+    return without_a_direction(own_slice(SIZES[2]), *case)
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+@pytest.mark.parametrize("case", ["mean, NTDNE, pruning", "sum, NTDNE, none", "none, NTDNE, none", "mean, SNCA, none"])
+def test_features_without_a_direction_are_left_out_as_in_one_process(case, all_of_them):
+    expected = without_a_direction(None, case, all_of_them)
+    assert int(expected["skipped"]) == (7 if all_of_them else 2)
+    assert int(expected["scores"].isnan().sum()) == (7 if all_of_them else 2)
+    found = ranks.run(without_a_direction_over_ranks, 2, case, all_of_them)
+    none = case.startswith("none")
+    joined = {name: torch.cat([rank[name] for rank in found]) for name in ("gradients", "scores", "last")}
+    joined["gradients"] /= 1 if none else 2
+    joined["skipped"] = found[0]["skipped"] + found[1]["skipped"]
+    losses = [rank["losses"] for rank in found]
+    joined["losses"] = torch.cat(losses) if none else losses[0]
+    assert none or torch.equal(losses[0].nan_to_num(), losses[1].nan_to_num())
+    torch.testing.assert_close(joined, expected, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 def of_two_dtypes() -> tuple[Tensor, Tensor]:

@@ -183,7 +183,7 @@ def score_rows(shard: Shard, start: int, stop: int, sigma: float, backend: str |
     ranks = shard.processes
     sizes = [max(min(stop, length) - start, 0) for length in ranks.lengths(shard.size)]
     images, positions = ranks.gather(torch.stack([images, positions], 1), sizes).unbind(1)
-    log_p, _ = sharded.log_scores(
+    log_p, _, _ = sharded.log_scores(
         Batch(
             features,
             shard.storage,

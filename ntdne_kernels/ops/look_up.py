@@ -11,7 +11,7 @@ from torch import Tensor
 from ntdne_kernels.arguments import NOT_IN_BANK, SHORTEST, UNLABELLED, accumulator_dtype
 from ntdne_kernels.ops.bank_update import skipped_counter
 from ntdne_kernels.ops.layout import ClassOrder, class_ranges
-from ntdne_kernels.ops.schema import Archive, Batch
+from ntdne_kernels.ops.schema import Archive, Batch, implement
 
 
 class Queries(NamedTuple):
@@ -41,12 +41,26 @@ def look_up(batch: Batch, archive: Archive | None, indicator: str) -> Queries:
     image = batch.own.clamp(0, n - 1)
     labels = torch.where(known, archive.labels[image], UNLABELLED if batch.labels is None else batch.labels)
     units, norms = normalise(batch.features, accumulator_dtype(batch.bank.dtype))
-    if units.device.type == "cuda" and not torch.compiler.is_compiling():  # on a CPU they raised before
-        skipped_counter(units.device).add_((norms == 0).sum())
+    counted = directed(norms.detach())
     assert isinstance(batch.layout, ClassOrder)
     stored = indicator_of(indicator, archive.scores[image], labels, batch.own, batch.layout, n)
     rows = torch.where(known, archive.position[image], NOT_IN_BANK)
-    return Queries(batch._replace(features=units, labels=labels, own=rows), norms, stored, norms != 0)
+    return Queries(batch._replace(features=units, labels=labels, own=rows), norms, stored, counted)
+
+
+def _directed(norms: Tensor) -> Tensor:
+    """Which of the norms (B,) that `normalise` gives are of a direction; the others are counted on the device.
+
+    An op, because compiled code would leave out what nothing depends on.
+    """
+    found = norms != 0
+    count_skipped(found)
+    return found
+
+
+def count_skipped(directed: Tensor) -> None:
+    """Count those of the features (B,) that have no direction, on their device."""
+    skipped_counter(directed.device).add_((~directed).sum())
 
 
 def normalise(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -81,3 +95,6 @@ def log_chance(labels: Tensor, layout: ClassOrder, n: int) -> Tensor:
     """(B,) float64: log of the share of n − 1 other images that carry each of the labels (B,) of images."""
     begin, end = class_ranges(labels, layout.classes, layout.offsets).unbind(1)
     return torch.log((end - begin - 1).double() / max(n - 1, 1))  # half precision ends at 65,504 images
+
+
+directed = implement("directed", _directed)

@@ -91,9 +91,10 @@ def empty_loss(batch: Batch, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def _empty_sharded_log_scores(
     batch: Batch, need_direction: bool, backend: str, sizes: list[int], group: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     _, direction, _ = empty_log_scores(batch, need_direction)
-    return direction.new_empty(sum(sizes)), direction
+    log_p = direction.new_empty(sum(sizes))
+    return log_p, direction, torch.empty_like(log_p, dtype=torch.bool)
 
 
 def _nothing(*_: Any) -> None:
@@ -134,7 +135,7 @@ SCHEMAS = {
         "bool need_direction, str backend", 3, lambda batch, need_direction, _: empty_log_scores(batch, need_direction)
     ),
     "sharded_log_scores": _of_batch(
-        "bool need_direction, str backend, SymInt[] sizes, str group", 2, _empty_sharded_log_scores
+        "bool need_direction, str backend, SymInt[] sizes, str group", 3, _empty_sharded_log_scores
     ),
     "gather_rows": Schema(
         "Tensor rows, SymInt[] sizes, str group",
@@ -146,6 +147,7 @@ SCHEMAS = {
         "Tensor",
         lambda x, group: torch.empty_like(x, memory_format=torch.contiguous_format),
     ),
+    "directed": Schema("Tensor norms", "Tensor", lambda norms: torch.empty_like(norms, dtype=torch.bool)),
     "update_bank_": Schema(
         "Tensor(a!) bank, Tensor features, Tensor index, float momentum, Tensor? position=None", "()", _nothing
     ),

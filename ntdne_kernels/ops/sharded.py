@@ -28,6 +28,7 @@ from ntdne_kernels.arguments import accumulator_dtype
 from ntdne_kernels.ops.chunked import class_sums
 from ntdne_kernels.ops.class_sums import ClassSums, contribution, log_p_of
 from ntdne_kernels.ops.leave_one_out import not_again, rows_times
+from ntdne_kernels.ops.look_up import count_skipped
 from ntdne_kernels.ops.losses import LossSpec, loss_and_slope
 from ntdne_kernels.ops.schema import Batch, implement
 
@@ -53,11 +54,12 @@ def _max_over_ranks(x: Tensor, group: str) -> Tensor:
 
 def _log_scores(
     batch: Batch, need_direction: bool, backend: str, sizes: list[int], group: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """log p (B,) of all ranks' queries, on every rank, and ∂log p/∂f (b, D) or (0, D) of this rank's.
 
     `batch.features` (b, D) are this rank's, labels and own (B,) all ranks'; own and layout speak of the rows (n, D)
-    that the rank keeps, with −1 for queries that are in none of them.
+    that the rank keeps, with −1 for queries that are in none of them. Features of 0 have no direction, and log p = NaN.
+    The third result (B,) is which queries have one; this rank's that have none are counted on its device.
     """
     features, shard, labels = batch.features, batch.bank, batch.labels
     assert labels is not None
@@ -67,25 +69,28 @@ def _log_scores(
     # A shard in host memory would cross the bus anew for each piece.
     pieces = _pieces(sizes, PIECE[shard.device.type])
     queries = _start_gather(rows[pieces[0][rank]], _lengths(pieces[0]), ranks)
-    parts = []
+    parts, counted = [], []
     for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
         gathered = queries()
         if following is not None:
             queries = _start_gather(rows[following[rank]], _lengths(following), ranks)
         part = batch._replace(features=gathered, labels=_cut(labels, piece, sizes), own=_cut(batch.own, piece, sizes))
         parts.append(class_sums(part, need_direction, backend))
+        counted.append((gathered != 0).any(dim=1))
+    directed = _in_batch_order(tuple(counted), pieces)
+    count_skipped(directed[own_slice(sizes, rank)])
     sums = ClassSums(*(_in_batch_order(columns, pieces) for columns in zip(*parts, strict=True)))
 
     log_same, log_other = _log_sum_exp(torch.stack([sums.log_same, sums.log_other]), ranks)
-    log_p = log_p_of(log_same, log_other).to(wide)
+    log_p = torch.where(directed, log_p_of(log_same, log_other), torch.nan).to(wide)
     if not need_direction:
-        return log_p, features.new_empty((0, features.size(1)), dtype=wide)
+        return log_p, features.new_empty((0, features.size(1)), dtype=wide), directed
     outgoing = contribution(sums, log_same, log_other, batch.sigma).to(wide)
     incoming = outgoing.new_empty((len(sizes), *features.shape))
     distributed.all_to_all_single(
         incoming.flatten(0, 1), outgoing, [len(features)] * len(sizes), list(sizes), group=ranks
     )
-    return log_p, incoming.sum(dim=0, dtype=torch.float64).to(wide)
+    return log_p, incoming.sum(dim=0, dtype=torch.float64).to(wide), directed
 
 
 class ShardedLoss(torch.autograd.Function):
@@ -110,8 +115,10 @@ class ShardedLoss(torch.autograd.Function):
         group: str,
     ) -> tuple[Tensor, Tensor]:
         """Arguments as `log_scores`; `indicator` (B,) as `losses.loss_and_slope`."""
-        log_p, direction = log_scores(batch._replace(features=features), need_direction, backend, sizes, group)
-        value, slope = loss_and_slope(log_p, indicator, spec)
+        log_p, direction, directed = log_scores(
+            batch._replace(features=features), need_direction, backend, sizes, group
+        )
+        value, slope = loss_and_slope(log_p, indicator, spec, directed)
         own = own_slice(sizes, rank)
         if spec.reduction == "none":
             value, slope = value[own].clone(), slope[own]

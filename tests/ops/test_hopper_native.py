@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 
-from ntdne_kernels.ops import gpu, reference
+from ntdne_kernels.ops import gpu, reference, schema
+from ntdne_kernels.ops.bank_update import skipped_counter
 from ntdne_kernels.ops.gpu import configs
 from ntdne_kernels.ops.gpu.configs import Device, hopper_tiles, hopper_width
 from ntdne_kernels.ops.layout import ClassOrder
+from ntdne_kernels.ops.losses import LossSpec
 from ntdne_kernels.ops.schema import Batch
 from tests.archives import Archive, batch_of
 
@@ -105,7 +107,11 @@ def test_portable_kernel_takes_over_where_hopper_does_not_compile_said_once(monk
             return launch
 
     batch = in_class_order(20, 60, 128, 3, device="cpu")
-    expected = gpu.log_scores(batch, True)
+    batch.features[4], batch.features[9, 1] = 0, torch.nan
+    images = schema.Archive(batch.labels, batch.own, torch.full((21,), torch.nan))
+    batch = batch._replace(own=torch.arange(20))
+    spec = LossSpec(0.7, None, "mean")
+    expected = gpu.fused_loss(batch, images, spec, True)
     gpu.launches.plan_of.cache_clear()
     monkeypatch.setattr(
         gpu.launches,
@@ -113,12 +119,14 @@ def test_portable_kernel_takes_over_where_hopper_does_not_compile_said_once(monk
         SimpleNamespace(stream=Broken(), descriptors=lambda queries, bank, rows: (queries, bank)),
     )
     monkeypatch.setattr(gpu.launches, "hopper_serves", lambda bank: gpu.launches.hopper is not None)
+    before = int(skipped_counter(torch.device("cpu")))
     with pytest.warns(RuntimeWarning, match="kernel for Hopper GPUs does not compile with triton") as said:
-        found = gpu.log_scores(batch, True)
-        again = gpu.log_scores(batch, True)
-    assert len(said) == 1
+        found = gpu.fused_loss(batch, images, spec, True)
+        assert int(skipped_counter(torch.device("cpu"))) == before + 2  # also where the step begins anew
+        again = gpu.fused_loss(batch, images, spec, True)
+    assert sum("Hopper" in str(warning.message) for warning in said) == 1
     for results in (found, again):
-        assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
+        torch.testing.assert_close(results, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_stages_are_as_many_as_fit():

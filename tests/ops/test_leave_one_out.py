@@ -530,15 +530,20 @@ def test_loss_of_a_batch_without_any_direction_is_nan_without_gradient(backend, 
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-def test_features_without_a_direction_are_counted(fused, device):
-    """On a CPU only kernels in the interpreter count: there such features raise before."""
-    if device.type == "cpu" and fused != "triton":
-        pytest.skip("nothing is counted on a CPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_features_without_a_direction_are_counted(backend, compiled, device):
     memory, features, index = archive_of(device, torch.float32)
     before = int(skipped_counter(device))
-    loss_of_images(memory, features, index, LossSpec(0.7, None, "mean"), fused)
+
+    def loss(features: Tensor) -> Tensor:
+        batch = Batch(features, memory.storage, None, index, memory.label_index.layout, 0.2)
+        return loss_of_batch(batch, memory.archive, LossSpec(0.7, None, "mean"), backend)[0]
+
+    call = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    call(features.requires_grad_()).backward()
     assert int(skipped_counter(device)) == before
+    features = features.detach()
     features[3], features[17, 4] = 0, torch.nan
-    loss_of_images(memory, features, index, LossSpec(0.7, None, "mean"), fused)
+    call(features.requires_grad_()).backward()
     assert int(skipped_counter(device)) == before + 2
     assert device.type == "cpu" or memory.skipped_rows() >= 2

@@ -282,6 +282,8 @@ def stream_and_merge(
                 )  # fmt: skip
             except _NOT_COMPILED as error:
                 _do_without_hopper(error)
+                if archive is not None:  # `prepare` counts these again
+                    skipped_counter(bank.device).sub_((norms == 0).sum())
                 stream_and_merge(merge, batch, archive, weighted, loss, out)
                 return
         else:
