@@ -94,6 +94,7 @@ _MERGE = Config(block_b=128, block_n=0, num_warps=MERGE_WARPS, num_stages=3, sha
 _SPLITS = 132
 """Of a large bank: a program that merges so many needs as much as it ever does."""
 HOPPER_STREAM = "hopper stream"
+HOPPER_CLASSES = "hopper class log sums"
 HOPPER_DIMENSIONS = (64, 112, 128, 256)
 
 
@@ -111,8 +112,8 @@ def checks(kernel: str, arithmetic: str, width: int) -> list[tuple[int, Variant]
 
 def compile_for(kernel: str, capability: int, arithmetic: str, D: int, config: Config, variant: Variant) -> Resources:
     """One variant of a kernel for sm_`capability`."""
-    if kernel == HOPPER_STREAM:
-        return compile_hopper(D, config, variant.weighted)
+    if kernel in (HOPPER_STREAM, HOPPER_CLASSES):
+        return compile_hopper(kernel, D, config, variant.weighted)
     function = (KERNELS | MERGES)[kernel]
     names = function.arg_names
     element = {"bank": variant.bank, "sum": "fp64" if variant.bank == "fp64" else "fp32"}
@@ -146,9 +147,9 @@ def compile_for(kernel: str, capability: int, arithmetic: str, D: int, config: C
     )
 
 
-def compile_hopper(D: int, config: Config, weighted: bool) -> Resources:
-    """The kernel of hopper.py for bfloat16, as it is launched."""
-    function, W = hopper.stream, hopper_width(D)
+def compile_hopper(kernel: str, D: int, config: Config, weighted: bool) -> Resources:
+    """A kernel of hopper.py for bfloat16, as it is launched."""
+    function, W = hopper.stream if kernel == HOPPER_STREAM else hopper.class_log_sums, hopper_width(D)
 
     def descriptor(rows: int) -> str:
         return f"tensordesc<bf16[{rows}, {W}],{gl.NVMMASharedLayout.get_default_for([rows, W], gl.bfloat16)!r}>"
@@ -157,16 +158,21 @@ def compile_hopper(D: int, config: Config, weighted: bool) -> Resources:
         "D": D, "W": W, "BLOCK_B": config.block_b, "BLOCK_N": config.block_n, "STAGES": config.num_stages,
         "WEIGHTED": weighted, "FOLD_ROWS": FOLD_ROWS, "REGISTERS": 240, "num_warps": 4,
     }  # fmt: skip
-    signature = dict.fromkeys(function.arg_names, "i32") | {
-        "queries": descriptor(hopper.HALF), "bank": descriptor(config.block_n), "neighbours": "*i64", "totals": "*fp32",
-        "vectors": "*fp32", "scale": "fp32",
-    } | dict.fromkeys(constants, "constexpr")  # fmt: skip
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    pointers = {
+        "neighbours": "*i64", "totals": "*fp32", "vectors": "*fp32", "index": "*i64", "offsets": "*i64",
+        "log_sums": "*fp64",
+    }  # fmt: skip
+    pointers = {name: kind for name, kind in pointers.items() if name in function.arg_names}
+    signature = dict.fromkeys(function.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
+    signature |= {"queries": descriptor(hopper.HALF), "bank": descriptor(config.block_n)}
+    signature["scale"] = "fp32" if kernel == HOPPER_STREAM else "fp64"
     at = function.arg_names.index
     source = GluonASTSource(
         function,
         signature,
         constexprs={(at(name),): value for name, value in constants.items()},
-        attrs={(at(name),): [["tt.divisibility", 16]] for name in ("neighbours", "totals", "vectors")},
+        attrs={(at(name),): [["tt.divisibility", 16]] for name in pointers},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options={"num_warps": 4})
     usage, sass = _resource_usage(compiled.asm["cubin"]), _output_of("nvdisasm", compiled.asm["cubin"])
@@ -220,10 +226,11 @@ def entries(capability: int) -> list[Entry]:
         for width in map(int, tables["stream"][arithmetic]):  # tracked needs more registers
             found.append((kernel, capability, arithmetic, width, _MERGE, Variant(BANKS[arithmetic][-1], tracked=True)))
     if capability == HOPPER:
-        for D, B, weighted in itertools.product(HOPPER_DIMENSIONS, (64, 128), (True, False)):
+        for D, B, weighted in itertools.product(HOPPER_DIMENSIONS, (64, 128), (True, False, None)):
             tiles = hopper_tiles(Device(HOPPER, 132, SHARED_LIMIT[HOPPER]), D, B)
             assert tiles is not None
-            found.append((HOPPER_STREAM, HOPPER, "16-bit", D, tiles, Variant("bf16", weighted=weighted)))
+            kernel = HOPPER_STREAM if weighted is not None else HOPPER_CLASSES
+            found.append((kernel, HOPPER, "16-bit", D, tiles, Variant("bf16", weighted=bool(weighted))))
     return found
 
 

@@ -109,6 +109,11 @@ class Product:
                 raise Fault("a tile is read that is not there")
             piece.readers += 1
 
+    def unfinished(self, *_: Any, **__: Any) -> Any:
+        raise Fault("a product's result is used before it is there")
+
+    __array__ = __mul__ = unfinished
+
     def finish(self) -> None:
         def value(x: Any) -> Any:
             return x.piece.tile.T if isinstance(x, Transposed) else x.tile if isinstance(x, Shared) else x
@@ -239,9 +244,11 @@ def _at(pointer: Pointer, mask: Any) -> np.ndarray:
     return offset
 
 
-def _load(pointer: Pointer) -> Block:
-    offset = np.asarray(pointer.offset)
-    return _block(pointer.memory[_at(pointer, np.full(offset.shape, True))].reshape(offset.shape))
+def _load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Block:
+    offset, mask = np.broadcast_arrays(pointer.offset, mask)
+    found = np.full(offset.shape, other, pointer.memory.dtype)
+    found[mask] = pointer.memory[_at(pointer, mask)]
+    return _block(found)
 
 
 def _store(pointer: Pointer, value: Any, mask: Any = True) -> None:
@@ -254,6 +261,11 @@ def _atomic_add(pointer: Pointer, value: Any, mask: Any, sem: str, scope: str) -
     np.add.at(pointer.memory, _at(pointer, mask), value[mask])
 
 
+def _log(x: Any) -> Block:
+    with np.errstate(divide="ignore"):
+        return _block(np.log(x))
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     return None
 
@@ -263,7 +275,8 @@ def load(source: str, half: int) -> dict[str, Any]:
     tree = ast.parse(source)
     tree.body = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
     gl = SimpleNamespace(
-        constexpr=lambda value: value, int32=np.int32, int64=np.int64, float32=np.float32,
+        constexpr=lambda value: value, int32=np.int32, int64=np.int64, float32=np.float32, float64=np.float64,
+        log=_log,
         bfloat16=None, float16=None, static_range=range,
         arange=lambda begin, end, layout: _block(np.arange(begin, end)),
         zeros=lambda shape, dtype, layout: _block(np.zeros(shape)),
@@ -288,8 +301,8 @@ def load(source: str, half: int) -> dict[str, Any]:
     return names
 
 
-def run(kernel: dict[str, Any], order: Random, program: int, *arguments: Any, **constants: Any) -> None:
-    """One program of `stream`."""
+def run(kernel: dict[str, Any], order: Random, program: int, name: str, *arguments: Any, **constants: Any) -> None:
+    """One program of a kernel, `stream` or `class_log_sums`."""
     machine = Machine(order)
     gl, mbarrier = kernel["gl"], kernel["mbarrier"]
     gl.program_id = lambda axis: _block(np.int64(program))
@@ -298,4 +311,4 @@ def run(kernel: dict[str, Any], order: Random, program: int, *arguments: Any, **
     mbarrier.expect = Shared.arrive
     kernel["tma"].async_copy_global_to_shared = machine.copy
     kernel["warpgroup_mma"], kernel["warpgroup_mma_wait"] = machine.multiply, machine.wait_for_products
-    kernel["stream"](*arguments, **constants)
+    kernel[name](*arguments, **constants)

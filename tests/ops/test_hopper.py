@@ -90,7 +90,7 @@ def check(p: Problem, source: str = SOURCE) -> None:
     slots = (program + 1, 2, queries)
     totals, vectors = np.full(slots, np.nan), np.full((*slots, WIDTH), np.nan)
     hopper_model.run(
-        hopper_model.load(source, p.half), random, program,
+        hopper_model.load(source, p.half), random, program, "stream",
         Descriptor(features, [p.half, WIDTH]), Descriptor(bank, [p.block_n, WIDTH], p.origin),
         Pointer(neighbours.ravel()), Pointer(totals.ravel()), Pointer(vectors.ravel()),
         2 * queries, p.N, SCALE, p.rows_per_split,
@@ -142,7 +142,7 @@ BROKEN = {
     "an arrival too many is waited for": ("count=BLOCK_B // _HALF", "count=BLOCK_B // _HALF + 1"),
     "the loading warp waits for the phase before": ("& 1) ^ 1)", "& 1))"),
     "the loading warp does not wait": (
-        "            mbarrier.wait(empty.index(stage), ((taken // STAGES) & 1) ^ 1)  # passes in the first round\n",
+        "    mbarrier.wait(empty.index(stage), ((taken // STAGES) & 1) ^ 1)  # passes in the first round\n",
         "",
     ),
     "a group waits for the phase before": (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.aot import HOPPER_DIMENSIONS, HOPPER_STREAM, KERNELS, MERGES, SHARED_LIMIT
+from benchmarks.aot import HOPPER_CLASSES, HOPPER_DIMENSIONS, HOPPER_STREAM, KERNELS, MERGES, SHARED_LIMIT
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def test_every_kernel_fits_its_gpu_and_multiplies_on_tensor_cores(capability):
     rows = [json.loads(line) for line in output_of("benchmarks.aot", str(capability))]
     entries = [row for row in rows if row["kernel"] in KERNELS]
     assert len(entries) >= 28
-    assert {row["kernel"] for row in rows} - {HOPPER_STREAM} == KERNELS.keys() | MERGES.keys()
+    assert {row["kernel"] for row in rows} - {HOPPER_STREAM, HOPPER_CLASSES} == KERNELS.keys() | MERGES.keys()
     for row in rows:
         used, config = row["used"], row["config"]
         # 8 bytes outside of the loop over tiles (40 with triton 3.6); and the only tile there is of such rows.
@@ -45,8 +45,8 @@ def test_every_kernel_fits_its_gpu_and_multiplies_on_tensor_cores(capability):
             assert used["wgmma"] or used["mma"], row
             if capability == 90 and row["kernel"] != "gradient" and config["block_b"] >= 64 and row["D"] <= 512:
                 assert used["wgmma"], row
-    for_hopper = [row for row in rows if row["kernel"] == HOPPER_STREAM]
-    assert len(for_hopper) == (4 * len(HOPPER_DIMENSIONS) if capability == 90 else 0)
+    for_hopper = [row for row in rows if row["kernel"] in (HOPPER_STREAM, HOPPER_CLASSES)]
+    assert len(for_hopper) == (6 * len(HOPPER_DIMENSIONS) if capability == 90 else 0)
     for row in for_hopper:
         assert row["used"]["wgmma"], row
         assert row["used"]["tma"], row

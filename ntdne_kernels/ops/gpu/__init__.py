@@ -94,8 +94,16 @@ def _loss(  # noqa: PLR0913
     return out
 
 
-def class_log_sums(features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor, sigma: float) -> Tensor:
-    """`Backend.class_log_sums` in one launch."""
+def class_log_sums(
+    features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor, sigma: float, *, kernel: str = "portable"
+) -> Tensor:
+    """`Backend.class_log_sums` in one launch.
+
+    The `kernel` is "portable", or "hopper", that of hopper.py, which has not run on a GPU yet.
+
+    Raises:
+        ValueError: the kernel cannot serve the bank, the queries or sigma on this device.
+    """
     B, D = features.shape
     N, C = len(bank), len(offsets) - 1
     log_sums = bank.new_empty((C, B), dtype=torch.float64)
@@ -103,10 +111,13 @@ def class_log_sums(features: Tensor, bank: Tensor, index: Tensor, offsets: Tenso
         return log_sums.t()
     with launches.on(bank.device):
         device, arithmetic = launches.describe(bank.device), launches.arithmetic_of(bank.dtype)
-        config = configs.choose(device, "stream", arithmetic, D, B)
         features, bank = launches.with_unit_stride(features), launches.with_unit_stride(bank)
+        if kernel == "hopper":
+            _class_log_sums_on_hopper(features, bank, index.contiguous(), offsets.contiguous(), log_sums, sigma)
+            return log_sums.t()
+        config = configs.choose(device, "stream", arithmetic, D, B)
         blocks = triton.cdiv(B, config.block_b)
-        splits = min(C, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, blocks))
+        splits = _class_splits(device, C, blocks)
         D1, D2 = configs.columns(D)
         kernels.class_log_sums[(blocks * splits,)](
             features, bank, index.contiguous(), offsets.contiguous(), log_sums,
@@ -117,6 +128,32 @@ def class_log_sums(features: Tensor, bank: Tensor, index: Tensor, offsets: Tenso
             maxnreg=255,  # all: left to itself the assembler spills 8 bytes here and there to fit one program more
         )  # fmt: skip
     return log_sums.t()
+
+
+def _class_splits(device: configs.Device, C: int, blocks: int) -> int:
+    return min(C, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, blocks))
+
+
+def _class_log_sums_on_hopper(
+    features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor, log_sums: Tensor, sigma: float
+) -> None:
+    C, B = log_sums.shape
+    device, D = launches.describe(bank.device), bank.size(1)
+    tiles = configs.hopper_tiles(device, D, B)
+    if not (launches.hopper_serves(bank) and launches.hopper_serves(features)) or tiles is None:
+        raise ValueError(
+            "kernel: 'hopper' needs a Hopper GPU, more than 16 queries, and bfloat16 rows that TMA can read"
+        )
+    if sigma < SMALLEST_PLAIN_SIGMA:
+        raise ValueError(f"kernel: 'hopper' needs a sigma of at least {SMALLEST_PLAIN_SIGMA}, got {sigma}")
+    blocks = triton.cdiv(B, tiles.block_b)
+    splits = _class_splits(device, C, blocks)
+    hopper = launches.hopper
+    hopper.class_log_sums[(blocks * splits,)](
+        *hopper.descriptors(features, bank, tiles.block_n), index, offsets, log_sums, B, C, math.log2(math.e) / sigma,
+        splits, W=configs.hopper_width(D), BLOCK_B=tiles.block_b, BLOCK_N=tiles.block_n, STAGES=tiles.num_stages,
+        REGISTERS=240, num_warps=4,
+    )  # fmt: skip
 
 
 def _bank_gradient(batch: Batch, log_p: Tensor, log_sum_all: Tensor, grad_log_p: Tensor) -> Tensor:

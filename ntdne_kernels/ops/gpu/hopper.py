@@ -1,4 +1,4 @@
-"""`kernels.stream` for Hopper GPUs: one warp that loads tiles of the bank, and warp groups that multiply them.
+"""`kernels.stream` and `class_log_sums` for Hopper GPUs: a warp that loads tiles, and warp groups that multiply them.
 
 The sums are those of `kernels.stream`, segment by segment, for 16-bit banks whose classes are ranges of rows and for
 sigmas that need no running maximum. What differs is who does what. Tiles come by TMA into a ring of STAGES; each warp
@@ -10,9 +10,11 @@ group holds HALF = 64 queries, takes the tiles in turn, and gives each back when
                          v is there → tile t − 1 is empty
 
 Two warp groups run ahead and behind of each other freely: one multiplies while the other exponentiates. All warps walk
-the same segments, which each finds for itself from `neighbours`, so that nobody waits for a tile that never comes.
+the same segments, which each finds for itself from `neighbours`, so that nobody waits for a tile that never comes. The
+sums over each of many classes have no second product: S of tile t is made under the exponentials of tile t − 1.
 
-Shapes: B queries, N bank rows, D features, W columns of a tile (a power of two, 0 past D), K splits of the bank.
+Shapes: B queries, N bank rows, D features, C classes, W columns of a tile (a power of two, 0 past D), K splits of the
+bank.
 """
 
 from functools import cache
@@ -36,6 +38,7 @@ HALF = 64  # queries of one warp group: the rows of its tensor-core instruction
 _HALF = gl.constexpr(HALF)
 _LOW, _HIGH, _OWN = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # columns of `neighbours`
 _OUT_OF_SIGHT = gl.constexpr(2**31 - 1)  # a row that no split reaches
+_LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
@@ -59,24 +62,34 @@ def _segment_end(low, high, begin, end, FOLD_ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _load(queries, bank, q_smem, ring, q_full, full, empty, neighbours, first_query, origin, end,
-          BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, FOLD_ROWS: gl.constexpr):  # fmt: skip
-    """The loading warp."""
+def _fetch_queries(queries, first_query, q_smem, q_full, BLOCK_B: gl.constexpr):
+    """The block's queries, 64 for each warp group; 0 for those past the last one."""
     mbarrier.expect(q_full, BLOCK_B * queries.block_type.shape[1] * 2)
     for half in gl.static_range(BLOCK_B // _HALF):
         tma.async_copy_global_to_shared(queries, [first_query + half * _HALF, 0], q_full, q_smem.index(half))
+
+
+@gluon.jit
+def _fetch(bank, row, ring, full, empty, taken, STAGES: gl.constexpr):
+    """The tile that begins at a row of the bank, into the next place of the ring."""
+    stage = taken % STAGES
+    mbarrier.wait(empty.index(stage), ((taken // STAGES) & 1) ^ 1)  # passes in the first round
+    mbarrier.expect(full.index(stage), bank.block_type.nbytes)
+    tma.async_copy_global_to_shared(bank, [row.to(gl.int32), 0], full.index(stage), ring.index(stage))
+
+
+@gluon.jit
+def _load(queries, bank, q_smem, ring, q_full, full, empty, neighbours, first_query, origin, end,
+          BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, FOLD_ROWS: gl.constexpr):  # fmt: skip
+    """The loading warp."""
+    _fetch_queries(queries, first_query, q_smem, q_full, BLOCK_B)
     low, high = _ranges(neighbours, origin, BLOCK_B, 1)
     taken = 0
     begin = 0
     while begin < end:
         stop = _segment_end(low, high, begin, end, FOLD_ROWS)
         for start in range(begin, stop, BLOCK_N):
-            stage = taken % STAGES
-            mbarrier.wait(empty.index(stage), ((taken // STAGES) & 1) ^ 1)  # passes in the first round
-            mbarrier.expect(full.index(stage), bank.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                bank, [(origin + start).to(gl.int32), 0], full.index(stage), ring.index(stage)
-            )
+            _fetch(bank, origin + start, ring, full, empty, taken, STAGES)
             taken += 1
         begin = stop
 
@@ -186,6 +199,22 @@ def _sum(q_smem, ring, q_full, full, empty, neighbours, totals, vectors, origin,
     gl.store(totals + BLOCK_B + i, total_same)
 
 
+@gluon.jit
+def _make_ring(queries, bank, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, W: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory: room for the queries and STAGES tiles, and the barriers that say which of them are there."""
+    q_smem = gl.allocate_shared_memory(queries.dtype, [BLOCK_B // _HALF, _HALF, W], queries.layout)
+    ring = gl.allocate_shared_memory(bank.dtype, [STAGES, BLOCK_N, W], bank.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    for k in gl.static_range(STAGES):
+        mbarrier.init(full.index(k), count=1)
+        mbarrier.init(empty.index(k), count=BLOCK_B // _HALF)
+    fence_async_shared()
+    return q_smem, ring, q_full, full, empty
+
+
 @gluon.jit(do_not_specialize=["B", "N", "splits", "rows_per_split"])
 def stream(
     queries, bank,  # TMA descriptors of (B', D) and (N, D)
@@ -205,16 +234,7 @@ def stream(
     neighbours += block * (BLOCK_B * 4)
     totals += program * (2 * BLOCK_B)
     vectors += program * (2 * BLOCK_B * D)
-    q_smem = gl.allocate_shared_memory(queries.dtype, [BLOCK_B // _HALF, _HALF, W], queries.layout)
-    ring = gl.allocate_shared_memory(bank.dtype, [STAGES, BLOCK_N, W], bank.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    for k in gl.static_range(STAGES):
-        mbarrier.init(full.index(k), count=1)
-        mbarrier.init(empty.index(k), count=BLOCK_B // _HALF)
-    fence_async_shared()
+    q_smem, ring, q_full, full, empty = _make_ring(queries, bank, BLOCK_B, BLOCK_N, W, STAGES)
     first_query = (block * BLOCK_B).to(gl.int32)
     if BLOCK_B == 2 * _HALF:
         gl.warp_specialize([
@@ -231,6 +251,103 @@ def stream(
                     0, BLOCK_B, BLOCK_N, D, W, STAGES, FOLD_ROWS, WEIGHTED, num_warps)),
             (_load, (queries, bank, q_smem, ring, q_full, full, empty, neighbours, first_query, origin, end,
                      BLOCK_B, BLOCK_N, STAGES, FOLD_ROWS)),
+        ], [1], [24])  # fmt: skip
+
+
+@gluon.jit
+def _load_classes(queries, bank, q_smem, ring, q_full, full, empty, offsets, first_query, first_class, C, splits,
+                  BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """The loading warp of `class_log_sums`."""
+    _fetch_queries(queries, first_query, q_smem, q_full, BLOCK_B)
+    taken = 0
+    for c in range(first_class, C, splits):
+        begin = gl.load(offsets + c)
+        rows = (gl.load(offsets + c + 1) - begin).to(gl.int32)
+        for start in range(0, rows, BLOCK_N):
+            _fetch(bank, begin + start, ring, full, empty, taken, STAGES)
+            taken += 1
+
+
+@gluon.jit
+def _add(total, excess, weights):
+    """total + Σ weights; `excess` is by how much rounding has raised the total, as in `kernels.class_log_sums`."""
+    part = gl.sum(weights, 1) - excess
+    rounded = total + part
+    return rounded, (rounded - total) - part
+
+
+@gluon.jit
+def _sum_classes(q_smem, ring, q_full, full, empty, index, offsets, log_sums, first_query, first_class, B, C, splits,
+                 scale, WHICH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+                 WARPS: gl.constexpr):  # fmt: skip
+    """One warp group: log Σ of its 64 queries over every `splits`-th class."""
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_N, 16])
+    i = first_query + WHICH * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, S))
+    narrow_scale = scale.to(gl.float32)
+    zero = gl.zeros([_HALF, BLOCK_N], gl.float32, S)
+    mbarrier.wait(q_full, 0)
+    q = q_smem.index(WHICH)
+    taken = 0
+    for c in range(first_class, C, splits):
+        begin = gl.load(offsets + c)  # from here on rows are counted from the class's first
+        rows = (gl.load(offsets + c + 1) - begin).to(gl.int32)
+        own = _from(gl.load(index + i, mask=i < B, other=-1), begin)
+        total = gl.zeros([_HALF], gl.float32, gl.SliceLayout(1, S))
+        excess = total
+        if rows > 0:
+            next_own = gl.min(gl.where(own >= 0, own, _OUT_OF_SIGHT), 0)
+            stage = taken % STAGES
+            mbarrier.wait(full.index(stage), (taken // STAGES) & 1)
+            s = warpgroup_mma(q, ring.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(empty.index(stage))
+            taken += 1
+            for start in range(0, rows - BLOCK_N, BLOCK_N):
+                stage = taken % STAGES
+                mbarrier.wait(full.index(stage), (taken // STAGES) & 1)
+                next_s = warpgroup_mma(q, ring.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+                w, next_own = _weigh(s, start, rows, next_own, own, narrow_scale, BLOCK_N, S)
+                total, excess = _add(total, excess, w)
+                s = warpgroup_mma_wait(0, deps=[next_s])
+                mbarrier.arrive(empty.index(stage))
+                taken += 1
+            last = (rows - 1) // BLOCK_N * BLOCK_N
+            w, next_own = _weigh(s, last, rows, next_own, own, narrow_scale, BLOCK_N, S)
+            total, excess = _add(total, excess, w)
+        log_mass = gl.log(total.to(gl.float64)) + scale * _LN_2
+        gl.store(log_sums + c * B + i, log_mass, mask=i < B)
+
+
+@gluon.jit(do_not_specialize=["B", "C", "splits"])
+def class_log_sums(
+    queries, bank,  # TMA descriptors of (B, D) and (N, D)
+    index, offsets,
+    log_sums,  # out (C, B)
+    B, C, scale: gl.float64, splits,
+    W: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """As `kernels.class_log_sums`, of 16-bit banks and a fixed offset: no maximum is tracked."""
+    program = gl.program_id(0).to(gl.int64)
+    blocks = gl.cdiv(B, BLOCK_B)  # programs that stand together take the same rows, as in `stream`
+    first_query = (program % blocks * BLOCK_B).to(gl.int32)
+    first_class = program // blocks
+    q_smem, ring, q_full, full, empty = _make_ring(queries, bank, BLOCK_B, BLOCK_N, W, STAGES)
+    if BLOCK_B == 2 * _HALF:
+        gl.warp_specialize([
+            (_sum_classes, (q_smem, ring, q_full, full, empty, index, offsets, log_sums, first_query, first_class, B, C,
+                            splits, scale, 0, BLOCK_N, STAGES, num_warps)),
+            (_sum_classes, (q_smem, ring, q_full, full, empty, index, offsets, log_sums, first_query, first_class, B, C,
+                            splits, scale, 1, BLOCK_N, STAGES, num_warps)),
+            (_load_classes, (queries, bank, q_smem, ring, q_full, full, empty, offsets, first_query, first_class, C,
+                             splits, BLOCK_B, BLOCK_N, STAGES)),
+        ], [num_warps, 1], [REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_sum_classes, (q_smem, ring, q_full, full, empty, index, offsets, log_sums, first_query, first_class, B, C,
+                            splits, scale, 0, BLOCK_N, STAGES, num_warps)),
+            (_load_classes, (queries, bank, q_smem, ring, q_full, full, empty, offsets, first_query, first_class, C,
+                             splits, BLOCK_B, BLOCK_N, STAGES)),
         ], [1], [24])  # fmt: skip
 
 
