@@ -78,6 +78,35 @@ def test_results_repeat_bit_for_bit_also_where_sums_are_added_to_memory(monkeypa
         assert all(torch.equal(one, other) for one, other in zip(first, gpu.log_scores(batch, True), strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("D", [64, 112, 128, 256])
+@pytest.mark.parametrize("B", [17, 64, 65, 300])
+def test_class_sums_are_those_of_the_portable_kernel_and_of_float64(B, D):
+    """Empty classes, single rows, ragged ends, more classes than programs, queries of no row."""
+    for N, C in ((1, 1), (129, 1), (3333, 300), (20_001, 45), (70_001, 2), (70_001, 2000)):
+        batch = in_class_order(B, N, D, C, seed=N)
+        offsets = torch.cat([batch.layout.offsets.new_zeros(2), batch.layout.offsets])  # the first class is empty
+        given = batch.features.bfloat16(), batch.bank, batch.own, offsets
+        found = gpu.class_log_sums(*given, 0.1, kernel="hopper")
+        torch.testing.assert_close(found, gpu.class_log_sums(*given, 0.1), rtol=1e-6, atol=1e-6)
+        exact = reference.class_log_sums(*(x.double() for x in given[:2]), *given[2:], 0.1)
+        torch.testing.assert_close(found, exact, rtol=2e-6, atol=2e-6)
+
+
+@needs_interpreter
+def test_class_sums_say_what_the_hopper_kernel_needs(monkeypatch):
+    batch = in_class_order(20, 60, 128, 3, device="cpu")
+    given = batch.features.bfloat16(), batch.bank, batch.own, batch.layout.offsets
+    with pytest.raises(ValueError, match=r"kernel: 'hopper' needs a Hopper GPU, more than 16 queries"):
+        gpu.class_log_sums(*given, 0.1, kernel="hopper")
+    monkeypatch.setattr(gpu.launches, "hopper_serves", lambda _: True)
+    with pytest.raises(ValueError, match=r"kernel: 'hopper' needs a sigma of at least 0\.03, got 0\.01"):
+        gpu.class_log_sums(*given, 0.01, kernel="hopper")
+
+
 @pytest.mark.parametrize(
     ("D", "B", "expected"),
     [(128, 256, (128, 128)), (128, 64, (64, 128)), (64, 65, (128, 128)), (256, 4096, (128, 64)), (96, 128, (128, 128)),
