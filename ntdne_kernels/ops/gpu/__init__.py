@@ -131,7 +131,7 @@ def class_log_sums(
 
 
 def _class_splits(device: configs.Device, C: int, blocks: int) -> int:
-    return min(C, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, blocks))
+    return min(C, int(triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, blocks)))
 
 
 def _class_log_sums_on_hopper(
