@@ -75,7 +75,7 @@ def read(source: Source) -> Archive:
     classes = source.classes.read_text().splitlines() if source.classes else []
     if classes and len(classes) != labels.max() + 1:
         raise ValueError(f"classes: expected {labels.max() + 1} names, as many as classes, got {len(classes)}")
-    checksum = f"{zlib.crc32(labels.astype(np.int64), zlib.crc32(np.ascontiguousarray(features))):08x}"
+    checksum = f"{zlib.crc32(labels.astype(np.int64).tobytes(), zlib.crc32(features.tobytes())):08x}"
     return Archive(torch.from_numpy(features).float(), torch.from_numpy(labels).long(), classes, checksum)
 
 
@@ -108,5 +108,12 @@ def make_problem(source: Source, column: Column, seed: int) -> Problem:
     else:
         matrix = noise.authors_map(archive.classes, column.rate)
     labels = archive.labels
-    given = [noise.corrupt(labels[part], matrix, seed).labels for part in (parts.train, parts.validation)]
-    return Problem(*(rows[part] for part in parts), labels[parts.train], labels[parts.test], *given)
+    return Problem(
+        train=rows[parts.train],
+        validation=rows[parts.validation],
+        test=rows[parts.test],
+        train_labels=labels[parts.train],
+        test_labels=labels[parts.test],
+        train_given=noise.corrupt(labels[parts.train], matrix, seed).labels,
+        validation_given=noise.corrupt(labels[parts.validation], matrix, seed).labels,
+    )

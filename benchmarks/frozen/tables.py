@@ -144,8 +144,10 @@ def print_differences(metrics: dict[str, Cells], way: str) -> None:
         line = [TITLES[metric]]
         for column in columns:
             best = best_of(cells, column, others)
-            there = best is not None and (column, OURS) in cells
-            line.append(f"{written(cells[column, OURS] - cells[column, best], '+')} ({best})" if there else "–")
+            if best is None or (column, OURS) not in cells:
+                line.append("–")
+            else:
+                line.append(f"{written(cells[column, OURS] - cells[column, best], '+')} ({best})")
         print_row(line)
 
 

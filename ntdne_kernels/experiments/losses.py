@@ -151,7 +151,7 @@ class TripletLoss(BatchLoss):
         """Mean over the semi-hard triplets.
 
         Made of rows for the pairs within classes, and not by pytorch-metric-learning, which lists triplets by B³
-        booleans: for 256 images of 30 classes a step takes 7 ms in place of 60.
+        booleans: for 256 images of 30 classes loss and gradient take 12 ms in place of 73.
         """
         unit = F.normalize(features, dim=1)
         distance = torch.cdist(unit, unit).square()
