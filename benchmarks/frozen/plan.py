@@ -62,22 +62,15 @@ def beyond(scope: Scope, rows: pd.DataFrame) -> Iterator[Run]:
                 yield Run(*CHOSEN_AT[noise], 0, method, BEYOND[best])
 
 
-def own(scope: Scope, rows: pd.DataFrame) -> Iterator[Run]:
-    """Each loss with its own learning rate."""
+def grid(scope: Scope, rows: pd.DataFrame) -> Iterator[Run]:
+    """Seed by seed, each loss in each column with its own learning rate, then with the common one."""
     for seed in scope.seeds:
-        for column in scope.columns:
-            for method in scope.methods:
-                lr = chosen(rows, method, column.noise)
-                if lr is not None:
-                    yield Run(*column, seed, method, lr)
-
-
-def common(scope: Scope, rows: pd.DataFrame) -> Iterator[Run]:
-    """All losses with one learning rate."""
-    for seed in scope.seeds:
-        for column in scope.columns:
-            for method in scope.methods:
-                yield Run(*column, seed, method, COMMON)
+        for of_its_own in (True, False):
+            for column in scope.columns:
+                for method in scope.methods:
+                    lr = chosen(rows, method, column.noise) if of_its_own else COMMON
+                    if lr is not None:
+                        yield Run(*column, seed, method, lr)
 
 
 def by_hand(scope: Scope, rows: pd.DataFrame) -> Iterator[Run]:
@@ -92,8 +85,7 @@ def by_hand(scope: Scope, rows: pd.DataFrame) -> Iterator[Run]:
 
 STAGES: dict[str, list[Callable[[Scope, pd.DataFrame], Iterator[Run]]]] = {
     "rates": [learning_rates, beyond],
-    "own": [own],
-    "common": [common],
+    "grid": [grid],
     "by-hand": [by_hand],
 }
 """What is run one after the other, since a stage needs the rows of those before."""

@@ -142,17 +142,22 @@ def test_beyond_the_end_of_the_learning_rates_one_more_is_tried():
 def test_own_and_common_learning_rates_make_all_cells_seed_by_seed():
     scope = plan.Scope(["GCE", "MAE"], [Column("uniform", 0.5), Column("uniform", 0.7)], range(2))
     rows = pd.DataFrame([row("uniform", 0.5, 0, "GCE", 0.1), row("uniform", 0.5, 0, "MAE", 0.3)])
-    cells = [("uniform", rate, seed, method) for seed in (0, 1) for rate in (0.5, 0.7) for method in ("GCE", "MAE")]
     rates = {"GCE": 0.1, "MAE": 0.3}
-    assert list(plan.own(scope, rows)) == [Run(*cell, rates[cell[-1]]) for cell in cells]
-    assert list(plan.common(scope, rows)) == [Run(*cell, 0.01) for cell in cells]
+    expected = [
+        Run("uniform", rate, seed, method, lr)
+        for seed in (0, 1)
+        for lrs in (rates, dict.fromkeys(rates, 0.01))
+        for rate in (0.5, 0.7)
+        for method, lr in lrs.items()
+    ]
+    assert list(plan.grid(scope, rows)) == expected
 
 
 def test_a_grid_runs_to_its_end_and_what_is_there_is_left(source, tmp_path, command, monkeypatch):
     monkeypatch.setattr(plan, "LEARNING_RATES", (0.01, 0.1))
     file, figure = tmp_path / "new" / "found.csv", tmp_path / "new" / "figure.png"
     asked = ("--methods", "GCE", "NTDNE", "--noise", "uniform", "--seeds", "2", "--epochs", "2", "--jobs", "2")
-    arguments = ("run", source.features, source.labels, "--output", file, *asked, "--stages", "rates", "own", "common")
+    arguments = ("run", source.features, source.labels, "--output", file, *asked, "--stages", "rates", "grid")
     status, printed, errors = command(*arguments)
     assert status == 0, errors
     assert "rates: 4 runs to do" in printed
