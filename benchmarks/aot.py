@@ -47,7 +47,8 @@ _POINTERS = {
     "log_same": "fp64", "log_other": "fp64", "mean_same": "sum", "mean_other": "sum",
 }  # fmt: skip
 _NUMBERS = {
-    "scale": "fp64", "sigma": "fp64", "q": "fp64", "log_k": "fp64", "pruned_loss": "fp64", "rows_per_split": "i64",
+    "scale": "fp64", "sigma": "fp64", "q": "fp64", "log_k": "fp64", "pruned_loss": "fp64", "unit": "fp64",
+    "rows_per_split": "i64",
 }  # fmt: skip
 _ALIGNED = (
     "queries", "bank", "totals", "vectors", "gradient", "bank_stride", "features", "mean_same", "mean_other",

@@ -145,7 +145,7 @@ def _module(problem: problems.Problem, labels: Tensor, *, compiled: bool) -> Cal
     It is made on the GPU: a bank that is moved there looks at its rows once, and a GPU that computes nothing would
     leave them 0.
     """
-    criterion = NTDNELoss(labels, D, sigma=SIGMA, q=Q, dtype=problem.bank.dtype, device="cuda")
+    criterion = NTDNELoss(labels, D, sigma=SIGMA, q=Q, k=0.3, warmup_epochs=20, dtype=problem.bank.dtype, device="cuda")
     criterion.memory.storage.copy_(problem.bank)
     criterion.set_epoch(20)  # the warm-up is over: scores are looked up, and may prune
     forward: Callable[..., Any] = criterion

@@ -30,7 +30,6 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("archive", type=Path, nargs="?", help="folder of class folders; without one a small one is made")
 parser.add_argument("output", type=Path, nargs="?", default=Path("runs/aerial"), help="folder (runs/aerial)")
 parser.add_argument("--epochs", type=int, default=12)
-parser.add_argument("--warmup", type=int, default=3, help="epochs before low scores stop an image's training (3)")
 parser.add_argument("--batch-size", type=int, default=256)
 parser.add_argument("--image-size", type=int, default=64, help="pixels (64)")
 parser.add_argument("--workers", type=int, default=2, help="processes that read images (2)")
@@ -48,11 +47,9 @@ whole = DataLoader(IndexedDataset(files), arguments.batch_size, num_workers=argu
 
 torch.manual_seed(0)
 encoder = models.resnet18(num_classes=D).to(device)
-# With random weights all scores stay low for long, and a fixed k would prune nearly every image; "auto" prunes what
-# scores no better than chance. Low scores make small gradients, hence five times cross-entropy's learning rate of 0.1.
-criterion = NTDNELoss(dataset.labels, D, k="auto", warmup_epochs=arguments.warmup, device=device)
-optimizer = torch.optim.SGD(encoder.parameters(), 0.5, momentum=0.9, weight_decay=5e-4, nesterov=True)
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, epochs=arguments.epochs, steps_per_epoch=len(loader))
+criterion = NTDNELoss(dataset.labels, D, device=device)
+optimizer = torch.optim.SGD(encoder.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs=arguments.epochs, steps_per_epoch=len(loader))
 for epoch in range(arguments.epochs):
     criterion.set_epoch(epoch)
     encoder.train()

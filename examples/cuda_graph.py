@@ -12,7 +12,8 @@ same addresses. Between replays
 - these may change, in place: the learning rate, which is a tensor that the schedule writes into; weights; rows, scores
   and labels of the bank, for instance by `fill_bank`, `refresh_indicator` and `load_state_dict`.
 - these may change, and the step is captured anew: sigma, q, k, momentum, indicator, reduction, pruning (`set_epoch`),
-  the shape of the batch, `relabel`. A new setting costs two slower steps, so change them at most once an epoch.
+  the shape of the batch, and by `relabel` the labels, of which the loss's unit is made. A new setting costs two slower
+  steps, so change them at most once an epoch.
 - everything else must stay, because no change of it is noticed: other numbers (betas, weight decay), what Python
   decides by (frozen layers, train() and eval(), autocast, the float32 precision), and the tensors themselves
   (`optimizer.load_state_dict`, `.to()`, `load_state_dict(assign=True)`). Make a new GraphedStep after such a change.
@@ -96,9 +97,9 @@ class GraphedStep:
     def settings(self, images: Tensor) -> tuple[Any, ...]:
         """All that a graph fixes and that may change: shapes, numbers, and where the bank's tensors lie."""
         c, memory = self.criterion, self.criterion.memory
-        numbers = (c.sigma, c.q, c.k, c.momentum, c.indicator, c.reduction, c.pruning)
+        numbers = (c.sigma, c.q, c.k, c.unit_slope, c.momentum, c.indicator, c.reduction, c.pruning)
         tensors = (memory.storage, *memory.archive, *memory.label_index.layout)  # some are new after relabel
-        return (images.shape, images.dtype, *numbers, *((x.data_ptr(), x.shape) for x in tensors))
+        return (images.shape, images.dtype, *numbers, memory.class_sizes, *((x.data_ptr(), x.shape) for x in tensors))
 
     def run_aside(self, images: Tensor, index: Tensor) -> Tensor:
         """An uncaptured step, on the capturing stream: autograd keeps to the stream where it first saw a weight."""
@@ -154,7 +155,7 @@ def main(epochs: int = 10) -> None:
         *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten()),
         nn.Linear(1024, D),
     ).to(device)
-    criterion = NTDNELoss(dataset.labels, D, warmup_epochs=3).to(device)
+    criterion = NTDNELoss(dataset.labels, D).to(device)
     losses = train(encoder, criterion, DataLoader(dataset, batch_size=128, shuffle=True), epochs)
     print(*(f"epoch {epoch:2}  loss {loss:.3f}" for epoch, loss in enumerate(losses, 1)), sep="\n")
     print(f"mean score {criterion.memory.last_log_p.exp().mean():.3f}")

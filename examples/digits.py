@@ -88,14 +88,14 @@ class CrossEntropy(nn.Module):
         """Nothing: there is no bank."""
 
 
-# σ = 0.1, q = 0.7 and k = 0.3 are the paper's, and the defaults. The warm-up must be long enough for the features to
-# mean something: before that nearly all scores lie below k, and pruning would leave nothing to train on. It must end
-# before the encoder has memorised the wrong labels. Of 3, 5 and 10 epochs, 3 gave the best K-NN accuracy, by a little,
-# on a fifth of the training images held out with their wrong labels; no true label and no test image was used.
+# The paper's loss: σ = 0.1, q = 0.7, k = 0.3, not in units of its slope. The warm-up must be long enough for the
+# features to mean something: before that nearly all scores lie below k, and pruning would leave nothing to train on. It
+# must end before the encoder has memorised the wrong labels. Of 3, 5 and 10 epochs, 3 gave the best K-NN accuracy, by a
+# little, on a fifth of the training images held out with their wrong labels; no true label and no test image was used.
 METHODS: dict[str, Callable[[Tensor], Any]] = {
     "cross-entropy": CrossEntropy,
     "SNCA": lambda labels: SNCALoss(labels, D),
-    "NTDNE": lambda labels: NTDNELoss(labels, D, warmup_epochs=3, fused=True),
+    "NTDNE": lambda labels: NTDNELoss(labels, D, k=0.3, warmup_epochs=3, unit_slope=False),
 }
 
 
@@ -166,7 +166,9 @@ def measure(streamed: bool, N: int, B: int = 256, C: int = 45) -> Cost:
 
     def prepare(N: int) -> Callable[[], Tensor]:
         generator = torch.Generator().manual_seed(0)
-        criterion = NTDNELoss(torch.randint(C, (N,), generator=generator), D, k=None, generator=generator)
+        criterion = NTDNELoss(
+            torch.randint(C, (N,), generator=generator), D, k=None, unit_slope=False, generator=generator
+        )
         features = torch.randn(B, D, generator=generator).requires_grad_()
         index = torch.randperm(N, generator=generator)[:B]
         bank, bank_labels = criterion.memory.rows(torch.arange(N)), criterion.memory.labels

@@ -46,8 +46,6 @@ arguments.run.mkdir(parents=True, exist_ok=True)
 criterion = NTDNELoss(
     dataset.labels,
     D,
-    k="auto",
-    warmup_epochs=5,
     device=device,
     dtype=torch.bfloat16,
     storage="disk",

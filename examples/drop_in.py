@@ -36,7 +36,7 @@ encoder = nn.Sequential(
     *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten()),
     nn.Linear(1024, D),  # was: nn.Linear(1024, C)
 )
-criterion = NTDNELoss(dataset.labels, D, warmup_epochs=5)  # was: nn.CrossEntropyLoss()
+criterion = NTDNELoss(dataset.labels, D)  # was: nn.CrossEntropyLoss()
 optimizer = torch.optim.Adam(encoder.parameters())
 
 for epoch in range(EPOCHS):

@@ -70,9 +70,8 @@ torch.manual_seed(0)
 head = nn.Sequential(
     *(nn.Linear(features.shape[1], 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout(0.2), nn.Linear(512, D)),
 ).to(device)
-# No warm-up, in which the head would learn wrong labels by heart; "auto" prunes what scores no better than chance.
-criterion = NTDNELoss(dataset.labels, D, k="auto", warmup_epochs=0, device=device)
-optimizer = torch.optim.AdamW(head.parameters(), 1e-3)  # its steps do not shrink with the loss's slope
+criterion = NTDNELoss(dataset.labels, D, device=device)
+optimizer = torch.optim.AdamW(head.parameters(), 1e-3)  # or SGD with cross-entropy's learning rate
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs)
 for epoch in range(arguments.epochs):
     criterion.set_epoch(epoch)

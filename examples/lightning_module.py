@@ -30,10 +30,10 @@ class NeighbourhoodModule(lightning.LightningModule):
     def __init__(self, encoder: nn.Module, labels: Tensor) -> None:
         super().__init__()
         self.encoder = encoder
-        self.criterion = NTDNELoss(labels, D, warmup_epochs=5)  # new: labels of the whole archive
+        self.criterion = NTDNELoss(labels, D)  # new: labels of the whole archive
 
     def on_train_epoch_start(self) -> None:
-        """Let pruning begin after the warm-up."""
+        """Say which epoch begins."""
         self.criterion.set_epoch(self.current_epoch)  # new
 
     def training_step(self, batch: tuple[Tensor, ...]) -> Tensor:

@@ -63,9 +63,8 @@ encoder = DistributedDataParallel(
         nn.Linear(1024, D),
     ).to(device)
 )
-criterion = NTDNELoss(  # new: each process keeps N/W rows of the bank
-    dataset.labels, D, warmup_epochs=5, device=device, process_group=distributed.group.WORLD
-)
+# new: each process keeps N/W rows of the bank
+criterion = NTDNELoss(dataset.labels, D, device=device, process_group=distributed.group.WORLD)
 optimizer = torch.optim.Adam(encoder.parameters())
 
 state = {"encoder": encoder, "criterion": criterion, "optimizer": optimizer}

@@ -258,6 +258,6 @@ def _check_same_settings(reports: list[Report]) -> None:
     differing = [rank for rank, report in enumerate(reports) if report.settings != reports[0].settings]
     if differing:
         raise ValueError(
-            "criterion: expected the same sigma, q, k, momentum, reduction, indicator, epoch, mode on all ranks; "
-            f"those of ranks {differing} differ from rank 0's; all call set_epoch, train and eval"
+            "criterion: expected the same sigma, q, k, unit_slope, momentum, reduction, indicator, epoch, mode on all "
+            f"ranks; those of ranks {differing} differ from rank 0's; all call set_epoch, train and eval"
         )

@@ -1,9 +1,9 @@
-"""Mistakes of a training loop that show in its batches, each warned of once.
+"""Mistakes of a training that show in its batches and its scores, each warned of once.
 
 Values on a GPU are looked at in a few of the first batches. They are copied to the host without waiting for them, and
 reported in the first later step that finds them there.
 
-Shapes: B images of a batch, N images of the archive, C classes.
+Shapes: B images of a batch, N images of the archive, n of them kept here, C classes.
 """
 
 import math
@@ -17,6 +17,8 @@ from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.user_warning import warn_user
 
 STEPS = 50  # that are searched for labels in place of the index
+NEARLY_ALL = 0.9  # share of the images: that more of them are pruned is warned of
+MANY = 0.5  # the same, where they also become more
 CHANCE = 1e-6  # at which images drawn from the archive may all have the number of a class as their index, unsuspected
 
 
@@ -30,6 +32,7 @@ class Watch:
         self._compared = 0
         self._with_labels_alone = 0
         self._updated = False
+        self._pruned: tuple[int, float] | None = None  # the last epoch looked at, and its share of pruned images
         self._warned: set[str] = set()
         self._pending: list[tuple[torch.cuda.Event, Callable[[], None]]] = []
 
@@ -63,6 +66,33 @@ class Watch:
             return
         both = (index >= 0) & (given != UNLABELLED)
         self._report(self._warn_of_differing, torch.stack([(both & (given != stored())).sum(), both.sum()]))
+
+    def pruned(self, epoch: int, pruned: Tensor, log_p: Tensor, k: float | str | None) -> None:
+        """Note which images (n,) are pruned in an epoch by their last scores log p (n,), NaN for none. Synchronises."""
+        if "nearly all pruned" in self._warned:
+            return
+        scored, count = int((~log_p.isnan()).sum()), int(pruned.sum())
+        if scored == 0:
+            return
+        share, before = count / scored, self._pruned
+        self._pruned = epoch, share
+        nearly_all = share > NEARLY_ALL
+        grows = before is not None and epoch > before[0] and share > max(MANY, before[1])
+        if not nearly_all and not grows:
+            return
+        if isinstance(k, str):
+            threshold, advice = "chance", "are the labels those of these images, and does the encoder learn?"
+        else:
+            threshold, advice = f"k = {k}", 'try k="auto", a lower k or more warmup_epochs'
+        found = (
+            f"{count} of the {scored} images scored so far have a score of at most {threshold} and stop training the "
+            f"encoder (the median score is {float(log_p.nanmedian().exp()):.2g})"
+        )
+        if nearly_all:
+            self._warn_once("nearly all pruned", f"{found}; {advice}")
+        elif before is not None:
+            growth = f"{share:.0%} now and {before[1]:.0%} in epoch {before[0]}"
+            self._warn_once("more pruned", f"{found}, {growth}; unless so many labels are wrong: {advice}")
 
     def labels_as_index(self, found: str) -> None:
         """Warn that labels are given in place of the index, by what was found."""

@@ -393,7 +393,8 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.encoder = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
         made = torch.Generator().manual_seed(0)
-        self.criterion = NTDNELoss(labels, 6, generator=made, warmup_epochs=0, indicator="stored", **options)
+        options = {"k": 0.3, "warmup_epochs": 0, "unit_slope": False, "indicator": "stored"} | options
+        self.criterion = NTDNELoss(labels, 6, generator=made, **options)
 
     def forward(self, images: Tensor, index: Tensor) -> Tensor:
         return self.criterion(self.encoder(images), index)

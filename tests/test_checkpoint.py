@@ -43,7 +43,9 @@ class Run:
         if world():
             self.encoder = DistributedDataParallel(self.encoder)
         generator = torch.Generator().manual_seed(seed)
-        self.criterion = NTDNELoss(labels, dim, warmup_epochs=2, generator=generator, process_group=world())
+        self.criterion = NTDNELoss(
+            labels, dim, k=0.3, warmup_epochs=2, unit_slope=False, generator=generator, process_group=world()
+        )
         self.sgd = torch.optim.SGD(first.parameters(), lr=0.1, momentum=0.9, nesterov=True)
         self.adam = torch.optim.Adam(last.parameters(), lr=0.01)
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.sgd, [1, 2])

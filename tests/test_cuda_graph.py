@@ -37,7 +37,7 @@ def made(device: torch.device) -> tuple[nn.Module, NTDNELoss, DataLoader]:
     images = torch.randn(3, 8)[labels] + torch.randn(70, 8)
     labels[:20] = labels[:20].flip(0)
     encoder = nn.Sequential(nn.Linear(8, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16)).to(device)
-    criterion = NTDNELoss(labels, 16, k=0.4, warmup_epochs=1).to(device)
+    criterion = NTDNELoss(labels, 16, k=0.4, warmup_epochs=1, unit_slope=False).to(device)
     return encoder, criterion, DataLoader(IndexedDataset(TensorDataset(images, labels)), batch_size=16, shuffle=True)
 
 
@@ -125,7 +125,7 @@ spec.loader.exec_module(recipe)
 
 def made():
     encoder = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16)).cuda()
-    criterion = NTDNELoss(torch.arange(70) % 3, 16, warmup_epochs=1, device="cuda")
+    criterion = NTDNELoss(torch.arange(70) % 3, 16, k=0.3, warmup_epochs=1, unit_slope=False, device="cuda")
     optimizer = torch.optim.Adam(encoder.parameters(), capturable=True)
     optimizer.param_groups[0]["lr"] = torch.tensor(1e-3).cuda()
     return recipe.GraphedStep(encoder, criterion, optimizer)

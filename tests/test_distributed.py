@@ -31,16 +31,19 @@ LABELS = {
     "one class": torch.zeros(13, dtype=torch.int64),
     "each its own class": torch.arange(9),
 }
+PAPER: dict[str, Any] = {"k": 0.3, "warmup_epochs": 20, "unit_slope": False}
 LOSSES: dict[str, Any] = {
-    "NTDNE": (NTDNELoss, {"k": None}),
-    "pruning": (NTDNELoss, {"k": 0.2, "warmup_epochs": 0}),
-    "pruning by stored scores": (NTDNELoss, {"k": 0.2, "warmup_epochs": 0, "indicator": "stored"}),
-    "pruning at chance": (NTDNELoss, {"k": "auto", "warmup_epochs": 0}),
+    "default": (NTDNELoss, {}),
+    "default, none": (NTDNELoss, {"reduction": "none"}),
+    "NTDNE": (NTDNELoss, PAPER | {"k": None}),
+    "pruning": (NTDNELoss, PAPER | {"k": 0.2, "warmup_epochs": 0}),
+    "pruning by stored scores": (NTDNELoss, PAPER | {"k": 0.2, "warmup_epochs": 0, "indicator": "stored"}),
+    "pruning at chance": (NTDNELoss, PAPER | {"k": "auto", "warmup_epochs": 0}),
     "SNCA": (SNCALoss, {}),
     "small sigma": (SNCALoss, {"sigma": 0.001}),
-    "sum": (NTDNELoss, {"reduction": "sum"}),
-    "none": (NTDNELoss, {"reduction": "none"}),
-    "definition": (NTDNELoss, {"fused": False}),
+    "sum": (NTDNELoss, PAPER | {"reduction": "sum"}),
+    "none": (NTDNELoss, PAPER | {"reduction": "none"}),
+    "definition": (NTDNELoss, PAPER | {"fused": False}),
 }
 SIZES = {1: [7], 2: [5, 2], 3: [3, 0, 4], 4: [2, 3, 0, 2]}
 """Images of each rank in a batch of 7."""
@@ -145,7 +148,7 @@ def test_one_process_and_many_have_the_same_methods(alone, of_many, more):
 
 def shared(N: int = 41, **options: Any) -> NTDNELoss:
     labels = torch.randint(0, 4, (N,), generator=torch.Generator().manual_seed(1))
-    options = {"dtype": torch.float64, "process_group": distributed.group.WORLD, **options}
+    options = {"dtype": torch.float64, "process_group": distributed.group.WORLD, **PAPER, **options}
     return NTDNELoss(labels, D, generator=torch.Generator().manual_seed(0), **options)
 
 
@@ -213,7 +216,7 @@ def compiled_step() -> tuple[Tensor, Tensor, Tensor]:
     results = []
     for compiled in (False, True):
         torch.manual_seed(distributed.get_rank())
-        criterion = shared(warmup_epochs=0, k=0.2, indicator="stored", dtype=torch.float32)
+        criterion = shared(warmup_epochs=0, k=0.2, unit_slope=True, indicator="stored", dtype=torch.float32)
         call = torch.compile(criterion, fullgraph=True, backend="aot_eager") if compiled else criterion
         for _ in range(2):
             features = torch.randn(4, D, requires_grad=True)
@@ -251,6 +254,7 @@ def relabelled(criterion: NTDNELoss) -> dict[str, Tensor]:
         "second": memory.last_log_p.clone(),
         "labels": memory.labels.clone(),
         "rows": memory.rows(torch.arange(41)),
+        "class sizes": torch.tensor(memory.class_sizes),
     }
 
 
@@ -263,6 +267,7 @@ def test_refreshed_scores_and_new_labels_are_those_of_one_process(meshed, monkey
         torch.testing.assert_close(joined, expected[name], rtol=1e-6, atol=1e-6, equal_nan=True)
     for rank in found:
         assert torch.equal(rank["rows"], expected["rows"])
+        assert torch.equal(rank["class sizes"], expected["class sizes"])
 
 
 def big_start(N: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

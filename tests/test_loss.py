@@ -20,6 +20,7 @@ from ntdne_kernels import NTDNELoss, SNCALoss
 from tests import formulas
 
 N, D, B = 40, 6, 12
+PAPER = {"k": 0.3, "warmup_epochs": 20, "unit_slope": False}
 
 
 def labels_of(seed: int = 0) -> Tensor:
@@ -27,7 +28,11 @@ def labels_of(seed: int = 0) -> Tensor:
 
 
 def made(loss: type = NTDNELoss, **options):
-    """A loss whose bank is double precision and half clustered by class, so that scores spread over (0, 1)."""
+    """A loss whose bank is double precision and half clustered by class, so that scores spread over (0, 1).
+
+    NTDNE as in the paper where the options say nothing else.
+    """
+    options = (PAPER if loss is NTDNELoss else {}) | options
     options = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(0), "sigma": 0.2} | options
     criterion = loss(labels_of(), D, **options)
     features = 2.5 * nn.functional.one_hot(labels_of(), D) + torch.randn(N, D, generator=options["generator"])
@@ -253,6 +258,32 @@ def test_pruning_nearly_everything_warns_once(k, said):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         criterion.set_epoch(2)
+
+
+@pytest.mark.parametrize(("k", "said"), [(0.3, 'k = 0.3 .*try k="auto"'), ("auto", "chance .*does the encoder learn")])
+def test_pruning_more_than_half_and_more_than_an_epoch_before_warns_once(k, said):
+    criterion = filled(k=k, warmup_epochs=1)
+
+    def begin(epoch: int, low: int) -> None:
+        criterion.memory.last_log_p[:] = math.log(0.9)
+        criterion.memory.last_log_p[:low] = math.log(0.05)
+        criterion.set_epoch(epoch)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion.set_epoch(0)
+        criterion.set_epoch(1)  # nothing is scored yet
+        for epoch, low in enumerate((30, 22, 22, 10, 20), 2):  # many but fewer, as many, more but not many
+            begin(epoch, low)
+        begin(6, 24)  # more in one epoch
+    message = rf"26 of the 40 images .* at most {said[:7]}.*median score is 0.05\), 65% now and 60% in epoch 6;.*"
+    with pytest.warns(UserWarning, match=message + said[7:]):
+        begin(7, 26)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begin(8, 30)
+    with pytest.warns(UserWarning, match="39 of the 40 images"):  # nearly all: another warning
+        begin(9, 39)
 
 
 def test_pruning_much_is_no_matter_for_a_warning():
@@ -500,7 +531,7 @@ def train(criterion: nn.Module, encoder: nn.Module, optimizer, data: Tensor, epo
 
 def started(indicator: str, seed: int):
     torch.manual_seed(seed)
-    criterion = NTDNELoss(labels_of(), D, indicator=indicator, warmup_epochs=2, k=0.4, sigma=0.2)
+    criterion = NTDNELoss(labels_of(), D, indicator=indicator, warmup_epochs=2, k=0.4, unit_slope=False, sigma=0.2)
     encoder = nn.Linear(4, D)
     return criterion, encoder, torch.optim.SGD(encoder.parameters(), lr=0.5, momentum=0.9)
 
@@ -725,6 +756,7 @@ def test_bad_calls_are_named_and_change_nothing(call, error, message):
         ({"indicator": "old"}, ValueError, "indicator: expected one of 'current', 'stored', got 'old'"),
         ({"reduction": "max"}, ValueError, "reduction: expected one of 'mean', 'sum', 'none', got 'max'"),
         ({"dim": -4}, ValueError, "dim: expected at least 1, got -4"),
+        ({"unit_slope": "no"}, TypeError, "unit_slope: expected True or False, got 'no'"),
     ],
 )
 def test_bad_options_are_named(options, error, message):

@@ -27,7 +27,7 @@ FEATURES = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
 
 
 def criterion_of(**options) -> NTDNELoss:
-    return NTDNELoss(LABELS, D, **options)
+    return NTDNELoss(LABELS, D, **({"k": 0.3, "warmup_epochs": 20, "unit_slope": False} | options))
 
 
 class Step(nn.Module):

@@ -1,4 +1,4 @@
-"""The losses that are compared: those of the paper, classifiers, and NTDNE scaled for a plain learning rate."""
+"""The losses that are compared: those of the paper, classifiers, and NTDNE as the package has it by default."""
 
 from typing import Any
 
@@ -38,40 +38,12 @@ class GCELoss(CrossEntropyLoss):
         return ntdne(log_s, 0.7, None).mean()
 
 
-class UnitSlopeNTDNELoss(NTDNELoss):
-    """NTDNE divided by its slope at chance, with k="auto" from the first epoch on.
-
-    The gradient of NTDNE is SNCA's times p^q, and in a new bank p is near c, the share of the image's class. Divided by
-    the mean of c^q over the images, the gradient starts at SNCA's size, so that SNCA's learning rate fits.
-    """
-
-    def __init__(self, labels: Tensor, dim: int, **options: Any) -> None:
-        super().__init__(labels, dim, k="auto", warmup_epochs=0, **options)
-        share = labels.bincount()[labels] / len(labels)
-        self.slope_at_chance = float((share**self.q).mean())
-
-    def forward(
-        self,
-        features: Tensor,
-        index: Tensor | None = None,
-        *,
-        labels: Tensor | None = None,
-        return_scores: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """As `NTDNELoss.forward`."""
-        found = super().forward(features, index, labels=labels, return_scores=return_scores)
-        if isinstance(found, tuple):
-            return found[0] / self.slope_at_chance, found[1]
-        return found / self.slope_at_chance
-
-
 METHODS: dict[str, tuple[type[Criterion], dict[str, Any]]] = {
     "cross-entropy": (CrossEntropyLoss, {}),
     "GCE": (GCELoss, {}),
     "SNCA": (SNCALoss, PAPER["SNCA"]),
     "t-RNSL": (TRNSLLoss, PAPER["t-RNSL"]),
-    "NTDNE": (NTDNELoss, {}),  # the defaults of the package
-    "NTDNE-unit-slope": (UnitSlopeNTDNELoss, {}),
+    "NTDNE-unit-slope": (NTDNELoss, {}),  # the defaults of the package
     "NTDNE-paper": (NTDNELoss, PAPER["NTDNE"]),  # k = 0.3 from epoch 20 on
 }
 

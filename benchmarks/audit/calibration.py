@@ -117,7 +117,7 @@ def learned(images: Tensor, labels: Tensor, loss: str, epochs: tuple[int, ...]) 
     torch.manual_seed(SEED)
     encoder = make_encoder("small", DIM)
     head = nn.Linear(DIM, int(labels.max()) + 1)
-    criterion = NTDNELoss(labels, DIM, k="auto", warmup_epochs=0)
+    criterion = NTDNELoss(labels, DIM, k="auto", warmup_epochs=0, unit_slope=False)
     optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()])
     for epoch in count():
         if epoch in epochs:

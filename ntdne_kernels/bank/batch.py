@@ -22,7 +22,7 @@ from ntdne_kernels.distributed import OneProcess, Ranks, Report
 from ntdne_kernels.functional import write_rows
 from ntdne_kernels.ops import sharded
 from ntdne_kernels.ops.layout import ClassOrder
-from ntdne_kernels.ops.look_up import indicator_of, normalise
+from ntdne_kernels.ops.look_up import indicator_of, log_chance, normalise
 from ntdne_kernels.ops.losses import LossSpec
 from ntdne_kernels.ops.schema import Batch
 
@@ -119,14 +119,15 @@ class ShardedBatch:
         """
         shard = self.shard
         order = ClassOrder(shard.image_order.classes, shard.image_order.offsets)
-        indicator = indicator_of(spec.indicator, self.scores, self.labels, self.images, order, shard.size)
+        chance = log_chance(self.labels, order, shard.size) if spec.needs_chance else None
         with torch.autocast(features.device.type, enabled=False):
             unit = normalise(features, accumulator_dtype(shard.storage.dtype))[0]
         loss, log_p = sharded.ShardedLoss.apply(
             unit,
             Batch(unit, shard.storage, self.labels, shard.local(self.positions), shard.layout, float(sigma)),
             spec,
-            indicator,
+            indicator_of(spec.indicator, self.scores, self.images, chance),
+            chance,
             functional.choose_backend(backend, shard.storage, shard.device),
             any(report.wants_gradient for report in self.reports),  # then all ranks take part in making it
             self.sizes,

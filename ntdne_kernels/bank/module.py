@@ -40,6 +40,7 @@ class BankModule(nn.Module):
     offsets: Tensor
     scores: Tensor
     average_mark: Tensor
+    class_sizes: tuple[tuple[int, int], ...]
 
     def __init__(self, shard: Shard, storage_kind: str, path: Path | None, fresh: bool) -> None:
         super().__init__()
@@ -161,13 +162,14 @@ class BankModule(nn.Module):
 
     @property
     def _image_order(self) -> ImageOrder:
-        return ImageOrder(self.classes, self.offsets, self.order, self.position)
+        return ImageOrder(self.classes, self.offsets, self.order, self.position, self.class_sizes)
 
     def _take_order(self, image_order: ImageOrder) -> None:
-        self.classes, self.offsets, self.order, self.position = image_order
+        self.classes, self.offsets, self.order, self.position, self.class_sizes = image_order
 
     def _all_but_rows(self) -> dict[str, Tensor]:
-        return {"labels": self.labels, "scores": self.scores} | self._image_order._asdict()
+        names = ("labels", "scores", "classes", "offsets", "order", "position")
+        return {name: getattr(self, name) for name in names}
 
     def _seal(self) -> None:
         self._guard.seal(self.labels, self.order, self.average_mark)
@@ -186,7 +188,7 @@ class BankModule(nn.Module):
                         own.copy_(theirs)
                     else:  # other classes, after relabel
                         setattr(self, name, theirs.to(own.device, copy=True))
-            self.fresh = source.fresh
+            self.fresh, self.class_sizes = source.fresh, source.class_sizes
         self._seal()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

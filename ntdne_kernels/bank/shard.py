@@ -21,7 +21,7 @@ from ntdne_kernels.ops.schema import Archive
 
 
 class ImageOrder(NamedTuple):
-    """Which image has which position, and where the classes begin."""
+    """Which image has which position, where the classes begin, and how large they are."""
 
     classes: Tensor
     """(C,) the labels that occur, ascending, without −1."""
@@ -31,6 +31,8 @@ class ImageOrder(NamedTuple):
     """(n,) image of each row kept here."""
     position: Tensor
     """(n,) position of each image whose label is kept here."""
+    class_sizes: tuple[tuple[int, int], ...]
+    """(images, how many classes have so many) of the whole archive: numbers of the host, which cost no look at it."""
 
     def labels_at(self, positions: Tensor) -> Tensor:
         """(B,) labels of the images at the positions (B,)."""
@@ -48,8 +50,14 @@ def image_order_of(labels: Tensor, images: range, device: torch.device) -> Image
     """The order by class of all labels (N,), as the process that keeps the rows and labels of `images` needs it."""
     classes, offsets, order, position = class_order(labels, images.start, len(images))
     unchanged = torch.arange(images.start, images.stop)
-    tensors = (classes, offsets, unchanged if order is None else order, unchanged if position is None else position)
-    return ImageOrder(*(tensor.to(device, copy=True) for tensor in tensors))
+    sizes, counts = offsets.diff().unique(return_counts=True)
+    return ImageOrder(
+        classes.to(device, copy=True),
+        offsets.to(device, copy=True),
+        (unchanged if order is None else order).to(device, copy=True),
+        (unchanged if position is None else position).to(device, copy=True),
+        tuple(zip(sizes.tolist(), counts.tolist(), strict=True)),
+    )
 
 
 @dataclass  # no NamedTuple: compilers of torch 2.10 cannot trace its properties

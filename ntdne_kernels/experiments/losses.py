@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from ntdne_kernels import NTDNELoss, SNCALoss
 from ntdne_kernels.arguments import check_number
 from ntdne_kernels.labels import as_index, as_labels
-from ntdne_kernels.loss import NEARLY_ALL
 from ntdne_kernels.ops.losses import ntdne
 from ntdne_kernels.user_warning import warn_user
+from ntdne_kernels.watch import NEARLY_ALL
 
 INFINITY = float("inf")
 REFRESH_EVERY = 10  # epochs, in the authors' code
@@ -368,9 +368,9 @@ class NTDNEBroadcastLoss(NTDNELoss):
 
     Source: the authors' code for Kang et al., "Noise-Tolerant Deep Neighborhood Embedding for Remotely Sensed Images
     With Label Noise", JSTARS 2021. It subtracts mean(w) (1 − k^q)/q, which has no gradient and is left out here. The
-    defaults are NTDNELoss's, so that the two differ in the pruning alone.
+    defaults are the paper's, so that it differs in the pruning alone.
 
-    Options: as of NTDNELoss, without indicator; k is a number in (0, 1).
+    Options: as of NTDNELoss, without indicator and unit_slope; k is a number in (0, 1).
     """
 
     w: Tensor
@@ -388,7 +388,9 @@ class NTDNEBroadcastLoss(NTDNELoss):
         momentum: float = 0.5,
     ) -> None:
         check_number("k", k, 0, 1)
-        super().__init__(labels, dim, sigma=sigma, q=q, k=None, warmup_epochs=warmup_epochs, momentum=momentum)
+        super().__init__(
+            labels, dim, sigma=sigma, q=q, k=None, warmup_epochs=warmup_epochs, unit_slope=False, momentum=momentum
+        )
         self.stored_k = k  # of w; NTDNELoss's own k stays None
         # The extra last slot is that of index −1: features outside the archive.
         self.register_buffer("w", torch.ones(len(labels) + 1, device=labels.device))

@@ -89,11 +89,11 @@ class GradientInForward:
         """The loss of a batch and its gradient, outside autograd."""
         if self.fused_loss is not None:
             return self.fused_loss(batch, archive, spec, need_gradient)
-        queries = look_up(batch, archive, spec.indicator)
+        queries = look_up(batch, archive, spec)
         log_p, direction, log_sum_all = self.log_scores(queries.batch, need_gradient)
         if queries.counted is not None:
             log_p = torch.where(queries.counted, log_p, torch.nan)
-        value, slope = losses.loss_and_slope(log_p, queries.indicator, spec, queries.counted)
+        value, slope = losses.loss_and_slope(log_p, queries.indicator, spec, queries.counted, queries.log_chance)
         if not need_gradient:
             return value, log_p, slope, direction, log_sum_all
         gradient = rows_times(slope, direction, log_p)

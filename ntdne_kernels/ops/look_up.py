@@ -11,6 +11,7 @@ from torch import Tensor
 from ntdne_kernels.arguments import NOT_IN_BANK, SHORTEST, UNLABELLED, accumulator_dtype
 from ntdne_kernels.ops.bank_update import skipped_counter
 from ntdne_kernels.ops.layout import ClassOrder, class_ranges
+from ntdne_kernels.ops.losses import LossSpec
 from ntdne_kernels.ops.schema import Archive, Batch
 
 
@@ -25,17 +26,19 @@ class Queries(NamedTuple):
     """(B,) log scores that decide on pruning in place of the current ones where they are not NaN."""
     counted: Tensor | None
     """(B,) which features have a direction; None: all."""
+    log_chance: Tensor | None
+    """(B,) as `log_chance`, where the loss needs it."""
 
 
-def look_up(batch: Batch, archive: Archive | None, indicator: str) -> Queries:
+def look_up(batch: Batch, archive: Archive | None, spec: LossSpec | None) -> Queries:
     """The batch as the sums take it.
 
     With an archive `batch.own` is an image, −1 for features of none, to which `batch.labels` belong (None: they are
-    unlabelled), and features are of any length; they become unit rows in the dtype of sums. `indicator` is that of
-    `losses.LossSpec`.
+    unlabelled), and features are of any length; they become unit rows in the dtype of sums. What else is looked
+    up is what the loss of `spec` needs.
     """
-    if archive is None:
-        return Queries(batch, None, None, None)
+    if archive is None or spec is None:
+        return Queries(batch, None, None, None, None)
     n = len(archive.position)
     known = (batch.own >= 0) & (batch.own < n)
     image = batch.own.clamp(0, n - 1)
@@ -44,9 +47,10 @@ def look_up(batch: Batch, archive: Archive | None, indicator: str) -> Queries:
     if units.device.type == "cuda" and not torch.compiler.is_compiling():  # on a CPU they raised before
         skipped_counter(units.device).add_((norms == 0).sum())
     assert isinstance(batch.layout, ClassOrder)
-    stored = indicator_of(indicator, archive.scores[image], labels, batch.own, batch.layout, n)
+    chance = log_chance(labels, batch.layout, n) if spec.needs_chance else None
+    stored = indicator_of(spec.indicator, archive.scores[image], batch.own, chance)
     rows = torch.where(known, archive.position[image], NOT_IN_BANK)
-    return Queries(batch._replace(features=units, labels=labels, own=rows), norms, stored, norms != 0)
+    return Queries(batch._replace(features=units, labels=labels, own=rows), norms, stored, norms != 0, chance)
 
 
 def normalise(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -62,18 +66,16 @@ def normalise(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return features / torch.where(directed, norms.unsqueeze(1), 1), norms
 
 
-def indicator_of(
-    indicator: str, stored: Tensor, labels: Tensor, index: Tensor, layout: ClassOrder, n: int
-) -> Tensor | None:
+def indicator_of(indicator: str, stored: Tensor, index: Tensor, chance: Tensor | None) -> Tensor | None:
     """The log scores (B,) that decide on pruning in place of the current ones, NaN for features of no image; or None.
 
     They are the scores `stored` (B,) of images; an image that was never scored is kept. With "auto" an image is pruned
-    whose score is at most chance: the share of the other n − 1 images that carry its label.
+    whose score is at most `chance` (B,), `log_chance` of its label.
     """
     if indicator == "current":
         return None
-    if indicator == "auto":
-        stored = torch.where(stored <= log_chance(labels, layout, n), -torch.inf, torch.inf)
+    if chance is not None and indicator == "auto":
+        stored = torch.where(stored <= chance, -torch.inf, torch.inf)
     return torch.where(index >= 0, stored.nan_to_num(nan=torch.inf, neginf=-torch.inf), torch.nan)
 
 

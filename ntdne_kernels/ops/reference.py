@@ -50,13 +50,13 @@ def class_log_sums(features: Tensor, bank: Tensor, index: Tensor, offsets: Tenso
 
 def loss(batch: Batch, archive: Archive | None, spec: LossSpec | None) -> tuple[Tensor, Tensor]:
     """`Backend.loss`, by autograd alone: it can be differentiated any number of times."""
-    queries = look_up(batch, archive, "current" if spec is None else spec.indicator)
+    queries = look_up(batch, archive, spec)
     log_p = log_scores(queries.batch)
     if queries.counted is not None:
         log_p = torch.where(queries.counted, log_p, torch.nan)
     if spec is None:
         return log_p, log_p
-    return losses.value(log_p, queries.indicator, spec, queries.counted), log_p.detach()
+    return losses.value(log_p, queries.indicator, spec, queries.counted, queries.log_chance), log_p.detach()
 
 
 def missing(bank: Tensor) -> None:

@@ -78,7 +78,7 @@ def empty_bank_gradient(batch: Batch, *_: Tensor) -> Tensor:
 
 def empty_loss(batch: Batch, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Room for the loss () or (B,), log p (B,), dL/dlog p (B,), dL/df (B, D) or (0, D), and log Σ_all (B,)."""
-    *_, reduction, _, need_gradient = rest
+    *_, reduction, _, _, need_gradient = rest
     log_p, gradient, log_sum_all = empty_log_scores(batch, need_gradient)
     return (
         log_p.new_empty(log_p.shape if reduction == "none" else ()),
@@ -128,7 +128,7 @@ SCHEMAS = {
     "triton_class_sums": CLASS_SUMS,
     "triton_bank_gradient": BANK_GRADIENT,
     "triton_loss": _of_batch(
-        f"{ARCHIVE}, float? q, float? k, str reduction, str indicator, bool need_gradient", 5, empty_loss
+        f"{ARCHIVE}, float? q, float? k, str reduction, str indicator, float? unit, bool need_gradient", 5, empty_loss
     ),
     "chunked_log_scores": _of_batch(
         "bool need_direction, str backend", 3, lambda batch, need_direction, _: empty_log_scores(batch, need_direction)

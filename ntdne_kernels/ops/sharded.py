@@ -103,15 +103,16 @@ class ShardedLoss(torch.autograd.Function):
         batch: Batch,
         spec: LossSpec,
         indicator: Tensor | None,
+        log_chance: Tensor | None,
         backend: str,
         need_direction: bool,
         sizes: list[int],
         rank: int,
         group: str,
     ) -> tuple[Tensor, Tensor]:
-        """Arguments as `log_scores`; `indicator` (B,) as `losses.loss_and_slope`."""
+        """Arguments as `log_scores`; `indicator` (B,) and `log_chance` (B,) as `losses.loss_and_slope`."""
         log_p, direction = log_scores(batch._replace(features=features), need_direction, backend, sizes, group)
-        value, slope = loss_and_slope(log_p, indicator, spec)
+        value, slope = loss_and_slope(log_p, indicator, spec, log_chance=log_chance)
         own = own_slice(sizes, rank)
         if spec.reduction == "none":
             value, slope = value[own].clone(), slope[own]
@@ -126,10 +127,10 @@ class ShardedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """The gradient of the features; None for all else."""
         if grad is None:
-            return (None,) * 9
+            return (None,) * 10
         direction, log_p, slope, features = ctx.saved_tensors
         gradient = rows_times(grad * slope, direction, log_p).to(features.dtype)
-        return not_again(gradient, grad, features), *(None,) * 8
+        return not_again(gradient, grad, features), *(None,) * 9
 
 
 def own_slice(sizes: list[int], rank: int) -> slice:

@@ -13,11 +13,13 @@ from torch.nn import functional as F
 
 from ntdne_kernels import NTDNELoss, SNCALoss
 from ntdne_kernels.experiments.loss_registry import LOSSES, loss_name, loss_options, make_loss
+from ntdne_kernels.experiments.settings import read_preset
 
 N, D, B, C = 40, 6, 12, 4
 BANKS = ["SNCA", "NTDNE", "NTDNE-broadcast"]
 BATCH = [name for name in LOSSES if name not in BANKS]
 WITH_PARAMETERS = ["D-CNN", "NSL", "ArcFace", "MAE", "SCE", "t-RNSL"]
+UNPRUNED = {"NTDNE": {"k": 0.3, "warmup_epochs": 20, "unit_slope": False}}  # so that a second forward is as the first
 
 
 def labels_of(seed: int = 0) -> Tensor:
@@ -249,7 +251,7 @@ def trained_on(name: str, epochs: range, criterion: nn.Module | None = None, **o
 
 def unpruned(criterion: nn.Module) -> NTDNELoss:
     """NTDNE without pruning, on the same bank."""
-    plain = NTDNELoss(labels_of(), D, k=None, sigma=criterion.sigma, q=criterion.q)
+    plain = NTDNELoss(labels_of(), D, k=None, unit_slope=False, sigma=criterion.sigma, q=criterion.q)
     plain.memory.load_state_dict(criterion.memory.state_dict())
     return plain
 
@@ -389,7 +391,7 @@ def test_checkpoint_does_not_replace_the_labels(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_bfloat16_features_under_autocast_are_computed_in_float32(name):
-    criterion = make_loss(name, labels_of(), D)
+    criterion = make_loss(name, labels_of(), D, **UNPRUNED.get(name, {}))
     features, index = batch()
     given = features.bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -402,7 +404,7 @@ def test_bfloat16_features_under_autocast_are_computed_in_float32(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_any_integer_dtype_of_index(name):
-    criterion = make_loss(name, labels_of(), D)
+    criterion = make_loss(name, labels_of(), D, **UNPRUNED.get(name, {}))
     features, index = batch()
     expected = criterion(features.float(), index)
     for dtype in (torch.int32, torch.uint8):
@@ -503,9 +505,10 @@ def test_options_and_their_defaults():
     assert loss_options("MAE") == {}
     assert loss_options("SNCA") == {"sigma": 0.1, "momentum": 0.5}
     assert loss_options("NTDNE").keys() >= {"sigma", "q", "k", "warmup_epochs", "momentum", "indicator"}
-    shared = loss_options("NTDNE-broadcast").keys() & loss_options("NTDNE").keys() - {"k"}
-    for option in shared:
-        assert loss_options("NTDNE-broadcast")[option] == loss_options("NTDNE")[option]
+    assert loss_options("NTDNE")["unit_slope"] is True
+    paper = read_preset("paper")["losses"]["NTDNE"]
+    for option in loss_options("NTDNE-broadcast"):
+        assert loss_options("NTDNE-broadcast")[option] == paper[option]
 
 
 def test_unknown_options_are_answered_with_those_there_are():

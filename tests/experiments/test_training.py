@@ -225,7 +225,8 @@ def test_the_paper_preset_is_the_paper():
     expected = {"image_size": 256, "encoder": "resnet18", "dim": 128, "epochs": 100, "batch_size": 256, "lr": 0.01}
     expected |= {"schedule": "step", "lr_step": 30, "lr_decay": 0.5}
     assert {name: preset[name] for name in expected} == expected
-    assert preset["losses"]["NTDNE"] == {"sigma": 0.1, "q": 0.7, "k": 0.3, "warmup_epochs": 20, "momentum": 0.5}
+    paper = {"sigma": 0.1, "q": 0.7, "k": 0.3, "warmup_epochs": 20, "unit_slope": False, "momentum": 0.5}
+    assert preset["losses"]["NTDNE"] == paper
     assert "weights" not in preset
 
 

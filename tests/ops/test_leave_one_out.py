@@ -386,17 +386,17 @@ def loss_arguments(device: torch.device, dtype: torch.dtype, with_labels: bool =
 def test_opcheck_of_the_loss(dtype, need_gradient, reduction, kernel_device):
     given = loss_arguments(kernel_device, dtype, with_labels=need_gradient)
     torch.library.opcheck(
-        torch.ops.ntdne_kernels.triton_loss.default, (*given, 0.7, 0.3, reduction, "stored", need_gradient)
+        torch.ops.ntdne_kernels.triton_loss.default, (*given, 0.7, 0.3, reduction, "stored", 2.5, need_gradient)
     )
     torch.library.opcheck(
-        torch.ops.ntdne_kernels.triton_loss.default, (*given, None, None, reduction, "current", need_gradient)
+        torch.ops.ntdne_kernels.triton_loss.default, (*given, None, None, reduction, "current", None, need_gradient)
     )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(gpu is None, reason="needs Triton")
 def test_eager_and_compiled_outputs_of_the_loss_are_bitwise_equal(kernel_device):
-    given = (*loss_arguments(kernel_device, torch.float32), 0.7, 0.3, "mean", "auto", True)
+    given = (*loss_arguments(kernel_device, torch.float32), 0.7, 0.3, "mean", "auto", 2.5, True)
     op = torch.ops.ntdne_kernels.triton_loss.default
     compiled = torch.compile(lambda *inputs: op(*inputs), fullgraph=True)
     for eager, traced in zip(op(*given), compiled(*given), strict=True):

@@ -555,20 +555,20 @@ def images(
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("q", "k"), LOSSES)
-@pytest.mark.parametrize("indicator", ["current", "stored", "auto"])
+@pytest.mark.parametrize(("indicator", "unit"), [("current", None), ("stored", 1.7), ("auto", None), ("auto", 1.0)])
 @pytest.mark.parametrize("B", [0, 1, 40, pytest.param(1500, marks=pytest.mark.gpu)])
-def test_the_fused_op_is_the_loss_and_its_derivative(reduction, q, k, indicator, B, kernel_device, monkeypatch):
+def test_the_fused_op_is_the_loss_and_its_derivative(reduction, q, k, indicator, unit, B, kernel_device, monkeypatch):
     """Values to a rounding, derivatives to those of autograd through the definition, of the scores that it returns."""
     if k is None and indicator != "current":
         pytest.skip("nothing is pruned")
     if B == 40:
         small_chunks(monkeypatch)
     batch, archive = images(B, kernel_device, sigma=0.07)
-    spec = LossSpec(q, k, reduction, indicator)
+    spec = LossSpec(q, k, reduction, indicator, unit)
     value, log_p, slope, _, _ = gpu.fused_loss(batch, archive, spec, False)
-    queries = look_up(batch, archive, indicator)
+    queries = look_up(batch, archive, spec)
     exact = log_p.double().requires_grad_()
-    expected = losses.value(exact, queries.indicator, spec, queries.counted)
+    expected = losses.value(exact, queries.indicator, spec, queries.counted, queries.log_chance)
     (expected_slope,) = torch.autograd.grad(expected.sum(), exact)
     torch.testing.assert_close(value.double(), expected.detach(), rtol=2e-7, atol=0)
     torch.testing.assert_close(slope.double(), expected_slope, rtol=3e-7, atol=0)
@@ -581,9 +581,13 @@ def test_the_fused_op_is_the_loss_and_its_derivative(reduction, q, k, indicator,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize(("q", "k", "indicator"), [(None, None, "current"), (0.7, 0.3, "stored"), (0.7, 0.3, "auto")])
+@pytest.mark.parametrize(
+    "spec",
+    [LossSpec(None, None, ""), LossSpec(0.7, 0.3, "", "stored"), LossSpec(0.7, 0.3, "", "auto", 1.7)],
+    ids=lambda spec: f"{spec.q}-{spec.indicator}",
+)
 @pytest.mark.parametrize("with_labels", [True, False])
-def test_the_fused_op_is_one_step_after_the_other(q, k, indicator, reduction, with_labels, kernel_device, monkeypatch):
+def test_the_fused_op_is_one_step_after_the_other(spec, reduction, with_labels, kernel_device, monkeypatch):
     """All that it returns, the gradient of features of any length too, is what the definition makes in float64."""
     small_chunks(monkeypatch)
     small_pieces(monkeypatch, splits=2)
@@ -591,7 +595,7 @@ def test_the_fused_op_is_one_step_after_the_other(q, k, indicator, reduction, wi
     batch.features[5], batch.features[6, 0], batch.features[7, 1] = 0, torch.nan, torch.inf
     if not with_labels:
         batch = batch._replace(labels=None)
-    given = batch, archive, LossSpec(q, k, reduction, indicator), True
+    given = batch, archive, dataclasses.replace(spec, reduction=reduction), True
     plain = dataclasses.replace(BACKENDS["streaming"], fused_loss=None)
     names = ("loss", "log p", "slope", "gradient", "log of all")
     for name, found, expected in zip(names, gpu.fused_loss(*given), plain.loss_and_gradient(*given), strict=True):  # type: ignore[attr-defined]

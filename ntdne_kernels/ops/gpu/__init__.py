@@ -75,10 +75,11 @@ def _loss(  # noqa: PLR0913
     k: float | None,
     reduction: str,
     indicator: str,
+    unit: float | None,
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`GradientInForward.loss_and_gradient` in three launches."""
-    out = empty_loss(batch, reduction, indicator, need_gradient)
+    out = empty_loss(batch, reduction, indicator, unit, need_gradient)
     if batch.features.size(0) == 0:
         out[0].zero_()
         return out
@@ -86,7 +87,7 @@ def _loss(  # noqa: PLR0913
     if image_labels is not None and image_position is not None and image_scores is not None:
         archive = Archive(image_labels, image_position, image_scores)
     value, log_p, slope, gradient, log_sum_all = out
-    loss = launches.LossArguments(LossSpec(q, k, reduction, indicator), value, slope)
+    loss = launches.LossArguments(LossSpec(q, k, reduction, indicator, unit), value, slope)
     launches.stream_and_merge(
         "merge_to_log_scores", batch, archive, need_gradient, loss, (log_p, gradient, log_sum_all)
     )
@@ -167,7 +168,10 @@ def fused_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`GradientInForward.loss_and_gradient` in one op."""
     result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _loss_op(
-        batch, *(archive or (None, None, None)), spec.q, spec.k, spec.reduction, spec.indicator, need_gradient
+        batch,
+        *(archive or (None, None, None)),
+        *(spec.q, spec.k, spec.reduction, spec.indicator, spec.unit),
+        need_gradient,
     )
     return result
 

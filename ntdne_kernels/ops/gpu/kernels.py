@@ -35,10 +35,15 @@ is cut into D1 + D2 columns, powers of two (384 = 256 + 128; D2 may be 0). Where
 always a 64-bit offset.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
+from ntdne_kernels.ops import losses as definition
+
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOG_SMALLEST_CHANCE = tl.constexpr(math.log(definition.SMALLEST_CHANCE))
 LN_2 = tl.constexpr(0.6931471805599453)
 OUT_OF_SIGHT = tl.constexpr(2**31 - 1)  # a row that no split reaches
 BEHIND_ALL = tl.constexpr(2**62)  # a row of no bank
@@ -460,14 +465,16 @@ def merge_to_log_scores(
     slope,  # out (B,): dL/dlog p
     losses,  # out (B,): of each query
     B, N, stride_b, stride_d, scale: tl.float64, splits, q: tl.float64, log_k: tl.float64, pruned_loss: tl.float64,
+    unit: tl.float64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, TRACKED: tl.constexpr, SHIFT: tl.constexpr,
     WEIGHTED: tl.constexpr, BLOCK_K: tl.constexpr, LOSS: tl.constexpr, PRUNING: tl.constexpr, INDICATOR: tl.constexpr,
     REDUCTION: tl.constexpr, LOOK_UP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One query over the whole bank: log p, log Σ_all, its loss, and the gradient of that.
 
-    LOSS is "ntdne" (eq. 9, 13), "snca" (eq. 5) or "" for none. LOOK_UP: the gradient is that of the features before
-    they were normalised. The last program to finish reduces the losses, in the order of the batch.
+    LOSS is "ntdne" (eq. 9, 13), divided by `unit`·c^q as in `losses.in_units` where `unit` is not 0, "snca" (eq. 5), or
+    "" for none. LOOK_UP: the gradient is that of the features before they were normalised. The last program to finish
+    reduces the losses, in the order of the batch.
     """
     i = tl.program_id(0).to(tl.int64)
     out = tl.load(neighbours + i * 4 + SOURCE)
@@ -507,6 +514,8 @@ def merge_to_log_scores(
             loss = -x
             derivative = x * 0 - 1.0
         else:
+            others = tl.load(neighbours + i * 4 + HIGH) - tl.load(neighbours + i * 4 + LOW) - 1
+            log_chance = tl.log(others.to(tl.float64) / tl.maximum(N - 1, 1).to(tl.float64))
             u = x * q
             # For small u the difference loses digits and three terms of its series suffice.
             loss = tl.where(u > -1e-5, -u * (1.0 + u / 2.0 * (1.0 + u / 3.0)), 1.0 - tl.exp(u)) / q
@@ -519,11 +528,15 @@ def merge_to_log_scores(
                     stored = tl.load(scores + image, mask=known, other=0.0).to(tl.float64)
                     threshold = log_k
                     if INDICATOR == "auto":
-                        others = tl.load(neighbours + i * 4 + HIGH) - tl.load(neighbours + i * 4 + LOW) - 1
-                        threshold = tl.log(others.to(tl.float64) / tl.maximum(N - 1, 1).to(tl.float64))
+                        threshold = log_chance
                     pruned = tl.where(known, stored <= threshold, pruned)  # NaN, never scored, is kept
                 loss = tl.where(pruned, pruned_loss, loss)
                 derivative = tl.where(pruned, 0.0, derivative)
+            if unit > 0:
+                per_unit = tl.exp(-q * tl.maximum(log_chance, x * 0 + LOG_SMALLEST_CHANCE)) / unit
+                per_unit = tl.where(others > 0, per_unit, 1.0)
+                loss *= per_unit
+                derivative *= per_unit
         loss = tl.where(counted, loss, 0.0)
         derivative = tl.where(counted, derivative, 0.0)
         divisor = scale * 0 + 1.0

@@ -293,10 +293,10 @@ def stream_and_merge(
             plan.merge(stream, totals, maxima, vectors, neighbours, *out, B, scale, plan.slots[0])
             return
         unused = out[0]
-        value, slope, losses, q, k = unused, unused, unused, 1.0, 0.0
+        value, slope, losses, q, k, unit = unused, unused, unused, 1.0, 0.0, 0.0
         if loss is not None:
             value, slope = loss.value, loss.slope
-            q, k = 1.0 if loss.spec.q is None else loss.spec.q, loss.spec.k or 0.0
+            q, k, unit = 1.0 if loss.spec.q is None else loss.spec.q, loss.spec.k or 0.0, loss.spec.unit or 0.0
             if loss.spec.reduction != "none":
                 losses = unused.new_empty(B, dtype=torch.float64)
         log_k = math.log(k) if k > 0 else -math.inf
@@ -304,7 +304,7 @@ def stream_and_merge(
             stream, totals, maxima, vectors, neighbours, *out, index, unused if archive is None else archive.scores,
             features, norms, value, slope, losses,
             B, N if archive is None else archive.labels.size(0), features.stride(0), features.stride(1), scale,
-            plan.slots[0], q, log_k, -math.expm1(q * log_k) / q,
+            plan.slots[0], q, log_k, -math.expm1(q * log_k) / q, unit,
         )  # fmt: skip
 
 
