@@ -6,13 +6,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.frozen.losses import COMPARED, OURS
-from benchmarks.frozen.plan import chosen
+from benchmarks.frozen.losses import OURS
 from benchmarks.frozen.results import read
-from benchmarks.frozen.tables import by_run, cells_of, columns_of, standard_error
+from benchmarks.frozen.tables import UNTUNED, by_run, cells_of, columns_of, own, standard_error
 
 STYLES: dict[str, dict[str, Any]] = {  # ours black; the others in Paul Tol's "muted", made for the colour-blind
-    OURS: {"color": "#000000", "linewidth": 2.5, "zorder": 3},
+    UNTUNED: {"color": "#000000", "linewidth": 2.5, "zorder": 3},
+    OURS: {"color": "#000000", "linestyle": "--"},
     "NTDNE, paper": {"color": "#000000", "linestyle": ":"},
     "t-RNSL": {"color": "#882255"},
     "GCE": {"color": "#117733"},
@@ -29,20 +29,20 @@ STYLES: dict[str, dict[str, Any]] = {  # ours black; the others in Paul Tol's "m
 
 
 def plot(results: Path, file: Path) -> None:
-    """Draw a panel for each kind of noise; each loss has its own learning rate. Bars are standard errors.
+    """Draw a panel for each kind of noise; each loss but `UNTUNED` has its own learning rate. Bars are standard errors.
 
     Raises:
         ValueError: There is no result yet.
     """
     rows = read(results)
-    cells = cells_of(by_run(rows), "knn", partial(chosen, rows))
+    cells = cells_of(by_run(rows), "knn", partial(own, rows))
     if not cells:
         raise ValueError(f"results: expected runs of the grid in {results}, got none")
     noises = list(dict.fromkeys(column.noise for column in columns_of(cells)))
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots(1, len(noises), sharey=True, squeeze=False)[0]
     for axis, noise in zip(axes, noises, strict=True):
-        for method in [name for name in STYLES if name in COMPARED]:
+        for method in STYLES:
             columns = [column for column in columns_of(cells) if column.noise == noise and (column, method) in cells]
             found = {column.rate: cells[column, method] for column in columns}
             means = [values.mean() for values in found.values()]

@@ -63,14 +63,19 @@ def beyond(scope: Scope, rows: pd.DataFrame) -> Iterator[Run]:
 
 
 def grid(scope: Scope, rows: pd.DataFrame) -> Iterator[Run]:
-    """Seed by seed, each loss in each column with its own learning rate, then with the common one."""
+    """Seed by seed, each loss with its own learning rate and ours with the common one; then the others with that."""
     for seed in scope.seeds:
-        for of_its_own in (True, False):
-            for column in scope.columns:
-                for method in scope.methods:
-                    lr = chosen(rows, method, column.noise) if of_its_own else COMMON
-                    if lr is not None:
-                        yield Run(*column, seed, method, lr)
+        for column in scope.columns:
+            for method in scope.methods:
+                if method == OURS:
+                    yield Run(*column, seed, OURS, COMMON)
+                lr = chosen(rows, method, column.noise)
+                if lr is not None:
+                    yield Run(*column, seed, method, lr)
+    for seed in scope.seeds:
+        for column in scope.columns:
+            for method in scope.methods:
+                yield Run(*column, seed, method, COMMON)
 
 
 def by_hand(scope: Scope, rows: pd.DataFrame) -> Iterator[Run]:

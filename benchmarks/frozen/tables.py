@@ -26,7 +26,9 @@ TITLES = {
 }
 SHORT = {"uniform": "U", "label-dependent": "LD"}
 ORDER = sorted(COLUMNS, key=lambda column: (column.noise != "uniform", column.rate))
-VARIANTS = [method for method in COMPARED if method.startswith(OURS)]  # not other losses
+UNTUNED = f"{OURS}, lr {COMMON:g}"  # beside losses that have learning rates of their own
+ROWS = [*COMPARED, UNTUNED]
+OTHERS = [method for method in COMPARED if not method.startswith(OURS)]
 
 Cells = dict[tuple[Column, str], pd.Series]
 """By column and method, a metric in % by seed, of the seeds that all methods of the column have."""
@@ -43,17 +45,23 @@ def print_tables(path: Path) -> None:
     found = by_run(rows)
     print_learning_rates(rows, found)
     ways: dict[str, LearningRate] = {
-        "each loss with its own learning rate": partial(chosen, rows),
-        f"all losses with learning rate {COMMON:g}": lambda method, noise: COMMON,
+        "each loss with its own learning rate": partial(own, rows),
+        f"all losses with learning rate {COMMON:g}": lambda method, noise: COMMON if method in COMPARED else None,
     }
     for way, lr in ways.items():
-        metrics = {metric: cells_of(found, metric, lr) for metric in TITLES}
-        print_differences(metrics, way)
-        for metric, cells in metrics.items():
-            print_metric(cells, f"{TITLES[metric]}, {way}", kept=metric == "knn")
+        for ours in (UNTUNED, OURS):
+            if lr(ours, "uniform") is not None:
+                print_differences(found, ours, lr, way)
+        for metric, title in TITLES.items():
+            print_metric(cells_of(found, metric, lr), f"{title}, {way}", kept=metric == "knn")
         print_pruned(cells_of(found, "pruned", lr), way)
     print_by_hand(found)
     print_seconds(rows)
+
+
+def own(rows: pd.DataFrame, method: str, noise: str) -> float | None:
+    """The learning rate that was chosen for a loss; `UNTUNED` has the common one."""
+    return COMMON if method == UNTUNED else chosen(rows, method, noise)
 
 
 def by_run(rows: pd.DataFrame) -> Found:
@@ -63,10 +71,10 @@ def by_run(rows: pd.DataFrame) -> Found:
 
 
 def cells_of(found: Found, metric: str, lr: LearningRate) -> Cells:
-    """The cells of the compared methods, with their learning rates."""
+    """The cells of the rows, with their learning rates."""
     cells: Cells = {}
     for column in ORDER:
-        of_method = {method: by_seed(found, column, method, lr(method, column.noise), metric) for method in COMPARED}
+        of_method = {method: by_seed(found, column, method, lr(method, column.noise), metric) for method in ROWS}
         of_method = {method: values for method, values in of_method.items() if len(values)}
         if of_method:
             seeds = set.intersection(*(set(values.index) for values in of_method.values()))
@@ -76,7 +84,7 @@ def cells_of(found: Found, metric: str, lr: LearningRate) -> Cells:
 
 def by_seed(found: Found, column: Column, method: str, lr: float | None, metric: str) -> pd.Series:
     """A metric in %, by seed."""
-    runs = found.get((*column, method, lr)) if lr is not None else None
+    runs = found.get((*column, OURS if method == UNTUNED else method, lr)) if lr is not None else None
     return NONE if runs is None else 100 * runs[metric].dropna()
 
 
@@ -94,6 +102,12 @@ def written(values: pd.Series, sign: str = "") -> str:
 def columns_of(cells: Cells) -> list[Column]:
     """In the order of the tables."""
     return list(dict.fromkeys(column for column, _ in cells))
+
+
+def seeds_of(cells: Cells) -> list[str]:
+    """How many seeds each column's numbers are of."""
+    seeds = {column: len(values) for (column, _), values in cells.items()}
+    return [str(seeds[column]) for column in columns_of(cells)]
 
 
 def name(column: Column) -> str:
@@ -116,11 +130,11 @@ def print_metric(cells: Cells, title: str, kept: bool) -> None:
     print(f"\n**{title}**\n")
     pairs = {noise: (Column(noise, 0.1), Column(noise, 0.5)) for noise in SHORT} if kept else {}
     print_head(["", *map(name, columns), *(f"{SHORT[noise]} 0.5 / 0.1" for noise in pairs)])
-    for method in COMPARED:
+    for method in (method for method in ROWS if any(of == method for _, of in cells)):
         line = [method]
         for column in columns:
             values = cells.get((column, method), NONE)
-            best = best_of(cells, column, list(COMPARED))
+            best = best_of(cells, column, ROWS)
             if len(values) == 0 or best is None:
                 line.append("–")
                 continue
@@ -132,30 +146,31 @@ def print_metric(cells: Cells, title: str, kept: bool) -> None:
             share = (100 * cells[high, method] / cells[low, method]).dropna() if there else NONE
             line.append(written(share) if len(share) else "–")
         print_row(line)
+    print_row(["seeds", *seeds_of(cells), *("" for _ in pairs)])
 
 
-def print_differences(metrics: dict[str, Cells], way: str) -> None:
-    """How far NTDNE is ahead of the best other loss, and of the paper's setting of itself, in points."""
-    print(f"\n**{OURS} − best other loss, seed by seed, in points; {way}**\n")
-    columns = columns_of(metrics["knn"])
+def print_differences(found: Found, ours: str, lr: LearningRate, way: str) -> None:
+    """How far a row of NTDNE's is ahead of the best other loss, in points."""
+    print(f"\n**{ours} − best other loss, seed by seed, in points; {way}**\n")
+    columns = columns_of(cells_of(found, "knn", lr))
     print_head(["", *map(name, columns)])
-    others = [method for method in COMPARED if method not in VARIANTS]
-    for metric, cells in metrics.items():
-        line = [TITLES[metric]]
+    for metric, title in TITLES.items():
+        cells, line = cells_of(found, metric, lr), [title]
         for column in columns:
-            best = best_of(cells, column, others)
-            if best is None or (column, OURS) not in cells:
+            best = best_of(cells, column, OTHERS)
+            if best is None or (column, ours) not in cells:
                 line.append("–")
             else:
-                line.append(f"{written(cells[column, OURS] - cells[column, best], '+')} ({best})")
+                line.append(f"{written(cells[column, ours] - cells[column, best], '+')} ({best})")
         print_row(line)
+    print_row(["seeds", *seeds_of(cells_of(found, "knn", lr))])
 
 
 def print_pruned(cells: Cells, way: str) -> None:
     """The share of training images that a loss prunes or truncates in the end."""
     print(f"\n**Training images without a gradient in the last epoch; {way}**\n")
     print_head(["", *map(name, columns_of(cells))])
-    for method in COMPARED:
+    for method in ROWS:
         shares = [cells.get((column, method), NONE) for column in columns_of(cells)]
         if any(values.any() for values in shares):
             print_row([method, *(f"{values.mean():.0f}" if len(values) else "–" for values in shares)])

@@ -140,15 +140,14 @@ def test_beyond_the_end_of_the_learning_rates_one_more_is_tried():
 
 
 def test_own_and_common_learning_rates_make_all_cells_seed_by_seed():
-    scope = plan.Scope(["GCE", "MAE"], [Column("uniform", 0.5), Column("uniform", 0.7)], range(2))
-    rows = pd.DataFrame([row("uniform", 0.5, 0, "GCE", 0.1), row("uniform", 0.5, 0, "MAE", 0.3)])
-    rates = {"GCE": 0.1, "MAE": 0.3}
+    scope = plan.Scope(["GCE", "NTDNE"], [Column("uniform", 0.5), Column("uniform", 0.7)], range(2))
+    rows = pd.DataFrame([row("uniform", 0.5, 0, "GCE", 0.1), row("uniform", 0.5, 0, "NTDNE", 0.3)])
     expected = [
-        Run("uniform", rate, seed, method, lr)
+        Run("uniform", rate, seed, *loss)
+        for losses in ([("GCE", 0.1), ("NTDNE", 0.01), ("NTDNE", 0.3)], [("GCE", 0.01), ("NTDNE", 0.01)])
         for seed in (0, 1)
-        for lrs in (rates, dict.fromkeys(rates, 0.01))
         for rate in (0.5, 0.7)
-        for method, lr in lrs.items()
+        for loss in losses
     ]
     assert list(plan.grid(scope, rows)) == expected
 
