@@ -38,7 +38,7 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train what the file lacks."""
-    source = Source(arguments.features, arguments.labels, arguments.classes)
+    source = Source(arguments.features, arguments.labels)
     archive = read_archive(source).checksum
     columns = [column for column in COLUMNS if column.noise in arguments.noise]
     scope = Scope(arguments.methods, columns, range(arguments.seeds))
@@ -74,8 +74,7 @@ def parse() -> argparse.Namespace:
     runs = commands.add_parser("run", help="train what the file of results lacks")
     runs.set_defaults(command=run)
     runs.add_argument("features", type=Path, help=".npy file (N, F)")
-    runs.add_argument("labels", type=Path, help=".npy file (N,) of right classes, from 0")
-    runs.add_argument("--classes", type=Path, help="file of a class name a line, for label-dependent noise")
+    runs.add_argument("labels", type=Path, help=".npy file (N,) of right labels; names for label-dependent noise")
     runs.add_argument("--output", type=Path, required=True, help=".csv file that rows are appended to")
     runs.add_argument("--jobs", type=count, default=1, help="processes of one thread each (1)")
     runs.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help="(all)")

@@ -19,7 +19,7 @@ COMPONENTS = 256  # P, or F where that is less
 
 
 class Archive(NamedTuple):
-    """Features (N, F) float32 of all images, their right labels (N,) int64, and class names ([] where not given)."""
+    """Features (N, F) float32 of all images, their right labels (N,) int64, and the classes' names."""
 
     features: Tensor
     labels: Tensor
@@ -28,11 +28,10 @@ class Archive(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The files of an archive: features (N, F) .npy, labels (N,) .npy of classes from 0, a name a line or None."""
+    """The files of an archive: features (N, F) .npy, and right labels (N,) .npy, names or numbers of classes."""
 
     features: Path
     labels: Path
-    classes: Path | None
 
 
 class Column(NamedTuple):
@@ -63,20 +62,20 @@ def read(source: Source) -> Archive:
         OSError: A file cannot be read.
     """
     features, labels = np.load(source.features), np.load(source.labels)
-    if features.ndim != 2 or labels.shape != features.shape[:1] or labels.dtype.kind not in "iu":
+    if features.ndim != 2 or labels.shape != features.shape[:1] or labels.dtype.kind not in "iuU":
         raise ValueError(
-            f"features, labels: expected (N, F) numbers and (N,) whole numbers, got {features.shape} and "
+            f"features, labels: expected (N, F) numbers and (N,) names or whole numbers, got {features.shape} and "
             f"{labels.shape} of {labels.dtype}"
         )
     if not np.isfinite(features).all():
         raise ValueError(
             f"features: expected finite numbers, got others in row {np.argwhere(~np.isfinite(features))[0, 0]}"
         )
-    classes = source.classes.read_text().splitlines() if source.classes else []
-    if classes and len(classes) != labels.max() + 1:
-        raise ValueError(f"classes: expected {labels.max() + 1} names, as many as classes, got {len(classes)}")
-    checksum = f"{zlib.crc32(labels.astype(np.int64).tobytes(), zlib.crc32(features.tobytes())):08x}"
-    return Archive(torch.from_numpy(features).float(), torch.from_numpy(labels).long(), classes, checksum)
+    names, classes = np.unique(labels, return_inverse=True)
+    checksum = f"{zlib.crc32(classes.astype(np.int64).tobytes(), zlib.crc32(features.tobytes())):08x}"
+    return Archive(
+        torch.from_numpy(features).float(), torch.from_numpy(classes).long(), [str(name) for name in names], checksum
+    )
 
 
 @lru_cache(maxsize=1)

@@ -20,6 +20,8 @@ from ntdne_kernels.experiments import noise
 from ntdne_kernels.experiments.splits import split
 
 C, PER_CLASS, F = 30, 20, 12
+NAMES = sorted(noise._maps()["AID"])
+LABELS = torch.arange(C).repeat_interleave(PER_CLASS)
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +32,8 @@ def source(tmp_path_factory) -> Source:
     labels = np.arange(C).repeat(PER_CLASS)
     centres = random.normal(size=(C, F))
     np.save(folder / "features.npy", (centres[labels] + random.normal(0, 0.5, (len(labels), F))).astype(np.float16))
-    np.save(folder / "labels.npy", labels)
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in sorted(noise._maps()["AID"])))
-    return Source(*(folder / name for name in ("features.npy", "labels.npy", "classes.txt")))
+    np.save(folder / "labels.npy", np.array(NAMES)[labels])
+    return Source(folder / "features.npy", folder / "labels.npy")
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def table_line(printed: str, title: str, first: str) -> list[str]:
 
 def test_rows_are_the_principal_components_of_the_training_rows(source):
     problem = make_problem(source, Column("uniform", 0.5), seed=1)
-    parts = split(torch.from_numpy(np.load(source.labels)), "seeded", 1)
+    parts = split(LABELS, "seeded", 1)
     features = np.load(source.features).astype(np.float64)
     train = features[parts.train]
     left, singular, _ = np.linalg.svd(train - train.mean(axis=0), full_matrices=False)
@@ -84,15 +85,13 @@ def test_rows_are_the_principal_components_of_the_training_rows(source):
 @pytest.mark.parametrize("column", [Column("uniform", 0.5), Column("label-dependent", 0.5)])
 def test_training_and_validation_labels_are_wrong_and_test_labels_right(source, column):
     problem = make_problem(source, column, seed=0)
-    labels = torch.from_numpy(np.load(source.labels))
-    parts = split(labels, "seeded", 0)
-    assert torch.equal(problem.train_labels, labels[parts.train])
-    assert torch.equal(problem.test_labels, labels[parts.test])
-    names = source.classes.read_text().splitlines()
-    matrix = noise.authors_map(names, 0.5) if column.noise == "label-dependent" else noise.uniform(C, 0.5)
+    parts = split(LABELS, "seeded", 0)
+    assert torch.equal(problem.train_labels, LABELS[parts.train])
+    assert torch.equal(problem.test_labels, LABELS[parts.test])
+    matrix = noise.authors_map(NAMES, 0.5) if column.noise == "label-dependent" else noise.uniform(C, 0.5)
     for part, given in ((parts.train, problem.train_given), (parts.validation, problem.validation_given)):
-        assert 0.3 < float((given != labels[part]).float().mean()) < 0.6
-        assert bool((matrix[labels[part], given] > 0).all())
+        assert 0.3 < float((given != LABELS[part]).float().mean()) < 0.6
+        assert bool((matrix[LABELS[part], given] > 0).all())
 
 
 # Training
@@ -240,13 +239,10 @@ def test_bad_files_are_refused_by_name(source, tmp_path, command):
     features = np.load(source.features)
     bad = tmp_path / "bad.npy"
     np.save(bad, features[:-1])
-    assert "features, labels: expected (N, F) numbers and (N,) whole numbers, got (599, 12)" in errors_of(bad)
+    assert "features, labels: expected (N, F) numbers and (N,) names or whole numbers, got (599, 12)" in errors_of(bad)
     features[7, 3] = np.nan
     np.save(bad, features)
     assert "features: expected finite numbers, got others in row 7" in errors_of(bad)
-    names = tmp_path / "names.txt"
-    names.write_text("field\nsea\n")
-    assert "classes: expected 30 names, as many as classes, got 2" in errors_of(source.features, "--classes", names)
     other = tmp_path / "other.csv"
     append(other, row("uniform", 0.5, 0, "NTDNE", 0.01))
     assert "output: expected a file of archive " in errors_of(source.features, output=other)
