@@ -50,6 +50,6 @@ def loss(problem: Problem) -> Tensor:
     layout = problem.label_index.layout
     given: dict[str, Any] = {"bank": problem.bank, "labels": problem.labels, "own": problem.index, "sigma": SIGMA}
     given |= {"classes": layout.classes, "offsets": layout.offsets}
-    given |= {"q": Q, "reduction": "mean", "indicator": "current", "scale": 1.0, "need_gradient": True}
+    given |= {"q": Q, "reduction": "mean", "indicator": "current", "unit": 1.0, "need_gradient": True}
     found: Tensor = _Loss.apply(problem.features, *(given.get(name) for name in _ARGUMENTS[1:]))
     return found
