@@ -24,16 +24,15 @@ from benchmarks.frozen.training import carry_out
 RESULTS = Path(__file__).parent.parent / "results" / "frozen-aid.csv"
 
 
-def main() -> int:
-    """The command; returns its exit status."""
+def main() -> None:
+    """The command; ends with status 2 where something cannot be."""
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes end too
     try:
         arguments.command(arguments)
     except (ValueError, OSError) as error:
         print(f"frozen: {error}", file=sys.stderr)
-        return 2
-    return 0
+        sys.exit(2)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -94,4 +93,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

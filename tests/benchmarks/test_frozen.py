@@ -45,9 +45,10 @@ def command(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["benchmarks.frozen", *map(str, arguments)])
         capfd.readouterr()
+        status = 0
         try:
-            status = main()
-        except SystemExit as stop:  # argparse's
+            main()
+        except SystemExit as stop:
             status = stop.code
         return status, *capfd.readouterr()
 
