@@ -119,6 +119,7 @@ def _ours(problem: Problem) -> Objective:
         "sigma": SIGMA,
         "q": Q,
         "k": None,
+        "unit_slope": False,  # as naive
         "momentum": MOMENTUM,
         "device": bank.device,
         "dtype": bank.dtype,
