@@ -5,6 +5,7 @@ interpreter or the compiler, so with a GPU the kernels run there alone.
 """
 
 import os
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -66,3 +67,10 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As while a CUDA graph is captured."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled_yet() -> None:
+    """The limit on compiling one function anew would count over all tests of a process."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
