@@ -16,7 +16,7 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
-from pytorch_metric_learning import losses
+from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import Tensor, nn
@@ -134,7 +134,7 @@ class TripletLoss(BatchLoss):
     """Triplet: ‖u_a − u_p‖² − ‖u_a − u_n‖² + margin, the mean over the semi-hard triplets of the batch.
 
     These are all triplets with y_p = y_a ≠ y_n and ‖u_a − u_p‖² < ‖u_a − u_n‖² ≤ ‖u_a − u_p‖² + margin. Without any the
-    loss is 0.
+    loss is 0. Its memory grows with B³.
 
     Source: Schroff, Kalenichenko, Philbin, "FaceNet", CVPR 2015, eq. 3 and 4; its margin is 0.2. The paper picks one
     negative at random for each pair; the mean over all candidates needs no draw.
@@ -145,22 +145,14 @@ class TripletLoss(BatchLoss):
     def __init__(self, labels: Tensor, dim: int, *, margin: float = 0.2) -> None:
         check_number("margin", margin, 0, INFINITY)
         super().__init__(labels, dim)
-        self.margin = margin
+        distance = LpDistance(power=2)
+        self.miner = miners.TripletMarginMiner(margin=margin, type_of_triplets="semihard", distance=distance)
+        self.triplets = losses.TripletMarginLoss(margin=margin, distance=distance, reducer=MeanReducer())
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the semi-hard triplets.
-
-        Made of rows for the pairs within classes, and not by pytorch-metric-learning, which lists triplets by B³
-        booleans: for 256 images of 30 classes loss and gradient take 12 ms in place of 73.
-        """
-        unit = F.normalize(features, dim=1)
-        distance = torch.cdist(unit, unit).square()
-        same = labels[:, None] == labels
-        anchor, positive = same.fill_diagonal_(False).nonzero(as_tuple=True)
-        gap = distance[anchor] - distance[anchor, positive][:, None]  # (pairs, B): of a negative and the positive
-        semihard = (labels[anchor][:, None] != labels) & (gap > 0) & (gap <= self.margin)
-        loss = torch.where(semihard, self.margin - gap, 0).sum() / semihard.sum().clamp(min=1)
-        return loss + 0 * features.sum()  # keeps NaN in the loss: comparisons leave out features that are not finite
+        """Mean over the semi-hard triplets."""
+        loss: Tensor = self.triplets(features, labels, self.miner(features, labels))
+        return loss + 0 * features.sum()  # keeps NaN in the loss: the miner leaves out features that are not finite
 
 
 class NSLLoss(BatchLoss):

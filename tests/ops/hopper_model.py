@@ -15,11 +15,16 @@ import ast
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from hypothesis import Phase, find, settings
+from hypothesis.strategies import SearchStrategy
+
+SOURCE = (Path(__file__).parents[2] / "ntdne_kernels" / "ops" / "gpu" / "hopper.py").read_text()
 
 
 class Fault(Exception):
@@ -312,3 +317,19 @@ def run(kernel: dict[str, Any], order: Random, program: int, name: str, *argumen
     kernel["tma"].async_copy_global_to_shared = machine.copy
     kernel["warpgroup_mma"], kernel["warpgroup_mma_wait"] = machine.multiply, machine.wait_for_products
     kernel[name](*arguments, **constants)
+
+
+def fail_without(right: str, wrong: str, check: Callable[[Any, str], None], problems: SearchStrategy[Any]) -> None:
+    """Assert that some problem fails its check where the source has the wrong text in place of the right one."""
+    assert SOURCE.count(right) >= 1
+    broken = SOURCE.replace(right, wrong)
+
+    def fails(problem: Any) -> bool:
+        try:
+            check(problem, broken)
+        except (Fault, AssertionError):
+            return True
+        return False
+
+    found = settings(max_examples=1000, database=None, derandomize=True, phases=[Phase.generate])
+    assert fails(find(problems, fails, settings=found))
