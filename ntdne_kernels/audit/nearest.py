@@ -12,6 +12,7 @@ from ntdne_kernels.arguments import accumulator_dtype, check_range
 from ntdne_kernels.audit.inputs import rows_per_block
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.labels import as_index
+from ntdne_kernels.ops.chunked import chunks_of
 
 QUERY_BLOCK = 256  # images compared with a block of rows
 
@@ -56,11 +57,12 @@ def _nearest(bank: MemoryBank, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
     dtype, block = accumulator_dtype(bank.storage.dtype), rows_per_block(QUERY_BLOCK)
     queries, own_rows = bank.rows(images).to(dtype), bank.positions(images)
     similarity, nearest_rows = queries.new_empty((len(images), 0)), own_rows.new_empty((len(images), 0))
-    for start in range(0, len(bank), block):
-        rows = torch.arange(start, min(start + block, len(bank)), device=own_rows.device)
-        products = queries @ bank.stored_rows(rows).to(dtype).t()
-        products.masked_fill_(rows == own_rows.unsqueeze(1), -torch.inf)
-        candidates = torch.cat([similarity, products], dim=1)
+    for start, chunk in chunks_of(bank.storage, bank.device, block):
+        products = queries @ chunk.to(dtype).t()
+        inside = ((own_rows >= start) & (own_rows < start + len(chunk))).nonzero().squeeze(1)
+        products[inside, own_rows[inside] - start] = -torch.inf
+        best, rows = products.topk(min(k, len(chunk)), dim=1)
+        candidates = torch.cat([similarity, best], dim=1)
         similarity, columns = candidates.topk(min(k, candidates.size(1)), dim=1)
-        nearest_rows = torch.cat([nearest_rows, rows.expand(len(images), -1)], dim=1).gather(1, columns)
+        nearest_rows = torch.cat([nearest_rows, rows + start], dim=1).gather(1, columns)
     return bank.order[nearest_rows].cpu(), similarity.cpu()

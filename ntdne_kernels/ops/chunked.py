@@ -60,10 +60,11 @@ def sum_chunks(batch: Batch, chunks: Iterable[tuple[int, Tensor]], need_means: b
 def chunks_of(bank: Tensor, device: torch.device, length: int) -> Iterator[tuple[int, Tensor]]:
     """Yield (first row, rows (n, D) on the device), `length` of them at a time; one empty chunk of an empty bank.
 
-    To a GPU the next chunk is copied while the one before is in use: until the next but one is asked for.
+    From host memory to a GPU the next chunk is copied while the one before is in use: until the next but one is asked
+    for. Chunks of a bank on the device are views of it.
     """
     starts = range(0, max(len(bank), 1), length)
-    if device.type != "cuda":
+    if device.type != "cuda" or bank.device == device:
         for start in starts:
             yield start, bank[start : start + length].to(device)
         return

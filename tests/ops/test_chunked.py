@@ -36,8 +36,16 @@ def chunkable(archive: Archive, by: str, sigma: float = SIGMA) -> Batch:
 
 
 def in_chunks(backend: str, length: int, batch: Batch, need_means: bool = True) -> ClassSums:
-    chunks = chunked.chunks_of(batch.bank, batch.features.device, length)
+    chunks = chunked.chunks_of(batch.bank.cpu(), batch.features.device, length)
     return chunked.sum_chunks(batch, chunks, need_means, backend)
+
+
+def test_chunks_of_a_bank_on_the_device_are_views_of_it(device):
+    bank = torch.rand(5, 3, device=device)
+    starts, chunks = zip(*chunked.chunks_of(bank, bank.device, 2), strict=True)
+    assert starts == (0, 2, 4)
+    assert torch.equal(torch.cat(chunks), bank)
+    assert [chunk.data_ptr() for chunk in chunks] == [bank[start].data_ptr() for start in starts]
 
 
 @pytest.mark.slow
