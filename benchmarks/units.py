@@ -13,6 +13,7 @@ Shapes: N training images, M test images, C classes, D features.
 import argparse
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -34,6 +35,7 @@ from ntdne_kernels.experiments.losses import Criterion
 from ntdne_kernels.experiments.noise import corrupt
 
 D, Q, BATCH, NEIGHBOURS = 32, 0.7, 128, 10
+MEASURES = ("knn", "knn_classes", "pruned", "median_p", "steepest", "seconds")
 MOST = 30  # classes: with more of them a bounded unit is that of so many even ones
 
 
@@ -177,7 +179,7 @@ def train(run: Run, archive: Archive) -> dict[str, float]:
     Returns:
         knn: accuracy in % where test images come by the shares of the training classes; knn_classes: its mean over the
         classes; pruned: share of the training images; median_p: the median score; steepest: a batch's largest gradient
-        by the unit features, over the median of the first epoch; seconds.
+        by the unit features, over the median of the first epoch; seconds. All NaN where the training diverged.
     """
     given = given_labels(archive.labels, run)
     torch.manual_seed(run.seed)
@@ -210,6 +212,8 @@ def train(run: Run, archive: Archive) -> dict[str, float]:
             images = archive.train[index]
             # noise: the augmentation that features have
             features = encoder(images + 0.2 * torch.randn_like(images) if images.dim() == 2 else images)
+            if not features.isfinite().all():
+                return dict.fromkeys(MEASURES, math.nan)
             features.retain_grad()
             loss = criterion(features, index)
             loss = (loss / unit[index]).mean() if run.method == "NTDNE" else loss
@@ -224,14 +228,15 @@ def train(run: Run, archive: Archive) -> dict[str, float]:
     right = (found == archive.test_labels).double()
     by_class = archive.test_labels.bincount(right) / archive.test_labels.bincount()
     log_p = criterion.memory.last_log_p if isinstance(criterion, NTDNELoss) else torch.tensor([torch.nan])
-    return {
-        "knn": 100 * float((by_class * archive.labels.bincount() / len(given)).sum()),
-        "knn_classes": 100 * float(by_class.mean()),
-        "pruned": float(criterion.pruned.float().mean()) if isinstance(criterion, NTDNELoss) else 0.0,
-        "median_p": float(log_p.nanmedian().exp()),
-        "steepest": float(torch.stack(norms).max() / torch.stack(norms[:steps]).median()),
-        "seconds": seconds,
-    }
+    found_measures = (
+        100 * float((by_class * archive.labels.bincount() / len(given)).sum()),
+        100 * float(by_class.mean()),
+        float(criterion.pruned.float().mean()) if isinstance(criterion, NTDNELoss) else 0.0,
+        float(log_p.nanmedian().exp()),
+        float(torch.stack(norms).max() / torch.stack(norms[:steps]).median()),
+        seconds,
+    )
+    return dict(zip(MEASURES, found_measures, strict=True))
 
 
 def main() -> None:
