@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU. python3 must be the one with the GPU's PyTorch.
 #
-#     benchmarks/gpu.sh STAGE ...      check, targets, tune, sanitize; build, measure, report
+#     benchmarks/gpu.sh STAGE ...      check, targets, tune, sanitize, audit; build, measure, report
 #
-# The first four end within four minutes each, and print as they go. What a stage prints is also written to
+# The first five end within four minutes each, and print as they go. What a stage prints is also written to
 # $OUT/STAGE.log (build/gpu), and so are its results, after each case:
 #
 #   check     builds, then runs the tests on the GPU for the rest of the time, those of the kernels first
@@ -12,6 +12,7 @@
 #             (triton) names the providers to compare with attention
 #   tune      times tile shapes for B = 64, 256, 1024, and prints a line for each
 #   sanitize  runs some small tests of the kernels (SUBSET) under SANITIZERS (memcheck racecheck)
+#   audit     times the two kernels of the label audit and whole audits of 10^6 images, a line of JSON for each
 #
 # All stages but check need the extension: `benchmarks/gpu.sh build ...`. `measure` goes through the whole grid for
 # MINUTES (6), and goes on where it stopped if its results are in benchmarks/results.
@@ -98,6 +99,10 @@ tune() {
     for B in 256 1024 64; do
         timeout -s INT -k 5 $((225 - SECONDS > 75 ? 75 : 225 - SECONDS)) python3 -m benchmarks.tune time "$B" 1e6 128 bfloat16
     done
+}
+
+audit() {
+    timeout -s INT -k 10 225 python3 -m benchmarks.audit gpu 1000000 128 45 32768
 }
 
 # Compiling naive and flex attention takes most of a case's time, so few cases have them.

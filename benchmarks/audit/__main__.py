@@ -10,7 +10,7 @@ import benchmarks.audit
 from benchmarks.audit.calibration import calibrate
 from benchmarks.audit.evidence import evidence
 from benchmarks.audit.features import audit_features, read_features, write_rows
-from benchmarks.audit.speed import Case, run_case, run_fit, speed
+from benchmarks.audit.speed import Case, gpu, run_case, run_fit, speed
 from benchmarks.audit.tables import CALIBRATION, EVIDENCE, FEATURES, SPEED, table
 
 
@@ -55,6 +55,8 @@ def main() -> None:
     command.add_argument("case", nargs=5)
     command = commands.add_parser("fit")
     command.add_argument("sizes", type=int, nargs=3, metavar=("N", "D", "C"))
+    command = commands.add_parser("gpu")
+    command.add_argument("sizes", type=int, nargs=4, metavar=("N", "D", "C", "QUERIES"))
     given = parser.parse_args()
     if given.command == "evidence":
         write(evidence(given.runs, given.cache), given.output)
@@ -67,6 +69,9 @@ def main() -> None:
         write(calibrate(given.scenes), given.output)
     elif given.command == "fit":
         print(json.dumps(run_fit(*given.sizes)))
+    elif given.command == "gpu":
+        for row in gpu(*given.sizes):
+            print(json.dumps(row), flush=True)
     elif given.command == "table":
         table(given.features, given.evidence, given.speed, given.calibration)
     else:

@@ -58,10 +58,13 @@ def transition(classes: list[str], kind: str, rate: float) -> Tensor:
 
 
 def audit_features(archive: Features, seeds: int, path: Path) -> None:
-    """Add the rows that `path` lacks of this archive: of each method, seed, noise and metric."""
+    """Add the rows that `path` lacks of this archive: of each seed, noise, method and metric.
+
+    The methods take turns, so that what slows the machine down slows all of them.
+    """
     rows = read_rows(path) if path.exists() else []
     done = {(row["dataset"], row["method"], row["seed"], row["noise"], row["rate"]) for row in rows}
-    for method, seed, (kind, rate) in product(METHODS, range(seeds), NOISES):
+    for seed, (kind, rate), method in product(range(seeds), NOISES, METHODS):
         run = {"dataset": archive.name, "noise": kind, "rate": str(rate), "seed": str(seed), "method": method}
         if (archive.name, method, str(seed), kind, str(rate)) in done:
             continue

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks import memory
+from benchmarks import memory, timing
 from benchmarks.machine import describe_cpu
 from ntdne_kernels import MemoryBank, audit
 
@@ -103,6 +103,43 @@ def run_fit(N: int, D: int, C: int) -> Row:
         peak = memory.added_by(partial(step, bank))
         found[name] = {"cpu_seconds": time.process_time() - begun, "peak_bytes": peak}
     return found
+
+
+def gpu(N: int, D: int, C: int, queries: int) -> Iterator[Row]:
+    """On a GPU: the two kernels of the class sums, in turns, and what a whole audit takes, the first and later ones.
+
+    A row for each, as soon as it is known: the audit is "ours" by default, neighbours and ridge with sigma chosen, and
+    "neighbours" alone with sigma 0.1, to compare with the kernels.
+    """
+    from ntdne_kernels.ops.gpu import class_log_sums  # needs triton, which the other measurements do without
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    features = torch.randn(N, D, generator=generator, device="cuda")
+    labels = torch.randint(C, (N,), generator=generator, device="cuda")
+    bank = audit.feature_bank(features, labels, dtype=torch.bfloat16)
+    rows = torch.arange(queries, device="cuda")
+    arguments = bank.stored_rows(rows), bank.storage, rows, bank.offsets, 0.1
+    calls: dict[str, timing.Call] = {}
+    for kernel in ("portable", "hopper"):
+        call = partial(class_log_sums, *arguments, kernel=kernel)
+        try:
+            seconds = timing.wall(call, "cuda")
+        except ValueError as error:  # the second does not serve every device
+            yield {"kernel": kernel, "error": str(error)}
+            continue
+        calls[kernel] = call
+        yield {"kernel": kernel, "first_seconds": seconds}
+    times, failed = timing.in_turns(calls, "cuda", seconds=2)
+    for kernel, found in times.items():
+        low, median, high = timing.quantiles(found.device)
+        teraflops = 2e-12 * queries * N * D / median
+        yield {"kernel": kernel, "low": low, "median": median, "high": high, "teraflops": teraflops}
+    yield from ({"kernel": kernel, "error": str(error)} for kernel, error in failed.items())
+    audits: dict[str, dict[str, Any]] = {"ours": {}, "neighbours": {"sigma": 0.1, "ridge": False}}
+    for name, options in audits.items():
+        for call_number in range(3):
+            seconds = timing.wall(partial(audit.audit_bank, bank, **options), "cuda")
+            yield {"audit": name, "call": call_number, "seconds": seconds}
 
 
 class Sweep:
