@@ -58,9 +58,10 @@ def choose_sigma(bank: MemoryBank) -> float:
     for rows in drawn.to(bank.device).split(max(min(SAMPLE_BLOCK, PRODUCTS // N), 1)):
         products = _products(bank, rows)
         products -= products.amax(dim=0)  # the nearest neighbour: its weight is 1 at every sigma
+        weights = torch.empty_like(products)
         for s, sigma in enumerate(SIGMAS):
             sums = products.new_zeros((len(bank.classes) + 1, len(rows)))
-            sums.index_add_(0, ranges, exp_(products / sigma))
+            sums.index_add_(0, ranges, exp_(torch.mul(products, 1 / sigma, out=weights)))
             agreeing[s] += (sums[1:].argmax(dim=0) + 1 == ranges[rows]).sum()
     agreement = agreeing.double().cpu() / len(drawn)
     best = agreement.max()

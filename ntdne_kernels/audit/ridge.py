@@ -67,7 +67,7 @@ class Ridge(NamedTuple):
         """
         own = own_range(bank, rows) - 1
         rotated = _centred(bank.stored_rows(rows), self.mean) @ self.basis
-        return torch.log_softmax(_leave_one_out(rotated, own, self) / self.temperature, dim=1)
+        return torch.log_softmax(_leave_one_out(rotated, rotated.square(), own, self) / self.temperature, dim=1)
 
 
 @torch.no_grad()
@@ -135,11 +135,12 @@ def _choose(bank: MemoryBank, eigenvalues: Tensor, fit: Ridge) -> Ridge:
     rows = drawn.to(bank.device)
     own = own_range(bank, rows) - 1
     rotated = _centred(bank.stored_rows(rows), fit.mean) @ fit.basis
+    squared = rotated.square()
     unit = eigenvalues.mean().clamp(min=torch.finfo(torch.float32).tiny)
     best, highest = fit, -torch.inf
     for strength in STRENGTHS:
         tried = fit._replace(inverse=(1 / (eigenvalues + strength * unit)).to(fit.mean.dtype), strength=strength)
-        predicted = _leave_one_out(rotated, own, tried)
+        predicted = _leave_one_out(rotated, squared, own, tried)
         for temperature in TEMPERATURES:
             logits = predicted / temperature
             likelihood = float((logits.gather(1, own.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=1)).mean())
@@ -148,11 +149,22 @@ def _choose(bank: MemoryBank, eigenvalues: Tensor, fit: Ridge) -> Ridge:
     return best
 
 
-def _leave_one_out(rotated: Tensor, own: Tensor, fit: Ridge) -> Tensor:
-    """(B, C) predictions z of centred rows (B, D) in the fit's coordinates; own (B,): their labels, −1 for none."""
-    weighed = rotated * fit.inverse
-    predicted = torch.addmm(fit.frequencies, weighed, fit.class_sums.t())
-    hat = (1 / fit.n + (weighed * rotated).sum(dim=1)).where(own >= 0, 0).unsqueeze(1)
+def _leave_one_out(rotated: Tensor, squared: Tensor, own: Tensor, fit: Ridge) -> Tensor:
+    """(B, C) predictions z of centred rows (B, D) in the fit's coordinates.
+
+    Args:
+        rotated: the rows.
+        squared: their squares.
+        own: (B,) their labels, −1 for none.
+        fit: of all rows.
+    """
+    sums = fit.class_sums
+    if len(sums) < len(rotated):  # the smaller of the two is multiplied
+        sums = sums * fit.inverse
+    else:
+        rotated = rotated * fit.inverse
+    predicted = torch.addmm(fit.frequencies, rotated, sums.t())
+    hat = (1 / fit.n + squared @ fit.inverse).where(own >= 0, 0).unsqueeze(1)
     predicted.scatter_add_(1, own.clamp(min=0).unsqueeze(1), -hat)
     return predicted.div_(1 - hat)
 
