@@ -1,6 +1,6 @@
 """The nearest neighbours of images in a memory bank.
 
-Shapes: n images, D features, k neighbours.
+Shapes: n images, M images that they are compared with, D features, k neighbours.
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ from ntdne_kernels.audit.inputs import rows_per_block
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.labels import as_index
 
-QUERY_BLOCK = 256  # images compared with a block of rows
+QUERY_BLOCK = 1024  # images compared with a block of rows
 
 
-def nearest_neighbours(bank: MemoryBank, images: Any, k: int) -> tuple[Tensor, Tensor]:
+def nearest_neighbours(bank: MemoryBank, images: Any, k: int, *, among: Any = None) -> tuple[Tensor, Tensor]:
     """The k images most similar to each of the images (n,), which is not its own neighbour; the nearest first.
 
     Example:
@@ -33,9 +33,10 @@ def nearest_neighbours(bank: MemoryBank, images: Any, k: int) -> tuple[Tensor, T
         bank: kept by one process.
         images: (n,) integers, as `IndexedDataset` numbers them.
         k: how many neighbours, from 1.
+        among: (M,) integers, each once: the images that are looked at; None: all.
 
     Returns:
-        (n, k) images and their cosine similarities, on the CPU; fewer than k where the bank has fewer.
+        (n, k) images and their cosine similarities, on the CPU; fewer than k where fewer than k others are looked at.
 
     Raises:
         TypeError: images are no integers.
@@ -46,21 +47,26 @@ def nearest_neighbours(bank: MemoryBank, images: Any, k: int) -> tuple[Tensor, T
     check_range("images", images, len(bank))
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected 1 or more neighbours, got {k!r}")
+    if among is None:
+        rows = torch.arange(len(bank), device=bank.device)
+    else:
+        among = as_index(among, "among")
+        check_range("among", among, len(bank))
+        rows = bank.positions(among.to(bank.device)).sort().values  # in the order in which they lie
     blocks = images.to(bank.device).split(QUERY_BLOCK)
-    found = [_nearest(bank, block, min(k, len(bank) - 1)) for block in blocks]
+    found = [_nearest(bank, block, rows, max(min(k, len(rows) - 1), 0)) for block in blocks]
     neighbours, similarity = zip(*found, strict=True)
     return torch.cat(neighbours), torch.cat(similarity)
 
 
-def _nearest(bank: MemoryBank, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _nearest(bank: MemoryBank, images: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     dtype, block = accumulator_dtype(bank.storage.dtype), rows_per_block(QUERY_BLOCK)
     queries, own_rows = bank.rows(images).to(dtype), bank.positions(images)
     similarity, nearest_rows = queries.new_empty((len(images), 0)), own_rows.new_empty((len(images), 0))
-    for start in range(0, len(bank), block):
-        rows = torch.arange(start, min(start + block, len(bank)), device=own_rows.device)
-        products = queries @ bank.stored_rows(rows).to(dtype).t()
-        products.masked_fill_(rows == own_rows.unsqueeze(1), -torch.inf)
+    for part in rows.split(block):
+        products = queries @ bank.stored_rows(part).to(dtype).t()
+        products.masked_fill_(part == own_rows.unsqueeze(1), -torch.inf)
         candidates = torch.cat([similarity, products], dim=1)
         similarity, columns = candidates.topk(min(k, candidates.size(1)), dim=1)
-        nearest_rows = torch.cat([nearest_rows, rows.expand(len(images), -1)], dim=1).gather(1, columns)
+        nearest_rows = torch.cat([nearest_rows, part.expand(len(images), -1)], dim=1).gather(1, columns)
     return bank.order[nearest_rows].cpu(), similarity.cpu()
