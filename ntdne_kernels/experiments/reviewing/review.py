@@ -28,6 +28,7 @@ from ntdne_kernels.experiments.auditing.pictures import FORMATS, small_pictures
 from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.page import render
 from ntdne_kernels.experiments.reviewing.decisions import archive_id, image_names
+from ntdne_kernels.labels import encode_labels
 
 FOLDER, DATA, PICTURES = "review", "data", "pictures"
 PAGE = f"{FOLDER}/review.html"
@@ -64,6 +65,7 @@ def write_review(
     Raises:
         OSError: a file cannot be written.
     """
+    given, _ = encode_labels(source.labels)  # codes of audit.classes, which may have further ones
     suspects = torch.zeros_like(audit.judged) if method is None else audit.suspects(method)
     rows = images_to_review(audit, suspects, count)
     found, similarity = nearest_neighbours(bank, rows, neighbours) if len(rows) else (rows.view(0, 1),) * 2
@@ -73,11 +75,17 @@ def write_review(
         (partial / DATA).mkdir(parents=True)
         shown = torch.cat([rows, found.flatten()]).unique().tolist()
         formats = _write_pictures(partial / PICTURES, source, shown)
-        _write_data(partial / DATA, "index", _index(audit, source, rows, suspects, method, bool(formats)))
+        index = _index(audit, source, rows, given) | {
+            "judging": method is not None,
+            "suspects": int(suspects.sum()),
+            "noise_rate": None if method is None or audit.doubt else audit.noise_rate,
+            "pictures": bool(formats),
+        }
+        _write_data(partial / DATA, "index", index)
         for chunk, places in enumerate(torch.arange(len(rows)).split(CHUNK)):
             details = _details(audit, rows[places], found[places], similarity[places])
             _write_data(partial / DATA, f"details-{chunk}", details)
-        names, labels = image_names(source.paths, len(audit)), audit.labels.tolist()
+        names, labels = image_names(source.paths, len(audit)), given.tolist()
         for start in range(0, len(audit), CHUNK):
             part = range(start, min(start + CHUNK, len(audit)))
             content = {
@@ -127,33 +135,27 @@ def images_to_review(audit: LabelAudit, suspects: Tensor, count: int | None) -> 
     return torch.cat([labelled, unlabelled[surest[: LOWEST if count is None else count]]])
 
 
-def _index(
-    audit: LabelAudit, source: Source, rows: Tensor, suspects: Tensor, method: str | float | None, pictures: bool
-) -> dict[str, Any]:
+def _index(audit: LabelAudit, source: Source, rows: Tensor, given: Tensor) -> dict[str, Any]:
     return {
         "archive": archive_id(source.paths, source.labels),
         "classes": list(map(str, audit.classes)),
         "images": len(audit),
         "judged": int(audit.judged.sum()),
-        "suspects": int(suspects.sum()),
         "doubt": audit.doubt,
-        "noise_rate": None if method is None or audit.doubt else audit.noise_rate,
-        "judging": method is not None,
-        "pictures": pictures,
         "chunk": CHUNK,
         "rows": rows.tolist(),
-        "given": audit.labels[rows].tolist(),
+        "given": given[rows].tolist(),
         "suggested": audit.suggested[rows].tolist(),
         "copies": _copies(audit, rows),
     }
 
 
 def _copies(audit: LabelAudit, rows: Tensor) -> list[list[int]]:
-    """Places of the images that are copies of each other, of each group with more than one image in the review."""
-    group = torch.where(audit.duplicate_of < 0, torch.arange(len(audit)), audit.duplicate_of)[rows]
+    """Places of exact and near copies, for each group of which more than one image is in the review."""
     places: dict[int, list[int]] = {}
-    for place, first in enumerate(group.tolist()):
-        places.setdefault(first, []).append(place)
+    for place, first in enumerate(audit.copy_group[rows].tolist()):
+        if first >= 0:
+            places.setdefault(first, []).append(place)
     return [each for each in places.values() if len(each) > 1]
 
 

@@ -487,6 +487,7 @@ def test_a_hundred_thousand_images_keep_the_page_small(only_browser, tmp_path, m
         top_shares=shares,
         log_density=log,
         duplicate_of=none,
+        copy_group=none,
         sample=none[:0],
         neighbour_labels=top[:0],
     )
