@@ -17,6 +17,10 @@ classifier's cross-validation gives them. Methods for such probabilities (confid
     result               LabelAudit: scores, ranking, suspects, noise rate
     confident_learning   confusions between classes, from the shares
     doubt                whether the features can carry a noise rate
+    near_copies          images nearer to each other than to those around them, and their groups
+    outliers             images that are like no other
+    calibration          how often suggestions with a share are right
+    class_structure      classes that the features would rather merge or split
 
 Shapes: N images, D features, C classes, m classes kept of each image's neighbours.
 """
@@ -30,13 +34,17 @@ import numpy as np
 import torch
 
 from ntdne_kernels.arguments import UNLABELLED, check_choice, check_number
+from ntdne_kernels.audit.calibration import agreement_at
+from ntdne_kernels.audit.class_structure import AlikeClasses, Halves, cut_class, find_alike_classes
 from ntdne_kernels.audit.confident_learning import Confusions
 from ntdne_kernels.audit.doubt import Evidence, sample_neighbours
 from ntdne_kernels.audit.duplicates import find_duplicates
 from ntdne_kernels.audit.inputs import check_rows, feature_bank, free_memory
 from ntdne_kernels.audit.judgement import judge
+from ntdne_kernels.audit.near_copies import NearCopies, find_near_copies, group_copies
 from ntdne_kernels.audit.nearest import nearest_neighbours
 from ntdne_kernels.audit.neighbourhood import SIGMAS, choose_sigma
+from ntdne_kernels.audit.outliers import Outliers, find_outliers
 from ntdne_kernels.audit.result import METHODS, LabelAudit, otsu_threshold
 from ntdne_kernels.audit.ridge import Ridge, fit_ridge
 from ntdne_kernels.bank import MemoryBank
@@ -48,16 +56,26 @@ from ntdne_kernels.user_warning import warn_user
 __all__ = [
     "METHODS",
     "SIGMAS",
+    "AlikeClasses",
     "Confusions",
     "Evidence",
+    "Halves",
     "LabelAudit",
+    "NearCopies",
+    "Outliers",
     "Ridge",
+    "agreement_at",
     "audit_bank",
     "audit_labels",
     "choose_sigma",
+    "cut_class",
     "feature_bank",
+    "find_alike_classes",
+    "find_near_copies",
+    "find_outliers",
     "fit_ridge",
     "free_memory",
+    "group_copies",
     "nearest_neighbours",
     "otsu_threshold",
 ]
@@ -189,6 +207,8 @@ def audit_bank(
     codes = torch.searchsorted(bank.classes.cpu(), labels) if classes else labels
     codes = torch.where(labels == UNLABELLED, UNLABELLED, codes)
     sample, neighbour_labels = sample_neighbours(bank, codes)
+    duplicate_of = find_duplicates(bank)
+    pairs = find_near_copies(bank, duplicate_of, log_density, chosen)
     return LabelAudit(
         classes=classes,
         labels=codes,
@@ -199,7 +219,8 @@ def audit_bank(
         top_classes=top_classes,
         top_shares=top_shares,
         log_density=log_density,
-        duplicate_of=find_duplicates(bank),
+        duplicate_of=duplicate_of,
+        copy_group=group_copies(duplicate_of, pairs),
         sample=sample,
         neighbour_labels=neighbour_labels,
     )

@@ -1,6 +1,6 @@
 """The nearest neighbours of images in a memory bank.
 
-Shapes: n images, D features, k neighbours.
+Shapes: n images, M images that they are compared with, D features, k neighbours.
 """
 
 from typing import Any
@@ -12,12 +12,11 @@ from ntdne_kernels.arguments import accumulator_dtype, check_range
 from ntdne_kernels.audit.inputs import rows_per_block
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.labels import as_index
-from ntdne_kernels.ops.chunked import chunks_of
 
-QUERY_BLOCK = 256  # images compared with a block of rows
+QUERY_BLOCK = 1024  # images compared with a block of rows
 
 
-def nearest_neighbours(bank: MemoryBank, images: Any, k: int) -> tuple[Tensor, Tensor]:
+def nearest_neighbours(bank: MemoryBank, images: Any, k: int, *, among: Any = None) -> tuple[Tensor, Tensor]:
     """The k images most similar to each of the images (n,), which is not its own neighbour; the nearest first.
 
     Example:
@@ -34,9 +33,10 @@ def nearest_neighbours(bank: MemoryBank, images: Any, k: int) -> tuple[Tensor, T
         bank: kept by one process.
         images: (n,) integers, as `IndexedDataset` numbers them.
         k: how many neighbours, from 1.
+        among: (M,) integers, each once: the images that are looked at; None: all.
 
     Returns:
-        (n, k) images and their cosine similarities, on the CPU; fewer than k where the bank has fewer.
+        (n, k) images and their cosine similarities, on the CPU; fewer than k where fewer than k others are looked at.
 
     Raises:
         TypeError: images are no integers.
@@ -47,22 +47,27 @@ def nearest_neighbours(bank: MemoryBank, images: Any, k: int) -> tuple[Tensor, T
     check_range("images", images, len(bank))
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected 1 or more neighbours, got {k!r}")
+    if among is None:
+        rows = torch.arange(len(bank), device=bank.device)
+    else:
+        among = as_index(among, "among")
+        check_range("among", among, len(bank))
+        rows = bank.positions(among.to(bank.device)).sort().values  # in the order in which they lie
     blocks = images.to(bank.device).split(QUERY_BLOCK)
-    found = [_nearest(bank, block, min(k, len(bank) - 1)) for block in blocks]
+    found = [_nearest(bank, block, rows, max(min(k, len(rows) - 1), 0)) for block in blocks]
     neighbours, similarity = zip(*found, strict=True)
     return torch.cat(neighbours), torch.cat(similarity)
 
 
-def _nearest(bank: MemoryBank, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _nearest(bank: MemoryBank, images: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     dtype, block = accumulator_dtype(bank.storage.dtype), rows_per_block(QUERY_BLOCK)
     queries, own_rows = bank.rows(images).to(dtype), bank.positions(images)
     similarity, nearest_rows = queries.new_empty((len(images), 0)), own_rows.new_empty((len(images), 0))
-    for start, chunk in chunks_of(bank.storage, bank.device, block):
-        products = queries @ chunk.to(dtype).t()
-        inside = ((own_rows >= start) & (own_rows < start + len(chunk))).nonzero().squeeze(1)
-        products[inside, own_rows[inside] - start] = -torch.inf
-        best, rows = products.topk(min(k, len(chunk)), dim=1)
+    for part in rows.split(block):
+        products = queries @ bank.stored_rows(part).to(dtype).t()
+        products.masked_fill_(part == own_rows.unsqueeze(1), -torch.inf)
+        best, columns = products.topk(min(k, len(part)), dim=1)
         candidates = torch.cat([similarity, best], dim=1)
-        similarity, columns = candidates.topk(min(k, candidates.size(1)), dim=1)
-        nearest_rows = torch.cat([nearest_rows, rows + start], dim=1).gather(1, columns)
+        similarity, chosen = candidates.topk(min(k, candidates.size(1)), dim=1)
+        nearest_rows = torch.cat([nearest_rows, part[columns]], dim=1).gather(1, chosen)
     return bank.order[nearest_rows].cpu(), similarity.cpu()

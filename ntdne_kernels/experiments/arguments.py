@@ -58,9 +58,10 @@ labels.npy and files.txt beside features.npy are found by themselves. Features m
   ntdne train features.npy --noise none --output runs/head
   ntdne audit features.npy --checkpoint runs/head
 
-Written: audit.html, a page with the worst images of each class beside their neighbours; audit.csv, a row for each
-image; with --fix corrected.csv. Where the features cannot tell how many labels are wrong, that is said first, labels
-are ranked, and none is called a suspect or corrected unless --force says so.
+Written: audit.html, a page with the worst images of each class beside their neighbours; review/review.html, a page to
+decide on labels, in any browser; audit.csv, a row for each image; with --fix corrected.csv. Where the features cannot
+tell how many labels are wrong, that is said first, labels are ranked, and none is called a suspect or corrected unless
+--force says so.
 
 What was read stays as it is. Features in a .npy file may be larger than memory: they are read part by part, and
 --scratch has the copy that the audit works with on a disk.
@@ -313,6 +314,13 @@ def _add_audit(command: argparse.ArgumentParser) -> None:
     )
     written.add_argument("--worst", type=_count, default=8, metavar="N", help="images of a class on the page (8)")
     written.add_argument("--neighbours", type=_count, default=5, metavar="K", help="shown beside an image (5)")
+    written.add_argument(
+        "--review",
+        type=_number_from_0,
+        metavar="N",
+        help="labels in the review (suspects and the 1,000 lowest)",
+    )
+    written.add_argument("--no-review", dest="review", action="store_const", const=0, help="write no review")
     machine = command.add_argument_group("machine")
     machine.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
     machine.add_argument(
@@ -334,6 +342,10 @@ def _positive(text: str) -> float:
 
 def _count(text: str) -> int:
     return _checked(int, text, lambda value: value >= 1, "a whole number from 1")
+
+
+def _number_from_0(text: str) -> int:
+    return _checked(int, text, lambda value: value >= 0, "a whole number from 0")
 
 
 def _bands(text: str) -> tuple[int, ...]:

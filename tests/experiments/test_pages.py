@@ -1,8 +1,8 @@
 """The audit's page and the report in a browser, where Chromium is installed (Debian: chromium, chromium-driver)."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,45 +11,24 @@ from PIL import Image
 
 from ntdne_kernels.experiments.auditing import AuditOptions, Source, write_audit
 from ntdne_kernels.experiments.report import write_report
+from tests.experiments.browser import (
+    BROKEN_PICTURES,
+    OVERFLOWING,
+    complaints,
+    needs_browser,
+    open_page,
+    start_browser,
+)
 from tests.experiments.helpers import write_run
 
-webdriver = pytest.importorskip("selenium.webdriver")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="needs Chromium and its driver")
-
-# What lies in .wide may be wider: it scrolls there. Text does not belong into it.
-OVERFLOWING = """
-const across = document.documentElement.clientWidth + 1;
-return [...document.querySelectorAll("body *")].filter((element) => {
-  const box = element.getBoundingClientRect();
-  const scrolls = element.closest(".wide") !== null && !element.matches(".wide, p, caption, h1, h2, h3, li");
-  const cut = element.matches("p, li, h1, h2, h3, figcaption, summary, label")
-    && element.scrollWidth > element.clientWidth + 1 && getComputedStyle(element).display !== "inline";
-  return box.width > 0 && ((!scrolls && box.right > across) || cut);
-}).map((element) => element.outerHTML.slice(0, 200));
-"""
-BROKEN_PICTURES = """
-return [...document.images].filter((image) => !image.complete || image.naturalWidth === 0).map((image) => image.alt);
-"""
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator["webdriver.Chrome"]:  # type: ignore[name-defined]
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+def browser() -> Iterator[Any]:
+    driver = start_browser()
     yield driver
     driver.quit()
-
-
-def open_page(browser: "webdriver.Chrome", page: Path, width: int) -> None:  # type: ignore[name-defined]
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get(page.as_uri())
-    assert browser.execute_script("return window.innerWidth") == width
 
 
 def audited(folder: Path, *, bad: bool = False) -> Path:
@@ -86,11 +65,10 @@ def test_nothing_overflows_and_every_picture_loads(browser, pages, name, width):
     assert browser.execute_script(OVERFLOWING) == []
     assert browser.execute_script("return document.images.length") > 2
     assert browser.execute_script(BROKEN_PICTURES) == []
-    said = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert said == []
+    assert complaints(browser) == []
 
 
-def seen(browser: "webdriver.Chrome", selector: str) -> list[str]:  # type: ignore[name-defined]
+def seen(browser: Any, selector: str) -> list[str]:
     return [element.text for element in browser.find_elements("css selector", selector) if element.is_displayed()]
 
 

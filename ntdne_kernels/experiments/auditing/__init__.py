@@ -16,6 +16,7 @@ from ntdne_kernels.experiments.auditing.outputs import (
 )
 from ntdne_kernels.experiments.auditing.page import audit_page
 from ntdne_kernels.experiments.files import write_whole
+from ntdne_kernels.experiments.reviewing.review import write_review
 from ntdne_kernels.labels import encode_labels
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
 
 
 def write_audit(source: Source, folder: Path, options: AuditOptions) -> tuple[LabelAudit, list[Path]]:
-    """Audit labels, and write the table, the page and, for `fix`, the corrected list into a folder.
+    """Audit labels, and write the table, the page, the review and, for `fix`, the corrected list into a folder.
 
     Where the features cannot carry a noise rate (`LabelAudit.doubt`), no label is called a suspect or corrected, unless
     `force` says so.
@@ -69,4 +70,7 @@ def write_audit(source: Source, folder: Path, options: AuditOptions) -> tuple[La
         write_corrected(audit, source, method, corrected)
         written.append(corrected)
     write_whole(page, lambda file: file.write(html.encode(errors="replace")))
+    if options.review != 0:
+        K, count = options.neighbours, options.review
+        written.insert(1, write_review(audit, bank, source, folder, method=method, count=count, neighbours=K))
     return audit, written

@@ -50,6 +50,7 @@ def audit(arguments: argparse.Namespace) -> None:
             fix=arguments.fix,
             worst=arguments.worst,
             neighbours=arguments.neighbours,
+            review=arguments.review,
             device=device,
             dtype=getattr(torch, arguments.dtype),
             scratch=arguments.scratch,

@@ -18,7 +18,8 @@ class AuditOptions:
         format: of the table: "csv" or "parquet".
         fix: write the list in which suspects have the suggested label.
         worst: images of each class on the page.
-        neighbours: images shown beside each image on the page.
+        neighbours: images shown beside each image on the page and in the review.
+        review: labels in the review, see `images_to_review`; 0: no review is written.
         device: where the audit is computed.
         dtype: of the bank of features.
         scratch: folder on a disk for a copy of features that are larger than memory.
@@ -32,6 +33,7 @@ class AuditOptions:
     fix: bool = False
     worst: int = 8
     neighbours: int = 5
+    review: int | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     scratch: Path | None = None

@@ -13,6 +13,7 @@ from ntdne_kernels.audit import LabelAudit
 from ntdne_kernels.experiments.auditing.inputs import Source
 from ntdne_kernels.experiments.features import as_utf8
 from ntdne_kernels.experiments.files import check_folder, write_whole
+from ntdne_kernels.experiments.reviewing import review
 from ntdne_kernels.interchange import to_frame
 
 if TYPE_CHECKING:
@@ -31,14 +32,15 @@ def check_output(folder: Path, inputs: list[Path], archive: Path | None, format:
         format: of the table.
 
     Raises:
-        ValueError: the folder lies in the archive, cannot be written to, or has an input by an output's name; or what
-            writes the format is not installed.
+        ValueError: the folder lies in the archive, cannot be written to, or has an input by an output's name, or files
+            of others where the review's would be; or what writes the format is not installed.
     """
     check_folder(folder, archive)
     for name in (f"audit.{format}", CORRECTED, PAGE):
         path = folder / name
         if path.exists() and any(file.exists() and path.samefile(file) for file in inputs):
             raise ValueError(f"--output: {path} is read from, and would be replaced; give another folder")
+    review.check_review(folder)
     for module in ("pandas", "pyarrow") if format == "parquet" else ("pandas",):
         try:
             importlib.import_module(module)
@@ -48,7 +50,7 @@ def check_output(folder: Path, inputs: list[Path], archive: Path | None, format:
 
 def earlier_outputs(folder: Path, written: list[Path]) -> list[Path]:
     """Files that an earlier audit left in the folder and that were not replaced by those written now."""
-    paths = [folder / name for name in ("audit.csv", "audit.parquet", CORRECTED)]
+    paths = [folder / name for name in ("audit.csv", "audit.parquet", CORRECTED, review.PAGE)]
     return [path for path in paths if path.exists() and path not in written]
 
 

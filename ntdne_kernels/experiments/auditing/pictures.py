@@ -6,7 +6,7 @@ Shapes: N images, C classes.
 import base64
 import io
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
@@ -20,6 +20,7 @@ from ntdne_kernels.audit import LabelAudit
 
 THUMBNAIL = 96  # pixels
 TINY = 32  # pixels; JPEG would blur such small pictures
+FORMATS = {"png": ".png", "jpeg": ".jpg"}  # and how the names of their files end
 BINS = 50
 SUSPECT, NOT_SUSPECT, DIAGONAL = "#D55E00", "#BBBBBB", "#777777"
 BY_CLASS = ("auto",)  # methods whose threshold differs from class to class
@@ -31,24 +32,36 @@ DPI = 110
 
 def thumbnails(picture: Callable[[int], Image.Image], images: Iterable[int]) -> dict[int, str]:
     """A small picture of each image as a data URI; those that cannot be opened are left out."""
+    return {
+        image: f"data:image/{format};base64,{base64.b64encode(small).decode()}"
+        for image, small, format in small_pictures(picture, images, THUMBNAIL)
+    }
+
+
+def small_pictures(
+    picture: Callable[[int], Image.Image], images: Iterable[int], size: int
+) -> Iterator[tuple[int, bytes, str]]:
+    """Each image that can be opened, with its picture of at most size×size pixels as a file, and the file's format."""
     wanted = list(images)
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda image: _thumbnail(picture, image), wanted)
+        found = pool.map(lambda image: _small_picture(picture, image, size), wanted)
         progress = tqdm(found, "Drawing thumbnails", len(wanted), unit="image", leave=False, disable=None)
-        return {image: uri for image, uri in zip(wanted, progress, strict=True) if uri}
+        for image, (small, format) in zip(wanted, progress, strict=True):
+            if small:
+                yield image, small, format
 
 
-def _thumbnail(picture: Callable[[int], Image.Image], image: int) -> str:
+def _small_picture(picture: Callable[[int], Image.Image], image: int, size: int) -> tuple[bytes, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata
             shown = picture(image)
     except (ValueError, OSError, MemoryError):  # no image that can be read
-        return ""
-    shown.thumbnail((THUMBNAIL, THUMBNAIL))
+        return b"", ""
+    shown.thumbnail((size, size))
     file, format = io.BytesIO(), "png" if max(shown.size) <= TINY else "jpeg"
     shown.save(file, format, quality=80)
-    return f"data:image/{format};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return file.getvalue(), format
 
 
 def quality_histogram(audit: LabelAudit, suspects: Tensor, method: str | float) -> str:
