@@ -47,6 +47,10 @@ class ConflictError(ValueError):
         super().__init__(f"{len(conflicts)} images have conflicting decisions, as {image}: {each}")
 
 
+class OtherArchiveError(ValueError):
+    """Decisions are of another archive."""
+
+
 @dataclass(frozen=True)
 class Decisions:
     """What people decided on n of an archive's N images, one decision for each, in the order of the archive.
@@ -123,7 +127,7 @@ def archive_id(paths: Sequence[str] | None, labels: Any) -> str:
     Raises:
         TypeError, ValueError: as `encode_labels`.
     """
-    given = _given(labels)
+    given = label_names(labels)
     names = image_names(paths, len(given))
     found = hashlib.sha256()
     for name, label in zip(names, given, strict=True):
@@ -145,6 +149,13 @@ def image_names(paths: Sequence[str] | None, N: int) -> list[str]:
     return list(map(str, range(N)))
 
 
+def label_names(labels: Any) -> list[str]:
+    """The name (N,) of each image's label, "" for unlabelled; argument and errors as `encode_labels`."""
+    codes, classes = encode_labels(labels)
+    names = [*map(str, classes), ""]  # the last one for −1
+    return [names[code] for code in codes.tolist()]
+
+
 def read_decisions(
     files: Path | Sequence[Path], paths: Sequence[str] | None, labels: Any, on_conflict: str = "error"
 ) -> Decisions:
@@ -161,12 +172,13 @@ def read_decisions(
 
     Raises:
         ConflictError: a ValueError, for "error": files decide differently.
-        ValueError: a file is none of decisions, or of another archive; the message names the first rows.
+        OtherArchiveError: a ValueError: a file is of another archive; the message names the first rows.
+        ValueError: a file holds no decisions, or wrong ones.
         OSError: a file cannot be read.
     """
     check_choice("on_conflict", on_conflict, ON_CONFLICT)
     files = [files] if isinstance(files, Path) else list(files)
-    given, identity = _given(labels), archive_id(paths, labels)
+    given, identity = label_names(labels), archive_id(paths, labels)
     names = image_names(paths, len(given))
     position = {name: image for image, name in enumerate(names)}
     said = [_of_one_file(file, _rows(file), position, given, identity) for file in files]
@@ -226,13 +238,6 @@ class _Row(NamedTuple):
         return ""
 
 
-def _given(labels: Any) -> list[str]:
-    """The name (N,) of each image's label, "" for unlabelled."""
-    codes, classes = encode_labels(labels)
-    names = [*map(str, classes), ""]  # the last one for −1
-    return [names[code] for code in codes.tolist()]
-
-
 def _rows(file: Path) -> list[_Row]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
@@ -271,7 +276,7 @@ def _of_one_file(
     others = {row.archive for row in rows} - {"", identity}
     if strange or others:
         reason = _first(strange) or f"its archive is {min(others)}, and this one, by its names and labels, {identity}"
-        raise ValueError(f"{file} is of another archive: {reason}")
+        raise OtherArchiveError(f"{file} is of another archive: {reason}")
     found: dict[int, _Row] = {}
     for row in sorted(rows, key=lambda row: row.time):  # stable, so that of equal times the last row counts
         found[position[row.image]] = row
