@@ -354,6 +354,16 @@ def _add_relabel(command: argparse.ArgumentParser) -> None:
         help="make class folders with links to the images: symbolic (as --links alone), or, where these cannot be "
         "made, hard links or copies",
     )
+    command.add_argument(
+        "--export",
+        nargs="+",
+        default=[],
+        choices=("fiftyone", "label-studio", "cvat", "cleanlab"),
+        help="write what these import too, with the decisions",
+    )
+    command.add_argument(
+        "--scores", type=Path, metavar="FILE", help="and with the scores of this table of ntdne audit, as audit.csv"
+    )
     command.add_argument("--output", type=Path, metavar="FOLDER", help="default: relabelled/NAME")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ntdne_kernels.experiments.arguments import class_folders
 from ntdne_kernels.experiments.reviewing.decisions import ConflictError, Decisions
+from ntdne_kernels.experiments.reviewing.exports import exports
 from ntdne_kernels.experiments.reviewing.labelled import decisions_on, read_labelled
 from ntdne_kernels.experiments.reviewing.relabel import Relabelled, check_output, relabel
 
@@ -20,7 +21,7 @@ def relabel_archive(arguments: argparse.Namespace) -> None:
     name = data.resolve().name if data.is_dir() else data.stem
     output = arguments.output or Path("relabelled") / name.replace(":", "-")
     folder = class_folders(arguments.data) or arguments.images
-    inputs = [data, arguments.labels, arguments.paths, *arguments.decisions]
+    inputs = [data, arguments.labels, arguments.paths, arguments.scores, *arguments.decisions]
     check_output(output, [file for file in inputs if file is not None and file.is_file()], folder)
     columns = {content: getattr(arguments, f"{content}_column") for content in ("features", "label", "path")}
     archive = read_labelled(
@@ -32,7 +33,14 @@ def relabel_archive(arguments: argparse.Namespace) -> None:
         for image, said in error.conflicts.items():
             print(f"{image}: {', '.join(f'{verdict} in {file}' for file, verdict in said.items())}")
         raise ValueError(f"{error}; --conflicts latest takes the latest of each, --conflicts skip none") from None
-    found = relabel(archive, decisions, output, links=arguments.links, drop_unsure=arguments.drop_unsure)
+    found = relabel(
+        archive,
+        decisions,
+        output,
+        links=arguments.links,
+        drop_unsure=arguments.drop_unsure,
+        exports=exports(archive, decisions, arguments.export, arguments.scores),
+    )
     _print_changes(found, decisions, archive.name)
     for path in found.written:
         print(path)

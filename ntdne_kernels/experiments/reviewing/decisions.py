@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from torch import Tensor
 from ntdne_kernels.arguments import UNLABELLED, check_choice
 from ntdne_kernels.experiments.features import as_utf8
 from ntdne_kernels.labels import encode_labels
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 VERDICTS = KEEP, RELABEL, UNSURE, EXCLUDE = ("keep", "relabel", "unsure", "exclude")
 COLUMNS = ("image", "given", "verdict", "decided", "when", "archive")
@@ -111,6 +114,33 @@ class Decisions:
         codes[self.images[kept]] = torch.tensor([code_of[name] for name in self.decided if name], dtype=torch.int64)
         codes[self.having(EXCLUDE, *([UNSURE] if drop_unsure else []))] = UNLABELLED
         return codes, classes + new
+
+    def add_to(self, frame: "pd.DataFrame") -> "pd.DataFrame":
+        """A table of the archive's N images, as `interchange.to_frame` makes it, with what was decided.
+
+            verdict          categorical; missing where nothing was decided
+            corrected_label  the decided class, the given one where there is none, missing where excluded; categorical
+            decided_at       the time; missing where it is not known
+
+        Args:
+            frame: has a column given_label, and a row for each image in order.
+
+        Raises:
+            ImportError: pandas is missing.
+        """
+        import pandas as pd
+
+        given = frame["given_label"].astype(object)
+        codes, classes = self.apply([None if pd.isna(label) else label for label in given])
+        verdicts = torch.full((len(frame),), -1, dtype=torch.int64)
+        verdicts[self.images] = self.verdicts
+        when = pd.Series(pd.NaT, index=frame.index, dtype="datetime64[ms, UTC]")
+        when.iloc[self.images.tolist()] = pd.to_datetime(pd.Series(self.when), utc=True, format="ISO8601").to_numpy()
+        return frame.assign(
+            verdict=pd.Categorical.from_codes(verdicts.numpy(), list(VERDICTS)),
+            corrected_label=pd.Categorical.from_codes(codes.numpy(), list(classes)),
+            decided_at=when,
+        )
 
 
 def archive_id(paths: Sequence[str] | None, labels: Any) -> str:

@@ -3,6 +3,7 @@
 {output}/labels.csv    (path or image, label); of class folders without the images that have no label any more
 {output}/NAME          the file that the labels were read from, by its name, with the cells changed; or labels.npy
 {output}/images/CLASS/ links to the images
+{output}/fiftyone/ ... what `exports.py` makes
 {output}/relabel.json  what was written, so that a later run replaces that and nothing else
 
 Shapes: N images.
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,13 @@ def check_output(output: Path, inputs: Sequence[Path], archive: Path | None) -> 
 
 
 def relabel(
-    archive: LabelledImages, decisions: Decisions, output: Path, *, links: str | None = None, drop_unsure: bool = False
+    archive: LabelledImages,
+    decisions: Decisions,
+    output: Path,
+    *,
+    links: str | None = None,
+    drop_unsure: bool = False,
+    exports: Mapping[str, str] | None = None,
 ) -> Relabelled:
     """Write an archive's labels with the decisions on them; what is read stays as it is.
 
@@ -90,6 +97,7 @@ def relabel(
         output: the folder, see `check_output`; it is complete or as it was before.
         links: make a tree of "symbolic" or "hard" links or "copies"; None: make none.
         drop_unsure: images of which people could not tell lose their label too.
+        exports: texts of further files by their names.
 
     Raises:
         ValueError: a folder or a column cannot have a class's name, an image's file is missing, or links cannot be
@@ -110,8 +118,12 @@ def relabel(
         if links:
             _write_tree(archive, names, partial / TREE, place / TREE, links)
             written.append(partial / TREE)
+        for name, text in (exports or {}).items():
+            written.append(partial / name)
+            written[-1].parent.mkdir(exist_ok=True)
+            _write_text(text, written[-1])
         record = {"version": RECORD_VERSION, "written": sorted(_files_in(partial))}
-        write_whole(partial / RECORD, lambda file: file.write(json.dumps(record, indent=1).encode()))
+        _write_text(json.dumps(record, indent=1), partial / RECORD)
         if place.exists():
             place.rename(old)
         partial.rename(place)
@@ -146,6 +158,11 @@ def _recorded(folder: Path) -> set[str]:
         return set(record["written"]) if record["version"] == RECORD_VERSION else set()
     except (OSError, ValueError, KeyError, TypeError):
         return set()
+
+
+def _write_text(text: str, path: Path) -> None:
+    content = text.encode("utf-8", "surrogateescape")  # a file's name may be any bytes
+    write_whole(path, lambda file: file.write(content))
 
 
 # Labels
@@ -202,7 +219,7 @@ def _write_list(archive: LabelledImages, labels: Sequence[str | None], path: Pat
     names = range(len(labels)) if archive.paths is None else archive.paths
     of_folders = archive.label_file is None
     writer.writerows(row for row in zip(names, labels, strict=True) if not (of_folders and row[1] is None))
-    write_whole(path, lambda file: file.write(text.getvalue().encode("utf-8", "surrogateescape")))
+    _write_text(text.getvalue(), path)
 
 
 # Links
