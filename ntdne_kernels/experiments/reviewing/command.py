@@ -52,7 +52,9 @@ def _print_changes(found: Relabelled, decisions: Decisions, name: str) -> None:
     print(f"{name}: {len(decisions)} decisions on {len(found.labels)} images" + (f": {said}" if said else ""))
     rows = [
         (old or "(no label)", new or "(left out)", images)
-        for (old, new), images in sorted(found.changes.items(), key=lambda item: (-item[1], item[0][0]))
+        for (old, new), images in sorted(
+            found.changes.items(), key=lambda item: (-item[1], item[0][0], item[0][1] or "")
+        )
     ]
     width = max((len(old) + len(new) for old, new, _ in rows), default=0)
     for old, new, images in rows:

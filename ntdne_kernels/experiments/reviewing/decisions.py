@@ -187,7 +187,7 @@ def label_names(labels: Any) -> list[str]:
 
 
 def read_decisions(
-    files: Path | Sequence[Path], paths: Sequence[str] | None, labels: Any, on_conflict: str = "error"
+    files: str | Path | Sequence[str | Path], paths: Sequence[str] | None, labels: Any, on_conflict: str = "error"
 ) -> Decisions:
     """The decisions in files of one or more people, of the archive with these names and labels.
 
@@ -207,7 +207,7 @@ def read_decisions(
         OSError: a file cannot be read.
     """
     check_choice("on_conflict", on_conflict, ON_CONFLICT)
-    files = [files] if isinstance(files, Path) else list(files)
+    files = list(map(Path, [files] if isinstance(files, str | Path) else files))
     given, identity = label_names(labels), archive_id(paths, labels)
     names = image_names(paths, len(given))
     position = {name: image for image, name in enumerate(names)}
