@@ -154,6 +154,8 @@ def open_features(
 def relabelled(archive: Archive, labels: Path, column: str | None, classes: Sequence[str] | None = None) -> Archive:
     """The images of an archive with the labels of a list, as `ntdne relabel` writes it; those not in it have none.
 
+    Classes are integers or names, in ascending order.
+
     Args:
         archive: of N images.
         labels: .csv, .parquet, .json or .jsonl with a label beside the path of each image, as the archive has it; or
@@ -164,8 +166,6 @@ def relabelled(archive: Archive, labels: Path, column: str | None, classes: Sequ
     Raises:
         ArchiveError: the list names other images, or one twice; or as `open_features`.
         ValueError, OSError: as `read_values`.
-
-    Classes are in ascending order.
     """
     values = list(read_values(labels, "label", (column,) if column else COLUMNS["label"]))
     by_image: list[Any] = [None] * len(archive.files)

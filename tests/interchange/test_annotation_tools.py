@@ -99,6 +99,12 @@ def test_label_studio_tasks_say_what_people_decided(frame):
     assert guesses[3] == [("ntdne_kernels", 0.6)]
 
 
+def test_of_an_image_that_people_cannot_tell_no_label_is_an_annotation():
+    frame = pd.DataFrame({"path": ["1.png"], "given_label": ["ash"], "verdict": ["unsure"], "corrected_label": ["ash"]})
+    [task] = json.loads(to_label_studio(frame)["tasks.json"])
+    assert [each["from_name"] for each in task["annotations"][0]["result"]] == ["verdict"]
+
+
 def test_cvat_tags_have_the_corrected_labels_and_their_attributes(frame):
     root = ElementTree.fromstring(to_cvat(frame)["annotations.xml"])
     tags = {image.attrib["name"]: [tag.attrib["label"] for tag in image.iter("tag")] for image in root.iter("image")}

@@ -207,18 +207,18 @@ def read_decisions(
         OSError: a file cannot be read.
     """
     check_choice("on_conflict", on_conflict, ON_CONFLICT)
-    files = list(map(Path, [files] if isinstance(files, str | Path) else files))
+    sources = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     given, identity = label_names(labels), archive_id(paths, labels)
     names = image_names(paths, len(given))
     position = {name: image for image, name in enumerate(names)}
-    said = [_of_one_file(file, _rows(file), position, given, identity) for file in files]
+    said = [_of_one_file(file, _rows(file), position, given, identity) for file in sources]
     chosen, conflicts = _merged(said, on_conflict)
     if conflicts:
         raise ConflictError(
             {
                 names[image]: {
                     str(file): f"{rows[image].verdict} {rows[image].decided}".strip()
-                    for file, rows in zip(files, said, strict=True)
+                    for file, rows in zip(sources, said, strict=True)
                     if image in rows
                 }
                 for image in conflicts

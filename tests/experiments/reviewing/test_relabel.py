@@ -10,6 +10,7 @@ import pytest
 
 from ntdne_kernels.experiments import files
 from ntdne_kernels.experiments.reviewing import archive_id, relabel
+from ntdne_kernels.experiments.reviewing.cells import write_changed
 from tests.experiments.auditing.helpers import everything_in
 from tests.experiments.helpers import QUICK, results_of, spoil, write_archive, write_features
 
@@ -224,34 +225,35 @@ def test_an_earlier_relabel_is_replaced_unless_someone_put_a_file_there(ntdne, p
     assert Path("relabelled/photos/notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("call", range(1, 5))
-def test_a_run_that_fails_leaves_the_earlier_one_or_nothing(ntdne, photos, monkeypatch, call):
-    first = decide("ash/1.png,ash,relabel,elm", name="first.csv")
-    second = decide("ash/1.png,ash,relabel,oak", name="second.csv")
-    for earlier in (False, True):
-        if earlier:
-            assert ntdne("relabel", "photos", first, "--links") == 0
-        before = everything_in(Path())
-        calls = 0
+@pytest.mark.parametrize(
+    ("earlier", "call"), [*((False, call) for call in range(1, 5)), *((True, call) for call in range(1, 6))]
+)
+def test_a_run_that_fails_leaves_the_earlier_one_or_nothing(ntdne, photos, monkeypatch, earlier, call):
+    """It fails at the list, the links, the record or a rename, of which there are two after an earlier run."""
+    if earlier:
+        assert ntdne("relabel", "photos", decide("ash/1.png,ash,relabel,elm"), "--links") == 0
+    decisions = decide("ash/1.png,ash,relabel,oak")
+    before = everything_in(Path())
+    calls = 0
 
-        def failing(function):
-            def counted(*arguments: object) -> object:
-                nonlocal calls
-                calls += 1
-                if calls == call:
-                    raise KeyboardInterrupt
-                return function(*arguments)
+    def failing(function):
+        def counted(*arguments: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise KeyboardInterrupt
+            return function(*arguments)
 
-            return counted
+        return counted
 
-        with monkeypatch.context() as patch:
-            patch.setattr(relabel, "write_whole", failing(files.write_whole))  # the list and the record
-            patch.setattr(relabel, "make_tree", failing(relabel.make_tree))
-            patch.setattr(Path, "rename", failing(Path.rename))
-            with pytest.raises(KeyboardInterrupt):
-                ntdne("relabel", "photos", second, "--links")
-        assert everything_in(Path()) == before
-        assert not [name for name in os.listdir("relabelled") if name.startswith(".")]
+    with monkeypatch.context() as patch:
+        patch.setattr(relabel, "write_whole", failing(files.write_whole))
+        patch.setattr(relabel, "make_tree", failing(relabel.make_tree))
+        patch.setattr(Path, "rename", failing(Path.rename))
+        with pytest.raises(KeyboardInterrupt):
+            ntdne("relabel", "photos", decisions, "--links")
+    assert everything_in(Path()) == before
+    assert not [name for name in os.listdir("relabelled") if name.startswith(".")]
 
 
 def test_what_a_killed_run_left_behind_is_put_right_by_the_next(ntdne, photos):
@@ -399,6 +401,14 @@ def test_a_text_file_keeps_all_other_lines(ntdne):
     assert Path("relabelled/features/labels.txt").read_bytes() == b"elm\r\noak\r\nash\r\nelm\r\n"
 
 
+def test_a_label_that_would_not_be_read_back_is_refused(ntdne, capsys):
+    Path("labels.txt").write_text("oak\nash\n")
+    np.save("features.npy", np.eye(2, dtype=np.float32))
+    assert ntdne("relabel", "features.npy", decide('0,oak,relabel,"b\nc"'), "--labels", "labels.txt") == 2
+    assert "labels.txt: row 0 would not be read back as 'b\\nc'" in capsys.readouterr().err
+    assert os.listdir("relabelled") == []
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -468,6 +478,14 @@ def test_parquet_keeps_types_metadata_row_groups_and_other_columns(ntdne, kind, 
     codecs = [metadata.row_group(1).column(i).compression for i in range(3)]
     assert codecs == ["GZIP", "ZSTD", "UNCOMPRESSED"]
     assert Path("table.parquet").read_bytes() == before
+
+
+def test_a_large_row_group_of_parquet_is_not_split(tmp_path):
+    N = 2**20 + 1  # pyarrow's default splits here
+    pq.write_table(pa.table({"label": pa.array(np.zeros(N, np.int8))}), tmp_path / "a.parquet", row_group_size=N)
+    write_changed(tmp_path / "a.parquet", ["label"], {N - 1: "1"}, tmp_path / "b.parquet")
+    assert pq.ParquetFile(tmp_path / "b.parquet").num_row_groups == 1
+    assert pq.read_table(tmp_path / "b.parquet")["label"][-1].as_py() == 1
 
 
 def test_a_column_that_cannot_hold_a_label_is_named(ntdne, capsys):
