@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ntdne_kernels.experiments.embedding import embed as embed
     from ntdne_kernels.experiments.retrieval import search as search
+    from ntdne_kernels.experiments.reviewing import read_decisions as read_decisions
     from ntdne_kernels.experiments.trained_encoder import load_encoder as load_encoder
 
 # The module of each function, imported when it is asked for: torchvision takes seconds.
-FUNCTIONS = {"embed": "embedding", "search": "retrieval", "load_encoder": "trained_encoder"}
+FUNCTIONS = {
+    "embed": "embedding",
+    "search": "retrieval",
+    "load_encoder": "trained_encoder",
+    "read_decisions": "reviewing",
+}
 
 
 def __getattr__(name: str) -> Any:

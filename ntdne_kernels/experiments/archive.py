@@ -5,8 +5,9 @@ Order: classes sorted by folder name, the files of a class sorted by name.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntdne_kernels.experiments.features import read_features
+from ntdne_kernels.experiments.columns import has_column, read_values
+from ntdne_kernels.experiments.features import COLUMNS, as_utf8, read_features
 from ntdne_kernels.experiments.image_cache import decoded_images
 from ntdne_kernels.experiments.images import MAX_PIXELS
 from ntdne_kernels.experiments.sources import ArchiveError, Decoding, find_source, left_out_notes
@@ -30,7 +32,7 @@ class Archive:
         images: (N, H, W, B), mapped read-only from the cache file: uint8 where all files have 8 bits, uint16 in full
             range where they have up to 16, else float32; see `images.decode`. Pictures have B = 3, RGB. Or features
             (N, F) of any float dtype, mapped where their file allows it.
-        labels: (N,) int64 class of each image, 0..C−1; −1 for features without one.
+        labels: (N,) int64 class of each image, 0..C−1; −1 for those without one.
         classes: C names.
         files: N file names relative to the archive's folder; "" for made images; none for features without names.
         name: what reports call the archive.
@@ -102,7 +104,7 @@ def open_archive(  # noqa: PLR0913 (independent settings, all but two with defau
     """
     if image_size < 1:
         raise ArchiveError(f"image_size: expected 1 or more pixels, got {image_size}")
-    cache = (cache or _user_cache()).expanduser()
+    cache = (cache or user_cache()).expanduser()
     decoding = Decoding(image_size, tuple(bands), max_pixels)
     found = find_source(source, decoding, cache / "datasets", download=download, classes=classes, nested=nested)
     if bands and found.folder == Path():
@@ -145,21 +147,67 @@ def open_features(
         ValueError, OSError: as `read_features`.
     """
     read = read_features(data, labels, None, columns)
-    codes, found = encode_labels(read.labels)
+    archive = Archive(read.features, torch.empty(0), [], read.paths or [], read.name, [], {})
+    return _with_labels(archive, read.labels, str(data), classes)
+
+
+def relabelled(archive: Archive, labels: Path, column: str | None, classes: Sequence[str] | None = None) -> Archive:
+    """The images of an archive with the labels of a list, as `ntdne relabel` writes it; those not in it have none.
+
+    Classes are integers or names, in ascending order.
+
+    Args:
+        archive: of N images.
+        labels: .csv, .parquet, .json or .jsonl with a label beside the path of each image, as the archive has it; or
+            beside the number `image` of its row; or, as .npy and .txt too, a label for each of the N images in order.
+        column: the name of that of the labels; None: a usual one, see `COLUMNS`.
+        classes: the classes to keep; all by default. Images of others count as unlabelled.
+
+    Raises:
+        ArchiveError: the list names other images, or one twice; or as `open_features`.
+        ValueError, OSError: as `read_values`.
+    """
+    values = list(read_values(labels, "label", (column,) if column else COLUMNS["label"]))
+    by_image: list[Any] = [None] * len(archive.files)
+    if has_column(labels, COLUMNS["path"]):
+        position = {name: image for image, name in enumerate(archive.files)}
+        names = list(map(str, read_values(labels, "path", COLUMNS["path"])))
+    elif has_column(labels, ("image",)):
+        position = {str(image): image for image in range(len(archive.files))}
+        names = list(map(str, read_values(labels, "image", ("image",))))
+    else:
+        position = {str(image): image for image in range(len(archive.files))}
+        names = list(position)
+        if len(values) != len(names):
+            raise ArchiveError(f"{labels}: expected a label for each of the {len(names)} images, got {len(values)}")
+    unknown = [name for name in names if name not in position]
+    if unknown:
+        raise ArchiveError(f"{labels}: expected images of {archive.name}, got {as_utf8(unknown[0])}")
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise ArchiveError(f"{labels}: expected each image once, got {as_utf8(twice[0])} more often")
+    for name, value in zip(names, values, strict=True):
+        by_image[position[name]] = as_utf8(value) if isinstance(value, str) else value
+    return _with_labels(archive, by_image, str(labels), classes)
+
+
+def _with_labels(archive: Archive, labels: Any, where: str, classes: Sequence[str] | None) -> Archive:
+    """The archive with these labels (N,), as `encode_labels` takes them, of the classes to keep; None: all."""
+    codes, found = encode_labels(labels)
     names = list(map(str, found))
     if classes is not None:
         unknown = [name for name in classes if name not in names]
         if unknown:
-            raise ArchiveError(f"{data} has no class {unknown[0]}; its classes are {', '.join(names)}")
+            raise ArchiveError(f"{where} has no class {unknown[0]}; its classes are {', '.join(names)}")
         kept = torch.tensor([name in classes for name in names] + [False])  # the last one for −1
         codes = torch.where(kept, kept.cumsum(0) - 1, -1)[codes]
         names = [name for name in names if name in classes]
-    archive = Archive(read.features, codes, names, read.paths or [], read.name, [], {})
     _check_class_sizes(archive.name, names, codes[codes >= 0], SMALLEST_CLASS, cure="; --classes names those to keep")
-    return archive
+    return replace(archive, labels=codes, classes=names)
 
 
-def _user_cache() -> Path:
+def user_cache() -> Path:
+    """Where decoded images and libraries' archives are kept by default."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ntdne_kernels"
 
 

@@ -34,6 +34,7 @@ Train image encoders on archives with wrong labels, with NTDNE and the losses it
   ntdne embed photos/ --encoder resnet50              features of a pretrained network, for train and audit
   ntdne search embeddings/photos new.jpg              the images of an archive that are nearest to new ones
   ntdne audit features.npy --labels labels.npy        which labels of an archive are probably wrong
+  ntdne relabel photos/ decisions.csv                 the labels with what people decided on them
 
 photos/ holds a folder of images for each class. The labels found there count as right; wrong ones are made, so that it
 is known which they are. Only audit makes none: it looks for those that are there; and with --noise none an encoder is
@@ -90,6 +91,22 @@ New images are encoded as those of the archive were. All images are compared: th
 """
 
 
+RELABEL = """\
+ARCHIVE and the options of what is read are those of the audit that the decisions come from: decisions on other images
+or labels are refused. The decisions are those of a review, or written by hand, with the columns
+image,given,verdict,decided,when,archive, where the last two may be empty and the verdict is keep, relabel, unsure or
+exclude.
+
+  ntdne relabel photos/ decisions.csv --links              labels.csv, and images/ with links in class folders
+  ntdne relabel features.npy mine.csv yours.csv            labels.csv, and labels.npy in the order of the features
+  ntdne relabel features.npy decisions.csv --labels table.csv
+                                                           labels.csv, and table.csv with these cells changed
+  ntdne train photos/ --labels relabelled/photos/labels.csv --noise none
+
+Written into one folder, which is complete or as it was before. What was read stays as it is.
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
@@ -116,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
     _add_embed(add("embed", "write a pretrained network's features of a folder of images", EMBED))
     _add_search(add("search", "the images of an archive that are nearest to new ones", SEARCH))
     _add_audit(add("audit", "rank the labels of an archive by how little each image's neighbours agree", AUDIT))
+    _add_relabel(add("relabel", "write the labels of an archive with what people decided on them", RELABEL))
     return main
 
 
@@ -275,20 +293,10 @@ def _add_audit(command: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="run of ntdne train, or its last.ckpt, that encodes what is audited",
     )
-    files.add_argument(
-        "--labels", type=Path, metavar="FILE", help=".npy, .npz, .pt, .parquet, .json, .csv, or .txt with one a line"
-    )
-    files.add_argument("--paths", type=Path, metavar="FILE", help="names of the images' files, as --labels")
-    files.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="folder that these names are relative to (this one)"
-    )
+    _add_label_files(files)
     files.add_argument(
         "--max-pixels", type=_count, metavar="INT", help=f"files of more are not read ({MAX_PIXELS}; that of RUN)"
     )
-    for content, default in (("features", "features"), ("label", "label, labels"), ("path", "path, paths")):
-        files.add_argument(
-            f"--{content}-column", metavar="NAME", help=f"column of .csv or .parquet, or array of .npz ({default})"
-        )
     judged = command.add_argument_group("how it is judged")
     judged.add_argument(
         "--sigma",
@@ -331,6 +339,57 @@ def _add_audit(command: argparse.ArgumentParser) -> None:
     )
     machine.add_argument("--cache", type=Path, help="folder for decoded images (default: in the user's cache folder)")
     machine.add_argument("--download", action="store_true", help="let torchvision or torchgeo download its archive")
+
+
+def _add_relabel(command: argparse.ArgumentParser) -> None:
+    command.add_argument("data", metavar="ARCHIVE", help="what was audited: class folders, or features with labels")
+    command.add_argument("decisions", nargs="+", type=Path, metavar="decisions.csv", help="one file for each person")
+    files = command.add_argument_group("what is read, as for ntdne audit")
+    _add_label_files(files)
+    files.add_argument("--cache", type=Path, help="folder of libraries' archives (default: in the user's cache folder)")
+    command.add_argument(
+        "--conflicts",
+        choices=("error", "latest", "skip"),
+        default="error",
+        help="where people decided differently on an image: stop; take the latest; or leave it as it is (error)",
+    )
+    command.add_argument("--drop-unsure", action="store_true", help="leave out images of which people cannot tell")
+    command.add_argument(
+        "--links",
+        nargs="?",
+        const="symbolic",
+        choices=("symbolic", "hard", "copies"),
+        help="make class folders with links to the images: symbolic (as --links alone), or, where these cannot be "
+        "made, hard links or copies",
+    )
+    command.add_argument(
+        "--export",
+        nargs="+",
+        default=[],
+        choices=("fiftyone", "label-studio", "cvat", "cleanlab"),
+        help="write what these import too, with the decisions",
+    )
+    command.add_argument(
+        "--scores", type=Path, metavar="FILE", help="and with the scores of this table of ntdne audit, as audit.csv"
+    )
+    command.add_argument("--output", type=Path, metavar="FOLDER", help="default: relabelled/NAME")
+
+
+def _add_label_files(files: argparse._ArgumentGroup) -> None:
+    files.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help=".npy, .npz, .pt, .parquet, .json, .jsonl, .csv, or .txt with one a line",
+    )
+    files.add_argument("--paths", type=Path, metavar="FILE", help="names of the images' files, as --labels")
+    files.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="folder that these names are relative to (this one)"
+    )
+    for content, default in (("features", "features"), ("label", "label, labels"), ("path", "path, paths")):
+        files.add_argument(
+            f"--{content}-column", metavar="NAME", help=f"column of .csv or .parquet, or array of .npz ({default})"
+        )
 
 
 # Types of arguments

@@ -1,4 +1,4 @@
-"""The command `ntdne`: train, evaluate, reproduce, report, embed, search, audit."""
+"""The command `ntdne`: train, evaluate, reproduce, report, embed, search, audit, relabel."""
 
 import argparse
 import dataclasses
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "embed": _embed,
         "search": _search,
         "audit": _audit,
+        "relabel": _relabel,
     }
     try:
         commands[arguments.command](arguments)
@@ -178,6 +179,12 @@ def _audit(arguments: argparse.Namespace) -> None:
     from ntdne_kernels.experiments.auditing.command import audit
 
     audit(arguments)
+
+
+def _relabel(arguments: argparse.Namespace) -> None:
+    from ntdne_kernels.experiments.reviewing.command import relabel_archive
+
+    relabel_archive(arguments)
 
 
 def _machine(arguments: argparse.Namespace) -> "Machine":

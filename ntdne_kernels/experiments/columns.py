@@ -1,4 +1,4 @@
-"""Columns of files: features, labels and paths out of .npy, .npz, .pt, .parquet, FiftyOne's .json, .csv and .txt.
+"""Columns of files: features, labels and paths out of .npy, .npz, .pt, .parquet, .json, .jsonl, .csv and .txt.
 
 Nothing is unpickled, and no file is written to.
 
@@ -54,7 +54,7 @@ def read_values(path: Path, content: str, names: Sequence[str]) -> "list[Any] | 
     """A value for each image: an array of integers, or a list of Python's own types.
 
     Args:
-        path: of one of the SUFFIXES, .csv or .txt.
+        path: of one of the SUFFIXES, .csv, .jsonl or .txt.
         content: what a value is, for messages: "label" or "path".
         names: the column has one of these.
 
@@ -81,6 +81,18 @@ def has_column(path: Path, names: Iterable[str]) -> bool:
     return has_names(path) and not set(names).isdisjoint(_column_names(path))
 
 
+def column_name(path: Path, content: str, names: Sequence[str]) -> str:
+    """The first of the names that a column of the file has; arguments and errors as `read_values`."""
+    known = _column_names(path)
+    name = next((name for name in names if name in known), None)
+    if name is None:
+        raise ValueError(
+            f"{path} has no column {' or '.join(names)}; it has {', '.join(known) or 'none'}; "
+            f"--{content}-column names another"
+        )
+    return name
+
+
 def has_names(path: Path) -> bool:
     """Whether the file has columns with names, or is one column."""
     return path.suffix not in (".npy", ".txt") and not (path.suffix == ".pt" and isinstance(_torch(path), Tensor))
@@ -102,19 +114,14 @@ def _column(path: Path, content: str, names: Sequence[str]) -> Any:
         return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     if not has_names(path):
         return _array(_torch(path))
-    known = _column_names(path)
-    name = next((name for name in names if name in known), None)
-    if name is None:
-        raise ValueError(
-            f"{path} has no column {' or '.join(names)}; it has {', '.join(known) or 'none'}; "
-            f"--{content}-column names another"
-        )
+    name = column_name(path, content, names)
     read = {
         ".npz": _npz_array,
         ".csv": _csv_column,
         ".parquet": _parquet_column,
         ".pt": lambda path, name: _array(_torch(path)[name]),
-        ".json": _fiftyone_column,
+        ".json": _json_column,
+        ".jsonl": _json_column,
     }
     return read[path.suffix](path, name)
 
@@ -130,8 +137,8 @@ def _column_names(path: Path) -> list[str]:
         return [str(name) for name in _csv(path, nrows=0).columns]
     if path.suffix == ".pt":
         return list(map(str, _torch(path)))
-    if path.suffix == ".json":
-        return list(dict.fromkeys(name for sample in _fiftyone(path) for name in sample))
+    if path.suffix in (".json", ".jsonl"):
+        return list(dict.fromkeys(name for record in _records(path) for name in record))
     return list(_parquet(path).schema_arrow.names)
 
 
@@ -179,20 +186,27 @@ def _array(column: Any) -> Any:
     return (column.float() if column.dtype == torch.bfloat16 else column).detach().numpy()
 
 
-def _fiftyone(path: Path) -> list[dict[str, Any]]:
-    """The samples of samples.json, as FiftyOne exports a dataset of its own type."""
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON list, of lines of JSON, or of samples.json, as FiftyOne exports a dataset of its type."""
     try:
-        samples = json.loads(path.read_bytes())["samples"]
+        if path.suffix == ".jsonl":
+            records = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+        else:
+            records = json.loads(path.read_bytes())
+            records = records if isinstance(records, list) else records["samples"]
     except (ValueError, KeyError, TypeError):
-        samples = None
-    if not isinstance(samples, list) or not all(isinstance(sample, dict) for sample in samples):
-        raise ValueError(f"{path}: expected samples.json of an export as fiftyone.types.FiftyOneDataset, found others")
-    return samples
+        records = None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError(
+            f"{path}: expected samples.json of an export as fiftyone.types.FiftyOneDataset, or a list of objects, "
+            "found others"
+        )
+    return records
 
 
-def _fiftyone_column(path: Path, name: str) -> list[Any]:
-    """A field of all samples: of a Classification its label; of a vector its values."""
-    return [_fiftyone_value(path, sample.get(name)) for sample in _fiftyone(path)]
+def _json_column(path: Path, name: str) -> list[Any]:
+    """A field of all records: of FiftyOne's Classification its label; of its vectors the values."""
+    return [_fiftyone_value(path, record.get(name)) for record in _records(path)]
 
 
 def _fiftyone_value(path: Path, value: Any) -> Any:
@@ -210,7 +224,7 @@ def _fiftyone_value(path: Path, value: Any) -> Any:
 
 def _check_beginning(path: Path) -> None:
     """ValueError unless the file's name ends as one that can be read, and the file begins as its name says."""
-    known = (*SUFFIXES, ".csv", ".txt")
+    known = (*SUFFIXES, ".jsonl", ".csv", ".txt")
     if path.suffix not in known:
         raise ValueError(f"{path}: expected a file {', '.join(known)}, got {path.suffix or 'no suffix'}")
     with path.open("rb") as file:

@@ -34,12 +34,14 @@ class Features:
         features: (N, F) of float16, float32 or float64; mapped into memory where the file is .npy or .pt.
         labels: (N,) integers, −1 for unlabelled, or a list of names, None for unlabelled.
         paths: N file names, or None.
+        label_file: where the labels were read.
     """
 
     name: str
     features: NDArray[Any]
     labels: "list[str | None] | NDArray[np.integer[Any]]"
     paths: list[str] | None
+    label_file: Path
 
 
 def features_file(data: str) -> Path | None:
@@ -58,8 +60,8 @@ def read_features(
     Args:
         data: .npy or .pt, which are mapped into memory; .npz, .parquet or FiftyOne's samples.json, which are read; or
             a folder, see `FOLDERS`. A .pt file holds a tensor, or a dictionary with the columns.
-        labels: .npy, .npz, .parquet, .csv, .txt, .pt or samples.json; None: a column of the features' file, or, where
-            that has no columns, labels.npy beside it.
+        labels: .npy, .npz, .parquet, .csv, .txt, .pt, .jsonl or samples.json; None: a column of the features' file, or,
+            where that has no columns, labels.npy beside it.
         paths: names of the images' files, as labels; None: a column, or files.txt beside it, or none.
         columns: names of the columns of "features", "label" and "path", or None for the usual ones, see `COLUMNS`.
 
@@ -100,6 +102,7 @@ def read_features(
         features,
         _labels(labels, of_each_image("label", labels)),
         None if paths is None else ["" if each is None else str(each) for each in of_each_image("path", paths)],
+        labels,
     )
 
 

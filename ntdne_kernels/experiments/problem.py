@@ -12,13 +12,13 @@ import yaml
 from torch import Tensor
 
 from ntdne_kernels.experiments import noise
-from ntdne_kernels.experiments.archive import Archive, open_archive, open_features
+from ntdne_kernels.experiments.archive import Archive, open_archive, open_features, relabelled
 from ntdne_kernels.experiments.encoders import HEADS
 from ntdne_kernels.experiments.features import features_file
 from ntdne_kernels.experiments.noise import NoisyLabels
 from ntdne_kernels.experiments.samples import FeatureDataset, ImageDataset, Normalisation, normalisation, transform
 from ntdne_kernels.experiments.settings import Settings
-from ntdne_kernels.experiments.splits import at_most, split
+from ntdne_kernels.experiments.splits import SMALLEST_CLASS, at_most, split
 
 AUTHORS_NOISE_SEED = 42
 MAX_QUERIES, MAX_DATABASE = 10_000, 1_000_000  # that evaluation compares: more take time, and change little
@@ -107,22 +107,24 @@ def _open(settings: Settings, cache: Path | None, download: bool) -> Archive:
         raise ValueError(
             f"encoder: expected {expected} for {settings.data}, which holds {what}, got {settings.encoder}"
         )
+    labels = Path(settings.labels) if settings.labels else None
+    classes = list(settings.classes) or None
     if of_features:
         columns = {"features": settings.features_column or None, "label": settings.label_column or None, "path": None}
-        labels = Path(settings.labels) if settings.labels else None
-        return open_features(Path(settings.data), labels, columns, list(settings.classes) or None)
-    if settings.labels:
-        raise ValueError("labels: expected none, because the labels of images are their folders")
-    return open_archive(
+        return open_features(Path(settings.data), labels, columns, classes)
+    archive = open_archive(
         settings.data,
         settings.image_size,
         cache=cache,
         skip_unreadable=settings.skip_unreadable,
         download=download,
-        classes=list(settings.classes) or None,
+        classes=classes if labels is None else None,
         bands=settings.bands,
         max_pixels=settings.max_pixels,
+        smallest_class=SMALLEST_CLASS if labels is None else 0,
+        nested=labels is not None,  # the folders need not be the classes
     )
+    return archive if labels is None else relabelled(archive, labels, settings.label_column or None, classes)
 
 
 def _matrix(settings: Settings, classes: list[str]) -> Tensor:

@@ -34,11 +34,12 @@ class Settings:
     data: str
     labels: str = _setting(
         "",
-        "of features: .npy, .npz, .parquet, .csv, .txt, .pt, or FiftyOne's samples.json; without it a column of the "
-        "features' file, or labels.npy beside it",
+        "of features: .npy, .npz, .parquet, .csv, .txt, .pt, .jsonl, or FiftyOne's samples.json; without it a column "
+        "of the features' file, or labels.npy beside it. Of images: the labels.csv of ntdne relabel, or another list "
+        "of path and label, where images that are not in it are left out; without it the folders",
     )
     features_column: str = _setting("", "of features: the column that holds them, where its name is not a usual one")
-    label_column: str = _setting("", "of features: the column of the labels, likewise")
+    label_column: str = _setting("", "the column of the labels, likewise")
     image_size: int = _setting(256, "images are resized to this many pixels squared")
     classes: tuple[str, ...] = _setting((), "keep only these classes")
     unseen_classes: int = _setting(

@@ -228,13 +228,13 @@ def _entries(folder: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
     return entries, [
         entry.name
         for entry in entries
-        if entry.is_dir() and not _technical(entry.name) and not folder.is_relative_to(os.path.realpath(entry.path))
+        if entry.is_dir() and not is_technical(entry.name) and not folder.is_relative_to(os.path.realpath(entry.path))
     ]
 
 
 def _listed(folder: Path, entries: list[os.DirEntry[str]], classes: list[str], beside: bool) -> ImageFiles:
     """The images of class folders and, where wanted, those beside them; the latter first, with label −1."""
-    at_top = [entry.name for entry in entries if not entry.is_dir() and not _technical(entry.name)]
+    at_top = [entry.name for entry in entries if not entry.is_dir() and not is_technical(entry.name)]
     files = [file for file in at_top if beside and _suffix(file) in suffixes()]
     labels = [-1] * len(files)
     left_out = Counter(
@@ -250,7 +250,8 @@ def _listed(folder: Path, entries: list[os.DirEntry[str]], classes: list[str], b
     return ImageFiles(folder, classes, files, labels, dict(left_out))
 
 
-def _technical(name: str) -> bool:
+def is_technical(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or a system's, and no part of an archive."""
     return name.startswith(".") or name.casefold() in TECHNICAL
 
 
@@ -276,10 +277,10 @@ def _files_of_classes(root: Path, classes: list[str]) -> list[list[str]]:
                 folders.clear()
                 continue
             owners[real] = owner
-            folders[:] = sorted(name for name in folders if not _technical(name))
+            folders[:] = sorted(name for name in folders if not is_technical(name))
             paths = [os.path.join(at, name) for name in folders]
             links.extend((path, owner) for path in paths if os.path.islink(path))
-            found[owner] += [os.path.relpath(os.path.join(at, file), root) for file in files if not _technical(file)]
+            found[owner] += [os.path.relpath(os.path.join(at, file), root) for file in files if not is_technical(file)]
 
     for each in classes:
         visit(str(root / each), each)
@@ -292,7 +293,7 @@ def _files_of_classes(root: Path, classes: list[str]) -> list[list[str]]:
 def _leads_back(link: str, root: Path) -> bool:
     """Whether a link leads to a folder that holds it or the archive, or into the archive itself."""
     real, holder = (Path(os.path.realpath(each)) for each in (link, os.path.dirname(link)))
-    in_archive = real.is_relative_to(root) and not any(map(_technical, real.relative_to(root).parts))
+    in_archive = real.is_relative_to(root) and not any(map(is_technical, real.relative_to(root).parts))
     return in_archive or holder.is_relative_to(real) or root.is_relative_to(real)
 
 

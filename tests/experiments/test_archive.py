@@ -1,12 +1,14 @@
 """Archives: what is opened and in which order, bands and depth, all errors, unreadable files."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ntdne_kernels.experiments import sources
-from ntdne_kernels.experiments.archive import open_archive
+from ntdne_kernels.experiments.archive import Archive, open_archive, relabelled
 from ntdne_kernels.experiments.images import suffixes
 from tests.experiments.helpers import complaint, spoil, write_archive, write_bands, write_image
 
@@ -334,3 +336,28 @@ def test_further_unreadable_files_are_counted(folder, cache):
     for i in (1, 2, 3):
         spoil(folder / "Forest" / f"{i}.png", "text")
     assert "Forest/1.png cannot be read: not an image, and 2 more files; " in complaint(str(folder), 4, cache=cache)
+
+
+# Labels of a list
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "a.csv",
+            "label,path\nwood,Forest/3.png\nBeach,Beach/2.png\nwood,Forest/0.png\nwood,Forest/1.png\n"
+            "Beach,Beach/0.png\nBeach,Forest/2.png\n",
+        ),
+        ("a.csv", "image,label\n0,Beach\n2,Beach\n3,wood\n4,wood\n5,Beach\n6,wood\n"),
+        ("a.txt", "Beach\n\nBeach\nwood\nwood\nBeach\nwood\n"),
+    ],
+)
+def test_labels_of_a_list_go_to_the_images_that_it_names(archive: Archive, tmp_path: Path, name: str, content: str):
+    (tmp_path / name).write_text(content)
+    found = relabelled(archive, tmp_path / name, None)
+    assert found.files == [*(f"Beach/{i}.png" for i in range(3)), *(f"Forest/{i}.png" for i in range(4))]
+    assert found.classes == ["Beach", "wood"]
+    assert found.labels.tolist() == [0, -1, 0, 1, 1, 0, 1]
+    assert found.images is archive.images
+    assert relabelled(archive, tmp_path / name, None, ["wood"]).labels.tolist() == [-1, -1, -1, 0, 0, -1, 0]

@@ -228,7 +228,7 @@ def test_a_run_stopped_between_epochs_goes_on_as_if_it_never_was(features, worke
     [
         ("features.npy", {"encoder": "resnet18"}, "encoder: expected head or linear for features.npy"),
         ("made:120x3", {}, "encoder: expected resnet18, resnet50 or small for made:120x3"),
-        ("made:120x3", {"encoder": "small", "labels": "labels.npy"}, "labels: expected none"),
+        ("made:120x3", {"encoder": "small", "labels": "labels.npy"}, "a label for each of the 120 images, got 60"),
         ("features.npy", {"classes": ("sea", "lake")}, "has no class sea; its classes are lake, pond"),
         ("features.npy", {"features_column": "x", "labels": "labels.npy", "label_column": "y"}, None),
     ],

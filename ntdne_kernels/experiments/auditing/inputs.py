@@ -65,7 +65,7 @@ def read_source(
         data: of the features, as `read_features` takes it; and so labels, paths and columns.
         labels: the file of the labels.
         paths: the file of the names of the images' files.
-        images: the folder that file names are relative to; None: see `_images_folder`.
+        images: the folder that file names are relative to; None: see `images_folder`.
         columns: names of columns.
         max_pixels: pictures of more pixels are not shown; None: as `images.decode`.
 
@@ -83,12 +83,12 @@ def read_source(
     if images is not None and not any((images / name).is_file() for name in read.paths[:CHECKED_FILES]):
         found = images / read.paths[0]
         raise ValueError(f"--images: expected the folder that the files are in, but {found} is not there")
-    folder = images or _images_folder(data)
+    folder = images or images_folder(data)
     picture = partial(_open_picture, read.paths, folder, max_pixels or MAX_PIXELS)
     return Source(read.name, read.features, read.labels, read.paths, picture)
 
 
-def _images_folder(data: Path) -> Path:
+def images_folder(data: Path) -> Path:
     """What the names of images are relative to: the folder in embed.json, that of FiftyOne's export, or this one."""
     folder = data if data.is_dir() else data.parent
     about = folder / "embed.json"

@@ -4,9 +4,10 @@ from ntdne_kernels.experiments.reviewing.decisions import (
     VERDICTS,
     ConflictError,
     Decisions,
+    OtherArchiveError,
     archive_id,
     image_names,
     read_decisions,
 )
 
-__all__ = ["VERDICTS", "ConflictError", "Decisions", "archive_id", "image_names", "read_decisions"]
+__all__ = ["VERDICTS", "ConflictError", "Decisions", "OtherArchiveError", "archive_id", "image_names", "read_decisions"]

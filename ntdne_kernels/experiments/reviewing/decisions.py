@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from torch import Tensor
 from ntdne_kernels.arguments import UNLABELLED, check_choice
 from ntdne_kernels.experiments.features import as_utf8
 from ntdne_kernels.labels import encode_labels
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 VERDICTS = KEEP, RELABEL, UNSURE, EXCLUDE = ("keep", "relabel", "unsure", "exclude")
 COLUMNS = ("image", "given", "verdict", "decided", "when", "archive")
@@ -45,6 +48,10 @@ class ConflictError(ValueError):
         image, said = next(iter(conflicts.items()))
         each = ", ".join(f"{verdict} in {file}" for file, verdict in said.items())
         super().__init__(f"{len(conflicts)} images have conflicting decisions, as {image}: {each}")
+
+
+class OtherArchiveError(ValueError):
+    """Decisions are of another archive."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,33 @@ class Decisions:
         codes[self.having(EXCLUDE, *([UNSURE] if drop_unsure else []))] = UNLABELLED
         return codes, classes + new
 
+    def add_to(self, frame: "pd.DataFrame") -> "pd.DataFrame":
+        """A table of the archive's N images, as `interchange.to_frame` makes it, with what was decided.
+
+            verdict          categorical; missing where nothing was decided
+            corrected_label  the decided class, the given one where there is none, missing where excluded; categorical
+            decided_at       the time; missing where it is not known
+
+        Args:
+            frame: has a column given_label, and a row for each image in order.
+
+        Raises:
+            ImportError: pandas is missing.
+        """
+        import pandas as pd
+
+        given = frame["given_label"].astype(object)
+        codes, classes = self.apply([None if pd.isna(label) else label for label in given])
+        verdicts = torch.full((len(frame),), -1, dtype=torch.int64)
+        verdicts[self.images] = self.verdicts
+        when = pd.Series(pd.NaT, index=frame.index, dtype="datetime64[ms, UTC]")
+        when.iloc[self.images.tolist()] = pd.to_datetime(pd.Series(self.when), utc=True, format="ISO8601").to_numpy()
+        return frame.assign(
+            verdict=pd.Categorical.from_codes(verdicts.numpy(), list(VERDICTS)),
+            corrected_label=pd.Categorical.from_codes(codes.numpy(), list(classes)),
+            decided_at=when,
+        )
+
 
 def archive_id(paths: Sequence[str] | None, labels: Any) -> str:
     """16 hex digits that differ wherever the images' names, their order or their given labels do.
@@ -123,7 +157,7 @@ def archive_id(paths: Sequence[str] | None, labels: Any) -> str:
     Raises:
         TypeError, ValueError: as `encode_labels`.
     """
-    given = _given(labels)
+    given = label_names(labels)
     names = image_names(paths, len(given))
     found = hashlib.sha256()
     for name, label in zip(names, given, strict=True):
@@ -145,8 +179,15 @@ def image_names(paths: Sequence[str] | None, N: int) -> list[str]:
     return list(map(str, range(N)))
 
 
+def label_names(labels: Any) -> list[str]:
+    """The name (N,) of each image's label, "" for unlabelled; argument and errors as `encode_labels`."""
+    codes, classes = encode_labels(labels)
+    names = [*map(str, classes), ""]  # the last one for −1
+    return [names[code] for code in codes.tolist()]
+
+
 def read_decisions(
-    files: Path | Sequence[Path], paths: Sequence[str] | None, labels: Any, on_conflict: str = "error"
+    files: str | Path | Sequence[str | Path], paths: Sequence[str] | None, labels: Any, on_conflict: str = "error"
 ) -> Decisions:
     """The decisions in files of one or more people, of the archive with these names and labels.
 
@@ -161,22 +202,23 @@ def read_decisions(
 
     Raises:
         ConflictError: a ValueError, for "error": files decide differently.
-        ValueError: a file is none of decisions, or of another archive; the message names the first rows.
+        OtherArchiveError: a ValueError: a file is of another archive; the message names the first rows.
+        ValueError: a file holds no decisions, or wrong ones.
         OSError: a file cannot be read.
     """
     check_choice("on_conflict", on_conflict, ON_CONFLICT)
-    files = [files] if isinstance(files, Path) else list(files)
-    given, identity = _given(labels), archive_id(paths, labels)
+    sources = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
+    given, identity = label_names(labels), archive_id(paths, labels)
     names = image_names(paths, len(given))
     position = {name: image for image, name in enumerate(names)}
-    said = [_of_one_file(file, _rows(file), position, given, identity) for file in files]
+    said = [_of_one_file(file, _rows(file), position, given, identity) for file in sources]
     chosen, conflicts = _merged(said, on_conflict)
     if conflicts:
         raise ConflictError(
             {
                 names[image]: {
                     str(file): f"{rows[image].verdict} {rows[image].decided}".strip()
-                    for file, rows in zip(files, said, strict=True)
+                    for file, rows in zip(sources, said, strict=True)
                     if image in rows
                 }
                 for image in conflicts
@@ -226,13 +268,6 @@ class _Row(NamedTuple):
         return ""
 
 
-def _given(labels: Any) -> list[str]:
-    """The name (N,) of each image's label, "" for unlabelled."""
-    codes, classes = encode_labels(labels)
-    names = [*map(str, classes), ""]  # the last one for −1
-    return [names[code] for code in codes.tolist()]
-
-
 def _rows(file: Path) -> list[_Row]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
@@ -271,7 +306,7 @@ def _of_one_file(
     others = {row.archive for row in rows} - {"", identity}
     if strange or others:
         reason = _first(strange) or f"its archive is {min(others)}, and this one, by its names and labels, {identity}"
-        raise ValueError(f"{file} is of another archive: {reason}")
+        raise OtherArchiveError(f"{file} is of another archive: {reason}")
     found: dict[int, _Row] = {}
     for row in sorted(rows, key=lambda row: row.time):  # stable, so that of equal times the last row counts
         found[position[row.image]] = row

@@ -1,4 +1,4 @@
-"""interchange: pandas in and out, and cleanlab's numbers beside the audit's own."""
+"""interchange.cleanlab: pandas in and out, and cleanlab's numbers beside the audit's own."""
 
 import csv
 import sys
