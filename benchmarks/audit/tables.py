@@ -12,6 +12,7 @@ from benchmarks.markdown import print_head, print_row
 RESULTS = Path(__file__).parent.parent / "results"
 EVIDENCE, SPEED = RESULTS / "audit.csv", RESULTS / "audit-speed.json"
 FEATURES = RESULTS / "audit-features.csv"
+REVIEW = RESULTS / "audit-review.csv"
 CALIBRATION = RESULTS / "audit-calibration.csv"
 
 Setting = tuple[str, str, str]
