@@ -74,7 +74,7 @@ def calibrate(
     best, highest = LIKELY_WEIGHT, -math.inf
     for weight in WEIGHTS:
         _, transition, _ = _maximise(found, values[unknown], found.pair[unknown], transition, weight)
-        # Bounded: where only the label's own share was kept the odds are none, and a single such error would forbid all.
+        # Bounded: where only the label's own share was kept the odds are 0, and one such error would forbid every β.
         odds = _log_odds(values[of_part], found.pair[of_part], transition, weight).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
         likelihood = float(torch.nn.functional.logsigmoid(torch.where(wrong, odds, -odds)).sum())
         likelihood -= (math.log(weight / LIKELY_WEIGHT) / WEIGHT_DEVIATION) ** 2 / 2

@@ -82,7 +82,8 @@ def weigh_evidence(labels: Tensor, suggested: Tensor, neighbour_labels: Tensor, 
         return Evidence(*4 * [math.nan])
     chance = (sizes / sizes.sum()).square().sum()
     _, true, images = confusions
-    C = int(max(len(sizes) - 1, true.max(), suggested.max())) + 1  # decisions bring classes that no given label is of
+    # Decisions bring classes that no given label is of.
+    C = max(len(sizes), int(true.max()) + 1, int(suggested.max()) + 1)
     # Two images of one true class carry one label as often as the squares of its transition probabilities add up to.
     estimated = (images.square() / sum_by_class(images, true, C)[true]).sum() / images.sum()
     excess = _pair_agreement(neighbour_labels) - chance

@@ -139,8 +139,8 @@ class LabelAudit:
     def ranking(self) -> Tensor:
         """(N,) images in the order to look at them: the most suspect label first.
 
-        By quality; with `MIN_CHECKED` decisions by how probably the label is wrong, `wrong_probability`. Then come those
-        not judged, those of which a person could not tell, in the same order, and at the end the checked ones.
+        By quality; with 100 decisions by how probably the label is wrong, `wrong_probability`. Then come those not
+        judged, those of which a person could not tell, in the same order, and at the end the checked ones.
         """
         if self._calibration is None:
             order = self.log_ratio.nan_to_num(nan=torch.inf).argsort(stable=True)
@@ -153,7 +153,7 @@ class LabelAudit:
     def wrong_probability(self) -> Tensor:
         """(N,) float64: how probably the label is wrong, 0 or 1 where checked; NaN where nothing says so.
 
-        See `audit.calibration`. NaN too while there are fewer than `MIN_CHECKED` decisions.
+        See `audit.calibration`. NaN too while there are fewer than 100 decisions.
         """
         if self._calibration is None:
             return torch.full(self.labels.shape, torch.nan, dtype=torch.float64, device="cpu")
@@ -228,8 +228,8 @@ class LabelAudit:
 
         Where they cannot, the noise rate is nearly always too high and most of as many suspects have right labels; only
         the ranking may be of use. Decisions lift the doubt once people have found half of the labels that by these
-        decisions are wrong: then what they saw says more than the features. Features that have learned wrong labels by heart cause no doubt, and their rate is
-        too low.
+        decisions are wrong: then what they saw says more than the features. Features that have learned wrong labels by
+        heart cause no doubt, and their rate is too low.
         """
         if len(self.classes) < 2:
             return ""  # no label can be wrong
@@ -239,7 +239,7 @@ class LabelAudit:
 
     @property
     def noise_rate(self) -> float:
-        """Estimated share of wrong labels among the given ones that are judged; not to be believed where there is `doubt`.
+        """Estimated share of wrong labels among the judged ones, as given; not to be believed where there is `doubt`.
 
         Far too high where the features hardly tell the classes apart.
         """

@@ -53,14 +53,14 @@ def write_audit(source: Source, folder: Path, options: AuditOptions) -> tuple[La
     """
     progress = sys.stderr.isatty()
     labels, classes = encode_labels(source.labels)
-    decided: dict[str, Tensor] = {}
+    given: Tensor | None = None
+    checked, unsure = torch.zeros((2, len(labels)), dtype=torch.bool)
     if options.decisions:
         decisions = read_decisions(options.decisions, source.paths, source.labels, options.conflicts)
-        checked, unsure = torch.zeros((2, len(labels)), dtype=torch.bool)
+        given = labels
+        labels, classes = decisions.apply(source.labels)
         checked[decisions.having(KEEP, RELABEL, EXCLUDE)] = True
         unsure[decisions.having(UNSURE)] = True
-        decided = {"given": labels, "checked": checked, "unsure": unsure}
-        labels, classes = decisions.apply(source.labels)
     bank = feature_bank(
         source.features,
         labels,
@@ -70,7 +70,16 @@ def write_audit(source: Source, folder: Path, options: AuditOptions) -> tuple[La
         progress=progress,
     )
     sigma = source.sigma if options.sigma is None else options.sigma
-    audit = audit_bank(bank, sigma=sigma or "auto", top=options.top, progress=progress, classes=classes, **decided)
+    audit = audit_bank(
+        bank,
+        sigma=sigma or "auto",
+        top=options.top,
+        progress=progress,
+        classes=classes,
+        checked=checked,
+        given=given,
+        unsure=unsure,
+    )
     method = options.method if options.force or not audit.doubt else None
     html = audit_page(audit, bank, source, method=method, worst=options.worst, neighbours=options.neighbours)
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,8 +28,8 @@ def test_decisions_leave_no_suspect_among_checked_labels_and_are_in_all_files(nt
     assert ntdne("audit", "features.npy", *LABELS, "--decisions", "decisions.csv", "--fix", "--output", "out") == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == (
-        "4 labels are checked, 2 of them were wrong, 1 images are excluded; of 1 people cannot tell, and they come last; "
-        "how many others are wrong is not said by decisions yet: 3 labels are checked, and 100 are needed"
+        "4 labels are checked, 2 of them were wrong, 1 images are excluded; of 1 people cannot tell, and they come last"
+        "; how many others are wrong is not said by decisions yet: 3 labels are checked, and 100 are needed"
     )
     assert "24 images, 3 classes: 0 of 24 judged labels are suspect" in said[1]
     table = pd.read_csv("out/audit.csv")
@@ -40,7 +40,9 @@ def test_decisions_leave_no_suspect_among_checked_labels_and_are_in_all_files(nt
     assert sorted(table["rank"][table.checked]) == [21, 22, 23, 24]
     assert table["rank"][20] == 20
     fixed = pd.read_csv("out/corrected.csv").label
-    assert fixed.tolist() == table.decided_label.tolist()[:14] + fixed.tolist()[14:15] + table.decided_label.tolist()[15:]
+    assert (
+        fixed.tolist() == table.decided_label.tolist()[:14] + fixed.tolist()[14:15] + table.decided_label.tolist()[15:]
+    )
     assert fixed.isna()[14]
 
 
