@@ -57,6 +57,8 @@ def main() -> None:
     command.add_argument("--evidence", type=Path, default=EVIDENCE)
     command.add_argument("--speed", type=Path, default=SPEED)
     command.add_argument("--calibration", type=Path, default=CALIBRATION)
+    command.add_argument("--review", type=Path, default=REVIEW)
+    command.add_argument("--figures", type=Path, help="folder for review-curve.png")
     command = commands.add_parser("case")  # which `speed` runs, each in a process of its own
     command.add_argument("case", nargs=5)
     command = commands.add_parser("fit")
@@ -76,7 +78,7 @@ def main() -> None:
     elif given.command == "fit":
         print(json.dumps(run_fit(*given.sizes)))
     elif given.command == "table":
-        table(given.features, given.evidence, given.speed, given.calibration)
+        table(given.features, given.evidence, given.speed, given.calibration, given.review, given.figures)
     else:
         N, D, C, dtype, batches = given.case
         print(json.dumps(run_case(Case(int(N), int(D), int(C), dtype, int(batches)))))

@@ -141,6 +141,7 @@ def _curve(
 ) -> Iterator[tuple[int, str, float]]:
     """(Decisions, metric, value): wrong labels found, and what the audit says of how many there are."""
     wrong = known.given != known.true
+    yield 0, "images", len(wrong)
     yield 0, "wrong", int(wrong.sum())
     rounds = [n for n in ROUNDS if n <= len(wrong)]
     if order in ("fixed", "random"):
