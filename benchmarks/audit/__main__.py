@@ -10,8 +10,9 @@ import benchmarks.audit
 from benchmarks.audit.calibration import calibrate
 from benchmarks.audit.evidence import evidence
 from benchmarks.audit.features import audit_features, read_features, write_rows
+from benchmarks.audit.review import review
 from benchmarks.audit.speed import Case, gpu, run_case, run_fit, speed
-from benchmarks.audit.tables import CALIBRATION, EVIDENCE, FEATURES, SPEED, table
+from benchmarks.audit.tables import CALIBRATION, EVIDENCE, FEATURES, REVIEW, SPEED, table
 
 
 def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
@@ -40,6 +41,11 @@ def main() -> None:
         command.add_argument(f"--{name}", type=Path)
     command.add_argument("--seeds", type=int, default=5)
     command.add_argument("--output", type=Path, default=FEATURES)
+    command = commands.add_parser("review")
+    for name in ("features", "labels", "classes"):
+        command.add_argument(f"--{name}", type=Path)
+    command.add_argument("--seeds", type=int, default=3)
+    command.add_argument("--output", type=Path, default=REVIEW)
     command = commands.add_parser("speed")
     command.add_argument("--sizes", type=int, nargs="+", default=[10**4, 10**5, 10**6])
     command.add_argument("--output", type=Path, default=SPEED)
@@ -51,6 +57,8 @@ def main() -> None:
     command.add_argument("--evidence", type=Path, default=EVIDENCE)
     command.add_argument("--speed", type=Path, default=SPEED)
     command.add_argument("--calibration", type=Path, default=CALIBRATION)
+    command.add_argument("--review", type=Path, default=REVIEW)
+    command.add_argument("--figures", type=Path, help="folder for review-curve.png")
     command = commands.add_parser("case")  # which `speed` runs, each in a process of its own
     command.add_argument("case", nargs=5)
     command = commands.add_parser("fit")
@@ -62,6 +70,8 @@ def main() -> None:
         write(evidence(given.runs, given.cache), given.output)
     elif given.command == "features":
         audit_features(read_features(given.features, given.labels, given.classes), given.seeds, given.output)
+    elif given.command == "review":
+        review(read_features(given.features, given.labels, given.classes), given.seeds, given.output)
     elif given.command == "speed":
         text = json.dumps(speed(given.sizes), indent=1) + "\n"
         given.output.write_text(text)
@@ -73,7 +83,7 @@ def main() -> None:
         for row in gpu(*given.sizes):
             print(json.dumps(row), flush=True)
     elif given.command == "table":
-        table(given.features, given.evidence, given.speed, given.calibration)
+        table(given.features, given.evidence, given.speed, given.calibration, given.review, given.figures)
     else:
         N, D, C, dtype, batches = given.case
         print(json.dumps(run_case(Case(int(N), int(D), int(C), dtype, int(batches)))))

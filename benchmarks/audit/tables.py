@@ -7,11 +7,13 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
+from benchmarks.audit.review_curve import plot, print_review
 from benchmarks.markdown import print_head, print_row
 
 RESULTS = Path(__file__).parent.parent / "results"
 EVIDENCE, SPEED = RESULTS / "audit.csv", RESULTS / "audit-speed.json"
 FEATURES = RESULTS / "audit-features.csv"
+REVIEW = RESULTS / "audit-review.csv"
 CALIBRATION = RESULTS / "audit-calibration.csv"
 
 Setting = tuple[str, str, str]
@@ -20,19 +22,29 @@ Values = dict[tuple[Setting, str, str, str], float]
 """By setting, method, way to choose suspects (or ""), and metric."""
 
 
-def table(features_path: Path, evidence_path: Path, speed_path: Path, calibration_path: Path) -> None:
-    """Print the tables of each file that is there."""
+def table(
+    features_path: Path,
+    evidence_path: Path,
+    speed_path: Path,
+    calibration_path: Path,
+    review_path: Path,
+    figures: Path | None = None,
+) -> None:
+    """Print the tables of each file that is there, and draw the curve of the review into a folder."""
     printers = (
         (features_path, print_features),
         (evidence_path, print_evidence),
         (speed_path, print_speed),
         (calibration_path, print_calibration),
+        (review_path, print_review),
     )
     for path, print_tables in printers:
         if path.exists():
             print_tables(path)
         else:
             print(f"({path.name} is not there)\n")
+    if figures is not None:
+        plot(review_path, figures / "review-curve.png")
 
 
 def print_features(path: Path) -> None:

@@ -16,10 +16,11 @@ classifier's cross-validation gives them. Methods for such probabilities (confid
     nearest, duplicates  the nearest neighbours and the exact copies of images
     result               LabelAudit: scores, ranking, suspects, noise rate
     confident_learning   confusions between classes, from the shares
+    calibration          how probably each label is wrong, by what people decided on some of them
     doubt                whether the features can carry a noise rate
     near_copies          images nearer to each other than to those around them, and their groups
     outliers             images that are like no other
-    calibration          how often suggestions with a share are right
+    agreement            how often suggestions with a share are right
     class_structure      classes that the features would rather merge or split
 
 Shapes: N images, D features, C classes, m classes kept of each image's neighbours.
@@ -32,9 +33,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ntdne_kernels.arguments import UNLABELLED, check_choice, check_number
-from ntdne_kernels.audit.calibration import agreement_at
+from ntdne_kernels.audit.agreement import agreement_at
 from ntdne_kernels.audit.class_structure import AlikeClasses, Halves, cut_class, find_alike_classes
 from ntdne_kernels.audit.confident_learning import Confusions
 from ntdne_kernels.audit.doubt import Evidence, sample_neighbours
@@ -48,7 +50,7 @@ from ntdne_kernels.audit.outliers import Outliers, find_outliers
 from ntdne_kernels.audit.result import METHODS, LabelAudit, otsu_threshold
 from ntdne_kernels.audit.ridge import Ridge, fit_ridge
 from ntdne_kernels.bank import MemoryBank
-from ntdne_kernels.labels import encode_labels
+from ntdne_kernels.labels import as_labels, encode_labels
 from ntdne_kernels.ops.backends import BACKENDS
 from ntdne_kernels.progress import with_progress
 from ntdne_kernels.user_warning import warn_user
@@ -96,6 +98,9 @@ def audit_labels(  # noqa: PLR0913 (options, given by name)
     scratch: str | os.PathLike[str] | None = None,
     backend: str | None = None,
     progress: bool = False,
+    checked: Tensor | None = None,
+    given: Any = None,
+    unsure: Tensor | None = None,
 ) -> LabelAudit:
     """Score the labels of a whole archive by all other images, with nothing to set.
 
@@ -127,6 +132,11 @@ def audit_labels(  # noqa: PLR0913 (options, given by name)
             is killed while it allocates the copy.
         backend: as in `functional.leave_one_out_log_scores`.
         progress: show it on standard error.
+        checked: (N,) bool, labels that a person has checked: they are no suspects, and with enough of them, see
+            `LabelAudit.uncalibrated`, they say how probably each of the others is wrong. −1 among them are images that
+            a person has excluded.
+        given: (N,) the labels as they were before that, in which wrong ones are looked for; None: as `labels`.
+        unsure: (N,) bool, images of which people could not tell; they come last among those still to be checked.
 
     Raises:
         TypeError: features, labels or dtype are of another type.
@@ -136,12 +146,25 @@ def audit_labels(  # noqa: PLR0913 (options, given by name)
     """
     _check_arguments(sigma, top, backend)
     codes, classes = encode_labels(labels)
+    if given is not None:
+        codes, given, classes = _encode_both(codes, classes, given)
     bank = feature_bank(features, codes, device=device, dtype=dtype, scratch=scratch, progress=progress)
-    return audit_bank(bank, sigma=sigma, ridge=ridge, top=top, backend=backend, progress=progress, classes=classes)
+    return audit_bank(
+        bank,
+        sigma=sigma,
+        ridge=ridge,
+        top=top,
+        backend=backend,
+        progress=progress,
+        classes=classes,
+        checked=checked,
+        given=given,
+        unsure=unsure,
+    )
 
 
 @torch.no_grad()
-def audit_bank(
+def audit_bank(  # noqa: PLR0913 (options, given by name)
     bank: MemoryBank,
     *,
     sigma: float | str = "auto",
@@ -150,6 +173,9 @@ def audit_bank(
     backend: str | None = None,
     progress: bool = False,
     classes: Sequence[Any] | None = None,
+    checked: Tensor | None = None,
+    given: Tensor | None = None,
+    unsure: Tensor | None = None,
 ) -> LabelAudit:
     """Score the labels of a memory bank by its rows as they are: fill it first, as `criterion.fill_bank` does.
 
@@ -168,27 +194,37 @@ def audit_bank(
         top: as in `audit_labels`.
         backend: as in `audit_labels`.
         progress: as in `audit_labels`.
-        classes: names of bank.classes (C,); None: the integers themselves.
+        classes: names of bank.classes (C,), and of those of `given` that the bank has not, in ascending order; None:
+            the integers themselves.
+        checked: as in `audit_labels`, where the bank has the labels as they are now known.
+        given: (N,) integers, as in `audit_labels`; None: the bank's labels.
+        unsure: as in `audit_labels`.
 
     Raises:
-        TypeError: the bank is no MemoryBank.
-        ValueError: an argument is out of range, the bank is sharded or has rows that are 0 or not finite, or there are
-            not as many names as classes.
+        TypeError: the bank is no MemoryBank, or another argument is of the wrong type.
+        ValueError: an argument is out of range, the bank is sharded or has rows that are 0 or not finite, there are
+            not as many names as classes, or labels differ from the given ones where they were not checked.
     """
     if not isinstance(bank, MemoryBank):
         raise TypeError(f"bank: expected a MemoryBank, got {type(bank).__name__}; a criterion's is criterion.memory")
     _check_arguments(sigma, top, backend)
     if bank.process_group is not None:
         raise ValueError("bank: expected one that is not sharded; give its rows and labels to audit_labels")
-    classes = tuple(bank.classes.tolist() if classes is None else classes)
-    if len(classes) != len(bank.classes):
-        raise ValueError(f"classes: expected {len(bank.classes)} names, got {len(classes)}")
+    known = bank.labels.cpu()
+    checked, unsure = (_mask(name, mask, len(bank)) for name, mask in (("checked", checked), ("unsure", unsure)))
+    given = known if given is None else _check_given(given, known, checked)
+    every = torch.unique(torch.cat([bank.classes.cpu(), given[given != UNLABELLED]]))
+    classes = tuple(every.tolist() if classes is None else classes)
+    if len(classes) != len(every):
+        raise ValueError(f"classes: expected {len(every)} names, got {len(classes)}")
     if bank.fresh:
         warn_user("bank: its rows are still the random ones of its start; fill_bank brings an encoder's")
     check_rows(bank)
     fit = fit_ridge(bank) if ridge and len(bank.classes) > 1 else None
     chosen = choose_sigma(bank) if isinstance(sigma, str) else float(sigma)
-    N, C = len(bank), len(classes)
+    N, C = len(bank), len(bank.classes)
+    # The range of each given label. A class that only labels since corrected had has no neighbours, and no range.
+    own = None if given is known else _ranges(given, bank.classes.cpu())
     log_score, log_ratio, log_density = torch.empty((3, N), device="cpu")
     top_classes = torch.empty((N, min(int(top), C)), dtype=torch.int64, device="cpu")
     # float32 would round the share 1 − 1e-9 of a tight class to 1, and its labels' quality to noise.
@@ -198,25 +234,28 @@ def audit_bank(
     starts: Iterable[int] = range(0, N, batch)
     for start in with_progress(starts, "Comparing images") if progress else starts:
         rows = torch.arange(start, min(start + batch, N), device=bank.device)
-        images, found = bank.order[rows].cpu(), judge(bank, rows, chosen, fit, backend)
+        images = bank.order[rows].cpu()
+        of_label = None if own is None else own[images].to(bank.device)
+        found = judge(bank, rows, chosen, fit, backend, of_label)
         log_score[images], log_density[images] = found.log_score.float().cpu(), found.log_density.float().cpu()
         log_ratio[images] = found.log_ratio.float().cpu()
         largest = found.shares.topk(top_classes.size(1), dim=1)
         top_classes[images], top_shares[images] = largest.indices.cpu(), largest.values.double().cpu()
-    labels = bank.labels.cpu()
-    codes = torch.searchsorted(bank.classes.cpu(), labels) if classes else labels
-    codes = torch.where(labels == UNLABELLED, UNLABELLED, codes)
-    sample, neighbour_labels = sample_neighbours(bank, codes)
+    labels, decided = (_codes(each, every) for each in (given, known))
+    sample, neighbour_labels = sample_neighbours(bank, labels)
     duplicate_of = find_duplicates(bank)
     pairs = find_near_copies(bank, duplicate_of, log_density, chosen)
     return LabelAudit(
         classes=classes,
-        labels=codes,
+        labels=labels,
+        decided=decided,
+        checked=checked,
+        unsure=unsure,
         sigma=chosen,
         ridge=fit is not None,
         log_score=log_score,
         log_ratio=log_ratio,
-        top_classes=top_classes,
+        top_classes=torch.searchsorted(every, bank.classes.cpu())[top_classes],
         top_shares=top_shares,
         log_density=log_density,
         duplicate_of=duplicate_of,
@@ -224,6 +263,48 @@ def audit_bank(
         sample=sample,
         neighbour_labels=neighbour_labels,
     )
+
+
+def _encode_both(codes: Tensor, classes: tuple[Any, ...], given: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """Labels and given ones (N,) numbered alike, and the classes of both."""
+    of_given, given_classes = encode_labels(given)
+    if len(of_given) != len(codes):
+        raise ValueError(f"given: expected as many as labels, {len(codes)}, got {len(of_given)}")
+    position = {name: code for code, name in enumerate(given_classes)}
+    renumbered = torch.tensor([position.setdefault(name, len(position)) for name in classes] + [UNLABELLED])
+    return renumbered[codes], of_given, tuple(position)
+
+
+def _check_given(given: Any, known: Tensor, checked: Tensor) -> Tensor:
+    """The given labels (N,); ValueError where the known ones differ though nobody has checked them."""
+    found = as_labels(given, "given").cpu().long()
+    if len(found) != len(known):
+        raise ValueError(f"given: expected one for each of the {len(known)} images, got {len(found)}")
+    changed = ((found != known) & ~checked).nonzero().squeeze(1)
+    if len(changed) > 0:
+        raise ValueError(f"given: expected the labels of images that are not checked, got another of {int(changed[0])}")
+    return found
+
+
+def _mask(name: str, mask: Any, N: int) -> Tensor:
+    """(N,) bool on the CPU; None: of no image."""
+    if mask is None:
+        return torch.zeros(N, dtype=torch.bool, device="cpu")
+    found = torch.as_tensor(mask).cpu()
+    if found.dtype != torch.bool or found.shape != (N,):
+        raise ValueError(f"{name}: expected bools ({N},), got {found.dtype} {tuple(found.shape)}")
+    return found
+
+
+def _codes(labels: Tensor, classes: Tensor) -> Tensor:
+    """(N,) positions of labels among the classes, −1 for unlabelled."""
+    return torch.where(labels == UNLABELLED, UNLABELLED, torch.searchsorted(classes, labels))
+
+
+def _ranges(labels: Tensor, classes: Tensor) -> Tensor:
+    """(N,) the range of the class sums that each label has, 0 for labels that are none of the classes (C,)."""
+    found = torch.isin(labels, classes)
+    return torch.where(found, torch.searchsorted(classes, labels) + 1, 0)
 
 
 def _check_arguments(sigma: float | str, top: int, backend: str | None) -> None:

@@ -82,15 +82,17 @@ def weigh_evidence(labels: Tensor, suggested: Tensor, neighbour_labels: Tensor, 
         return Evidence(*4 * [math.nan])
     chance = (sizes / sizes.sum()).square().sum()
     _, true, images = confusions
+    # Decisions bring classes that no given label is of.
+    C = max(len(sizes), int(true.max()) + 1, int(suggested.max()) + 1)
     # Two images of one true class carry one label as often as the squares of its transition probabilities add up to.
-    estimated = (images.square() / sum_by_class(images, true, len(sizes))[true]).sum() / images.sum()
+    estimated = (images.square() / sum_by_class(images, true, C)[true]).sum() / images.sum()
     excess = _pair_agreement(neighbour_labels) - chance
     standard_error = (chance * (1 - chance) / len(neighbour_labels)).sqrt()
     return Evidence(
         agreement=float(excess / (estimated - chance)),
         significance=float(excess / standard_error),
-        rate=_disagreement(neighbour_labels, suggested, len(sizes), agreeing=0),
-        rate_at_best=_disagreement(neighbour_labels, suggested, len(sizes), agreeing=3),
+        rate=_disagreement(neighbour_labels, suggested, C, agreeing=0),
+        rate_at_best=_disagreement(neighbour_labels, suggested, C, agreeing=3),
     )
 
 

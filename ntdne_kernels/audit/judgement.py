@@ -29,9 +29,21 @@ class Judgement(NamedTuple):
     """(B, C) of the classes: of the neighbours alone, or combined with the ridge's."""
 
 
-def judge(bank: MemoryBank, rows: Tensor, sigma: float, fit: Ridge | None, backend: str | None) -> Judgement:
-    """The judgement of rows (B,) of `bank.storage`, by their neighbours and by a fit, where there is one."""
-    log_sums, own = class_log_sums(bank, rows, sigma, backend), own_range(bank, rows).unsqueeze(1)
+def judge(
+    bank: MemoryBank, rows: Tensor, sigma: float, fit: Ridge | None, backend: str | None, own: Tensor | None = None
+) -> Judgement:
+    """The judgement of rows (B,) of `bank.storage`, by their neighbours and by a fit, where there is one.
+
+    Args:
+        bank: of N images.
+        rows: (B,)
+        sigma: temperature of the neighbourhood.
+        fit: of the bank's labels.
+        backend: as in `functional.leave_one_out_log_scores`.
+        own: (B,) the range of the label that is judged, 0 for none; None: of the label in the bank.
+    """
+    log_sums = class_log_sums(bank, rows, sigma, backend)
+    own = (own_range(bank, rows) if own is None else own).unsqueeze(1)
     log_all = log_sums.logsumexp(dim=1)
     log_own = torch.where(own == 0, torch.nan, log_sums.gather(1, own)).squeeze(1)
     # −inf − (−inf) is NaN where the only row has no neighbour at all.

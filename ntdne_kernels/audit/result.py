@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ntdne_kernels.arguments import UNLABELLED, check_choice, check_number
+from ntdne_kernels.audit.calibration import Calibration, calibrate
 from ntdne_kernels.audit.confident_learning import Confusions, confident_joint, find_confident_classes
 from ntdne_kernels.audit.doubt import Evidence, doubt_of, weigh_evidence
 from ntdne_kernels.user_warning import warn_user
 
 METHODS = ("rate", "otsu", "auto")
+MIN_CHECKED = 100  # decisions before they order the others, see `python -m benchmarks.audit review`
+MIN_EITHER = 10  # right ones and wrong ones among them before they say how many are wrong
 MAX_DENSE_CLASSES = 10_000  # of (C, C) matrices: 800 MB
 
 
@@ -39,7 +42,11 @@ class LabelAudit:
 
     Attributes:
         classes: the C classes, names or integers, in order of code.
-        labels: (N,) code of each image's label; −1 for unlabelled.
+        labels: (N,) code of each image's label as it was given, before any decision; −1 for unlabelled.
+        decided: (N,) code of the label as it is now known: `labels` but where a person has checked and changed it; −1
+            for unlabelled and excluded images.
+        checked: (N,) bool, whether a person has checked the label.
+        unsure: (N,) bool, whether a person could not tell.
         sigma: temperature of the neighbourhood.
         ridge: whether shares are those of the neighbours and the ridge regression combined, or of the neighbours alone.
         log_score: (N,) log p of the neighbours alone (eq. 4); −inf where no other image has the label, NaN for
@@ -61,6 +68,9 @@ class LabelAudit:
 
     classes: tuple[Any, ...]
     labels: Tensor
+    decided: Tensor
+    checked: Tensor
+    unsure: Tensor
     sigma: float
     ridge: bool
     log_score: Tensor
@@ -129,8 +139,58 @@ class LabelAudit:
 
     @cached_property
     def ranking(self) -> Tensor:
-        """(N,) images in order of quality, the most suspect label first, those not judged at the end."""
-        return self.log_ratio.nan_to_num(nan=torch.inf).argsort(stable=True)
+        """(N,) images in the order to look at them: the most suspect label first.
+
+        By quality; with 100 decisions by how probably the label is wrong, `wrong_probability`. Then come those not
+        judged, those of which a person could not tell, in the same order, and at the end the checked ones.
+        """
+        if self._calibration is None:
+            order = self.log_ratio.nan_to_num(nan=torch.inf).argsort(stable=True)
+        else:
+            order = self._calibration.log_odds.nan_to_num(nan=-torch.inf).argsort(stable=True, descending=True)
+        last = self.unsure.to(torch.uint8).masked_fill(self.checked, 2)
+        return order[last[order].argsort(stable=True)] if last.any() else order
+
+    @cached_property
+    def wrong_probability(self) -> Tensor:
+        """(N,) float64: how probably the label is wrong, 0 or 1 where checked; NaN where nothing says so.
+
+        See `audit.calibration`. NaN too while there are fewer than 100 decisions.
+        """
+        if self._calibration is None:
+            return torch.full(self.labels.shape, torch.nan, dtype=torch.float64, device="cpu")
+        return self._calibration.log_odds.sigmoid()
+
+    @cached_property
+    def uncalibrated(self) -> str:
+        """Why decisions do not say how many labels are wrong; "" where they do, and `noise_rate` follows them."""
+        checked = int(self._known.sum())
+        if checked < MIN_CHECKED:
+            return f"{checked} labels are checked, and {MIN_CHECKED} are needed"
+        wrong = int(self.wrong[self._known].sum())
+        for name, count in (("wrong", wrong), ("right", checked - wrong)):
+            if count < MIN_EITHER:
+                return f"{count} of the checked labels are {name}, and {MIN_EITHER} are needed"
+        return ""
+
+    @property
+    def wrong(self) -> Tensor:
+        """(N,) bool: a person has checked the label and given the image another one."""
+        return self._known & (self.labels != self.decided)
+
+    @property
+    def _known(self) -> Tensor:
+        """(N,) bool: images with a given label whose right one is known."""
+        return self.checked & (self.labels != UNLABELLED) & (self.decided != UNLABELLED)
+
+    @cached_property
+    def _calibration(self) -> Calibration | None:
+        if int(self._known.sum()) < MIN_CHECKED:
+            return None
+        log_shares = self.top_shares.log()
+        # Where the label is not the suggested one its share is that much smaller, however small that is.
+        own = log_shares[:, 0] + self.log_ratio.double().clamp(max=0)
+        return calibrate(self.labels, self.decided, self.checked, self.top_classes, log_shares, own)
 
     @cached_property
     def confident_classes(self) -> Tensor:
@@ -139,15 +199,21 @@ class LabelAudit:
         Confident learning (Northcutt, Jiang and Chuang, JAIR 2021): among the classes whose share is at least the mean
         share of the images with that label, the one with the largest share. An exception: where no class has a larger
         share than the image's own, it is the image's own. Without it the noise rate of archives with classes of unequal
-        size comes out too high.
+        size comes out too high. Of a checked image it is the one that was decided.
         """
         if not self.judged.any():
             return torch.full_like(self.labels, UNLABELLED)
-        return find_confident_classes(self.labels, self.label_share, self.judged, self.top_classes, self.top_shares)
+        found = find_confident_classes(self.labels, self.label_share, self.judged, self.top_classes, self.top_shares)
+        return torch.where(self.checked & self.judged, self.decided, found)
 
     @cached_property
     def confusions(self) -> Confusions:
-        """How many images of which class carry which label: the confident joint, calibrated to the judged labels."""
+        """How many images of which class carry which label: the confident joint, calibrated to the judged labels.
+
+        With enough decisions (`uncalibrated` is "") those expected by `wrong_probability`.
+        """
+        if self._calibration is not None and not self.uncalibrated:
+            return self._calibration.confusions
         return confident_joint(self.labels, self.confident_classes, self._sizes)
 
     @cached_property
@@ -163,16 +229,19 @@ class LabelAudit:
         """Why the features cannot say how many labels are wrong, by `evidence`; "" where they can.
 
         Where they cannot, the noise rate is nearly always too high and most of as many suspects have right labels; only
-        the ranking may be of use. Features that have learned wrong labels by heart cause no doubt, and their rate is
-        too low.
+        the ranking may be of use. Decisions lift the doubt once people have found half of the labels that by these
+        decisions are wrong: then what they saw says more than the features. Features that have learned wrong labels by
+        heart cause no doubt, and their rate is too low.
         """
         if len(self.classes) < 2:
             return ""  # no label can be wrong
+        if not self.uncalibrated and 2 * int(self.wrong.sum()) >= self.noise_rate * float(self.confusions.images.sum()):
+            return ""
         return doubt_of(self.evidence, self.noise_rate, len(self.sample))
 
     @property
     def noise_rate(self) -> float:
-        """Estimated share of wrong labels among the judged ones; not to be believed where there is `doubt`.
+        """Estimated share of wrong labels among the judged ones, as given; not to be believed where there is `doubt`.
 
         Far too high where the features hardly tell the classes apart.
         """
@@ -213,12 +282,12 @@ class LabelAudit:
 
         Args:
             method: "rate": those of the lowest quality, as many as the estimated noise rate says, which where there is
-                `doubt` is too many.
+                `doubt` is too many. With enough decisions those that are more probably wrong than right.
                 "otsu": the lower of the two groups of qualities that differ most (Otsu, 1979): a mixture of two
                 components of one width.
                 "auto": p is below chance, the label's share of the other images, as in `NTDNELoss(k="auto")`.
                 A number k in (0, 1): p ≤ k, the paper's pruning (eq. 13). Both look at the neighbours alone.
-                "rate" and "otsu" pass over labels that are the suggested ones.
+                "rate" and "otsu" pass over labels that are the suggested ones. No checked label is a suspect.
 
         Raises:
             TypeError: method is neither text nor a number.
@@ -226,20 +295,23 @@ class LabelAudit:
         """
         if not isinstance(method, str):
             check_number("method", method, 0, 1)
-            return self.judged & (self.score <= method)
+            return self.judged & ~self.checked & (self.score <= method)
         check_choice("method", method, METHODS)
         if method == "auto":
             others = nn.functional.pad(self._sizes - 1, (0, 1))[self.labels]  # the last is for −1
             chance = others / max(len(self) - 1, 1)
-            return self.judged & (self.score < chance)
-        contested = self.judged & (self.suggested != self.labels)
+            return self.judged & ~self.checked & (self.score < chance)
+        contested = self.judged & ~self.checked & (self.suggested != self.labels)
         if method == "otsu":
             return contested & (self.quality < otsu_threshold(self.quality[self.judged]))
-        worst = self.ranking[contested[self.ranking]][: round(self.noise_rate * int(self.judged.sum()))]
+        if not self.uncalibrated:
+            return contested & (self.wrong_probability > 0.5)
+        still_wrong = round(self.noise_rate * int(self.judged.sum())) - int(self.wrong.sum())
+        worst = self.ranking[contested[self.ranking]][: max(still_wrong, 0)]
         return torch.zeros_like(contested).index_fill_(0, worst, True)
 
     def corrected(self, method: str | float = "rate") -> Tensor:
-        """(N,) codes of labels in which suspects have the suggested class; `classes` tells what they stand for.
+        """(N,) codes of labels, as decided and with the suggested class for suspects; `classes` tells what they are.
 
         Args:
             method: as in `suspects`.
@@ -248,7 +320,7 @@ class LabelAudit:
             TypeError: as `suspects`.
             ValueError: as `suspects`.
         """
-        return torch.where(self.suspects(method), self.suggested, self.labels)
+        return torch.where(self.suspects(method), self.suggested, self.decided)
 
     @property
     def witnesses(self) -> Tensor:

@@ -295,6 +295,16 @@ def _add_audit(command: argparse.ArgumentParser) -> None:
     )
     _add_label_files(files)
     files.add_argument(
+        "--decisions",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="decisions.csv",
+        help="what people decided on the labels, one file for each person: they are trusted, and say how probably the "
+        "others are wrong",
+    )
+    _add_conflicts(files)
+    files.add_argument(
         "--max-pixels", type=_count, metavar="INT", help=f"files of more are not read ({MAX_PIXELS}; that of RUN)"
     )
     judged = command.add_argument_group("how it is judged")
@@ -341,18 +351,22 @@ def _add_audit(command: argparse.ArgumentParser) -> None:
     machine.add_argument("--download", action="store_true", help="let torchvision or torchgeo download its archive")
 
 
-def _add_relabel(command: argparse.ArgumentParser) -> None:
-    command.add_argument("data", metavar="ARCHIVE", help="what was audited: class folders, or features with labels")
-    command.add_argument("decisions", nargs="+", type=Path, metavar="decisions.csv", help="one file for each person")
-    files = command.add_argument_group("what is read, as for ntdne audit")
-    _add_label_files(files)
-    files.add_argument("--cache", type=Path, help="folder of libraries' archives (default: in the user's cache folder)")
+def _add_conflicts(command: argparse._ActionsContainer) -> None:
     command.add_argument(
         "--conflicts",
         choices=("error", "latest", "skip"),
         default="error",
         help="where people decided differently on an image: stop; take the latest; or leave it as it is (error)",
     )
+
+
+def _add_relabel(command: argparse.ArgumentParser) -> None:
+    command.add_argument("data", metavar="ARCHIVE", help="what was audited: class folders, or features with labels")
+    command.add_argument("decisions", nargs="+", type=Path, metavar="decisions.csv", help="one file for each person")
+    files = command.add_argument_group("what is read, as for ntdne audit")
+    _add_label_files(files)
+    files.add_argument("--cache", type=Path, help="folder of libraries' archives (default: in the user's cache folder)")
+    _add_conflicts(command)
     command.add_argument("--drop-unsure", action="store_true", help="leave out images of which people cannot tell")
     command.add_argument(
         "--links",

@@ -42,13 +42,20 @@ def to_frame(
         predicted_label  the suggested class, categorical: the one with the largest share
         is_label_issue   whether it is a suspect
         label_score      quality of its label in [0, 1], low is suspect; NaN where not judged
-        rank             its place in the ranking; 1 is the most suspect, those not judged come last
+        rank             its place in the ranking; 1 is the most suspect, see `LabelAudit.ranking` for the last ones
         score            p: the share of its neighbourhood that carries its label (eq. 4); NaN where unlabelled
         label_share      the share of its label, with the ridge regression where the audit has one; NaN where not judged
         suggested_share  the share of the suggested class
         log_density      log of the mean of exp(f_i·f_j/σ) over the other images
         duplicate_of     the first image with exactly the same features; missing where there is none before it
         conflicting      whether an exact copy carries another label
+
+    Where people decided on some of the labels, also
+
+        checked            whether a person has checked the label
+        decided_label      the label as it is now known, categorical: the given one, but where a person changed it;
+                           missing where unlabelled or excluded
+        wrong_probability  how probably the label is wrong; NaN where decisions are too few to say, and where not judged
 
     Example:
         >>> from ntdne_kernels.audit import audit_labels
@@ -94,6 +101,12 @@ def to_frame(
         "duplicate_of": pd.arrays.IntegerArray(audit.duplicate_of.numpy(), (audit.duplicate_of < 0).numpy()),
         "conflicting": audit.conflicting.numpy(),
     }
+    if audit.checked.any() or audit.unsure.any():
+        columns |= {
+            "checked": audit.checked.numpy(),
+            "decided_label": pd.Categorical.from_codes(audit.decided.numpy(), list(audit.classes)),
+            "wrong_probability": audit.wrong_probability.numpy(),
+        }
     return pd.DataFrame(columns)
 
 

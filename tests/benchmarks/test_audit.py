@@ -7,11 +7,13 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.audit import calibration, features, tables
+from benchmarks.audit import calibration, features, review, review_curve, tables
 from benchmarks.audit.__main__ import write
 from benchmarks.audit.evidence import evidence, measures
 from benchmarks.audit.methods import METHODS, Verdict
+from benchmarks.audit.review_curve import plot, print_review
 from benchmarks.audit.speed import Case, Sweep, run_case
+from ntdne_kernels.audit import audit_labels
 from ntdne_kernels.experiments.encoders import make_encoder
 from ntdne_kernels.experiments.settings import Settings
 
@@ -74,6 +76,51 @@ def test_methods_are_compared_on_made_features_and_go_on_where_they_were(tmp_pat
     ours = next(line for line in printed if line.startswith("| ours |")).split(" | ")
     assert min(map(float, ours[1:5])) > 95
     assert [line for line in printed if line.startswith("| K-NN vote | ")]
+
+
+def test_weights_kept_for_a_review_give_the_audit_of_a_pass():
+    made = torch.Generator().manual_seed(0)
+    true = torch.arange(200) % 4
+    rows = torch.eye(8)[true] + 0.3 * torch.randn(200, 8, generator=made)
+    known = review.Reviewer((true + (torch.arange(200) % 7 == 0)) % 4, true, torch.arange(30))
+    labels = torch.where(known.checked, true, known.given)
+    expected = audit_labels(rows, labels, sigma=review.SIGMA, checked=known.checked, given=known.given)
+    found = review.audit_again(rows, review.Weights(rows, review.SIGMA), known)
+    torch.testing.assert_close(found.log_ratio, expected.log_ratio, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.top_shares, expected.top_shares, rtol=1e-4, atol=1e-6)
+
+
+def test_a_review_finds_wrong_labels_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+    made = torch.Generator().manual_seed(0)
+    true = torch.arange(400) % 10
+    rows = torch.eye(10)[true] + 0.35 * torch.randn(400, 10, generator=made)
+    archive = features.Features("made", rows, true, [str(name) for name in range(10)])
+    monkeypatch.setattr(review, "NOISES", [("uniform", 0.3)])
+    orders = ("ours", "ours, every tenth an uncertain one")
+    monkeypatch.setattr(review, "ORDERS", {name: review.ORDERS[name] for name in orders})
+    monkeypatch.setattr(review, "ROUNDS", (0, 100, 200))
+    monkeypatch.setattr(review_curve, "SHOWN", (100, 200))
+    file = tmp_path / "review.csv"
+    review.review(archive, 1, file)
+    whole = file.read_text()
+    file.write_text(whole[: whole.index(f'made,uniform,0.3,0,"{orders[1]}"')])
+    review.review(archive, 1, file)
+    assert file.read_text() == whole
+    rows = features.read_rows(file)
+    found = {(row["order"], row["decisions"], row["metric"]): float(row["value"]) for row in rows}
+    total, best, fixed = found["ours", "0", "wrong"], found["ours", "200", "found"], found["fixed", "200", "found"]
+    assert found["ours", "100", "found"] == found["fixed", "100", "found"]
+    assert total >= best > 1.5 * found["random", "200", "found"]
+    assert abs(found["ours", "200", "estimated"] - total) < 20
+    capsys.readouterr()
+    print_review(file)
+    lines = capsys.readouterr().out.splitlines()
+    share = f"{best:.0f} ({100 * best / total:.1f} %)"
+    assert [line for line in lines if line.startswith("| uniform 0.3 | ours | 1 |") and line.endswith(f"| {share} |")]
+    more = f"{best - fixed:+.1f} ({best - fixed:+.0f})"
+    assert [line for line in lines if line.startswith("| uniform 0.3 | ours |") and line.endswith(f"| {more} |")]
+    plot(file, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
 def test_the_calibration_is_written_and_drawn(tmp_path, capsys, monkeypatch):

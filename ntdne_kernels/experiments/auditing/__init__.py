@@ -3,6 +3,9 @@
 import sys
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ntdne_kernels.audit import LabelAudit, audit_bank, feature_bank
 from ntdne_kernels.experiments.auditing.inputs import Source, encode_features, encode_folder, read_source
 from ntdne_kernels.experiments.auditing.options import AuditOptions
@@ -16,6 +19,7 @@ from ntdne_kernels.experiments.auditing.outputs import (
 )
 from ntdne_kernels.experiments.auditing.page import audit_page
 from ntdne_kernels.experiments.files import write_whole
+from ntdne_kernels.experiments.reviewing.decisions import EXCLUDE, KEEP, RELABEL, UNSURE, read_decisions
 from ntdne_kernels.experiments.reviewing.review import write_review
 from ntdne_kernels.labels import encode_labels
 
@@ -46,10 +50,18 @@ def write_audit(source: Source, folder: Path, options: AuditOptions) -> tuple[La
         The audit, and the files, the page first.
 
     Raises:
-        TypeError, ValueError, OSError: as `audit_labels`, or a file cannot be written.
+        TypeError, ValueError, OSError: as `audit_labels` and `read_decisions`, or a file cannot be written.
     """
     progress = sys.stderr.isatty()
     labels, classes = encode_labels(source.labels)
+    given: Tensor | None = None
+    checked, unsure = torch.zeros((2, len(labels)), dtype=torch.bool)
+    if options.decisions:
+        decisions = read_decisions(options.decisions, source.paths, source.labels, options.conflicts)
+        given = labels
+        labels, classes = decisions.apply(source.labels)
+        checked[decisions.having(KEEP, RELABEL, EXCLUDE)] = True
+        unsure[decisions.having(UNSURE)] = True
     bank = feature_bank(
         source.features,
         labels,
@@ -59,7 +71,16 @@ def write_audit(source: Source, folder: Path, options: AuditOptions) -> tuple[La
         progress=progress,
     )
     sigma = source.sigma if options.sigma is None else options.sigma
-    audit = audit_bank(bank, sigma=sigma or "auto", top=options.top, progress=progress, classes=classes)
+    audit = audit_bank(
+        bank,
+        sigma=sigma or "auto",
+        top=options.top,
+        progress=progress,
+        classes=classes,
+        checked=checked,
+        given=given,
+        unsure=unsure,
+    )
     method = options.method if options.force or not audit.doubt else None
     html = audit_page(audit, bank, source, method=method, worst=options.worst, neighbours=options.neighbours)
     folder.mkdir(parents=True, exist_ok=True)

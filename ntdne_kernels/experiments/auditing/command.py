@@ -34,7 +34,8 @@ def audit(arguments: argparse.Namespace) -> None:
     _check(arguments, data, images)
     name = data.resolve().name if images or data.is_dir() else data.stem
     output = arguments.output or Path("audit") / name.replace(":", "-")
-    inputs = [file for file in (data, checkpoint, arguments.labels, arguments.paths) if file is not None]
+    inputs = [data, checkpoint, arguments.labels, arguments.paths, *arguments.decisions]
+    inputs = [file for file in inputs if file is not None]
     check_output(output, inputs, class_folders(arguments.data), arguments.format)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = _source(arguments, data, images, device)
@@ -54,6 +55,8 @@ def audit(arguments: argparse.Namespace) -> None:
             device=device,
             dtype=getattr(torch, arguments.dtype),
             scratch=arguments.scratch,
+            decisions=tuple(arguments.decisions),
+            conflicts=arguments.conflicts,
         ),
     )
     _print_summary(result, source, arguments)
@@ -113,7 +116,23 @@ def _print_summary(audit: LabelAudit, source: Source, arguments: argparse.Namesp
         suspects = int(audit.suspects(arguments.threshold).sum())
         summary += f"{suspects} of {judged} judged labels are suspect; about "
         summary += f"{100 * audit.noise_rate:.1f} % are estimated to be wrong"
+    if audit.checked.any() or audit.unsure.any():
+        print(_said_by_decisions(audit))
     if judged and audit.doubt:
         print(f"how many labels are wrong cannot be said from these features: {audit.doubt}")
     summary += f"; {len(source.unreadable)} unreadable files left out" if source.unreadable else ""
     print(f"{summary}; sigma {audit.sigma:g}")
+
+
+def _said_by_decisions(audit: LabelAudit) -> str:
+    """What people have found, and what follows for the labels that nobody has checked."""
+    checked, wrong = int(audit.checked.sum()), int(audit.wrong.sum())
+    found = f"{checked} labels are checked, {wrong} of them were wrong"
+    excluded = int((audit.checked & (audit.decided < 0)).sum())
+    found += f", {excluded} images are excluded" if excluded else ""
+    unsure = int((audit.unsure & ~audit.checked).sum())
+    found += f"; of {unsure} people cannot tell, and they come last" if unsure else ""
+    if audit.uncalibrated:
+        return f"{found}; how many others are wrong is not said by decisions yet: {audit.uncalibrated}"
+    others = audit.wrong_probability[~audit.checked].nansum()
+    return f"{found}; by these decisions about {float(others):.0f} of the {len(audit) - checked} others are wrong"

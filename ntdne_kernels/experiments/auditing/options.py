@@ -23,6 +23,8 @@ class AuditOptions:
         device: where the audit is computed.
         dtype: of the bank of features.
         scratch: folder on a disk for a copy of features that are larger than memory.
+        decisions: files of what people decided on the labels, as `read_decisions` takes them.
+        conflicts: what counts where these differ, its `on_conflict`.
     """
 
     sigma: float | None = None
@@ -37,3 +39,5 @@ class AuditOptions:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     scratch: Path | None = None
+    decisions: tuple[Path, ...] = ()
+    conflicts: str = "error"

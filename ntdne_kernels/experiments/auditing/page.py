@@ -91,20 +91,20 @@ def audit_page(
 
 
 def _classes(audit: LabelAudit, suspects: Tensor) -> list[dict[str, Any]]:
-    """All classes, those with the most suspects first."""
+    """All classes that labels were given of, those with the most suspects first."""
     C = len(audit.classes)
     sizes = torch.bincount(audit.labels[audit.labels >= 0], minlength=C).tolist()
     wrong = torch.bincount(audit.labels[suspects], minlength=C).tolist()
-    order = sorted(range(C), key=lambda code: -wrong[code])
+    order = sorted((code for code in range(C) if sizes[code]), key=lambda code: -wrong[code])
     return [
         {"code": code, "name": str(audit.classes[code]), "size": sizes[code], "suspects": wrong[code]} for code in order
     ]
 
 
 def _worst_of(audit: LabelAudit, code: int, count: int) -> Tensor:
-    """Up to `count` judged images of a class, by rising quality."""
-    images = ((audit.labels == code) & audit.judged).nonzero()[:, 0]
-    return images[audit.quality[images].argsort(stable=True)[:count]]
+    """Up to `count` judged images of a class whose labels nobody has checked, in the order of the ranking."""
+    images = ((audit.labels == code) & audit.judged & ~audit.checked)[audit.ranking]
+    return audit.ranking[images][:count]
 
 
 def _conflicting_copies(audit: LabelAudit) -> list[list[int]]:

@@ -123,14 +123,14 @@ def images_to_review(audit: LabelAudit, suspects: Tensor, count: int | None) -> 
         count: how many labels, and how many unlabelled images at most; None: all suspects, all labels that an exact
             copy contradicts, and at least the `LOWEST` of the ranking; and as many unlabelled images.
     """
-    ranked = audit.ranking[audit.judged[audit.ranking]]
+    ranked = audit.ranking[(audit.judged & ~audit.checked)[audit.ranking]]
     ranked = torch.cat([ranked[suspects[ranked]], ranked[~suspects[ranked]]])
     if count is None:
         first = torch.arange(len(ranked)) < LOWEST
         labelled = ranked[first | suspects[ranked] | audit.conflicting[ranked]]
     else:
         labelled = ranked[:count]
-    unlabelled = ((audit.labels < 0) & (audit.suggested >= 0)).nonzero()[:, 0]
+    unlabelled = ((audit.labels < 0) & ~audit.checked & (audit.suggested >= 0)).nonzero()[:, 0]
     surest = audit.suggested_share[unlabelled].argsort(descending=True, stable=True)
     return torch.cat([labelled, unlabelled[surest[: LOWEST if count is None else count]]])
 
