@@ -20,6 +20,7 @@ COLUMNS = {  # ours; cleanlab's; FiftyOne's, in its JSON and its CSV
     "features": ("features", "embeddings"),
     "label": ("label", "labels", "given_label", "ground_truth", "ground_truth.label"),
     "path": ("path", "paths", "filepath"),
+    "split": ("split", "subset"),
 }
 FOLDERS = ("features.npy", "samples.json")  # what is read of a folder: of `ntdne embed`, and of a FiftyOneDataset
 BESIDE = {"label": "labels.npy", "path": "files.txt"}  # found by themselves beside features without them
@@ -34,12 +35,14 @@ class Features:
         features: (N, F) of float16, float32 or float64; mapped into memory where the file is .npy or .pt.
         labels: (N,) integers, −1 for unlabelled, or a list of names, None for unlabelled.
         paths: N file names, or None.
+        splits: the split that each image is in, as "train"; "" for none. None: no file has such a column.
     """
 
     name: str
     features: NDArray[Any]
     labels: "list[str | None] | NDArray[np.integer[Any]]"
     paths: list[str] | None
+    splits: list[str] | None = None
 
 
 def features_file(data: str) -> Path | None:
@@ -95,11 +98,16 @@ def read_features(
             read_values(path, "label", wanted["label"])  # says which columns there are
         raise ValueError(f"{path} holds features alone; --labels names the file of their labels")
     paths = holding("path", paths)
+    files = [file for file in (path, labels, paths) if file is not None]
+    split = next((file for file in files if has_column(file, COLUMNS["split"])), None)
     return Features(
         data.resolve().name if data.is_dir() else path.stem,
         features,
         _labels(labels, of_each_image("label", labels)),
-        None if paths is None else ["" if each is None else str(each) for each in of_each_image("path", paths)],
+        *(
+            None if file is None else ["" if each is None else str(each) for each in of_each_image(content, file)]
+            for content, file in (("path", paths), ("split", split))
+        ),
     )
 
 
