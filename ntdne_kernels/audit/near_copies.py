@@ -98,7 +98,7 @@ def find_near_copies(bank: MemoryBank, duplicate_of: Tensor, log_density: Tensor
     pairs, which = torch.unique(both, dim=1, return_inverse=True)
     similarity = similarity.new_empty(pairs.size(1)).index_put_((which,), similarity)
     order = similarity.argsort(descending=True, stable=True)
-    return NearCopies(*pairs[:, order], similarity[order])
+    return NearCopies(pairs[0, order], pairs[1, order], similarity[order])
 
 
 def largest_ratio(distance: Tensor, n: int) -> float:

@@ -20,6 +20,7 @@ COLUMNS = {  # ours; cleanlab's; FiftyOne's, in its JSON and its CSV
     "features": ("features", "embeddings"),
     "label": ("label", "labels", "given_label", "ground_truth", "ground_truth.label"),
     "path": ("path", "paths", "filepath"),
+    "split": ("split", "subset"),
 }
 FOLDERS = ("features.npy", "samples.json")  # what is read of a folder: of `ntdne embed`, and of a FiftyOneDataset
 BESIDE = {"label": "labels.npy", "path": "files.txt"}  # found by themselves beside features without them
@@ -35,6 +36,7 @@ class Features:
         labels: (N,) integers, −1 for unlabelled, or a list of names, None for unlabelled.
         paths: N file names, or None.
         label_file: where the labels were read.
+        splits: the split that each image is in, as "train"; "" for none. None: no file has such a column.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Features:
     labels: "list[str | None] | NDArray[np.integer[Any]]"
     paths: list[str] | None
     label_file: Path
+    splits: list[str] | None = None
 
 
 def features_file(data: str) -> Path | None:
@@ -97,12 +100,19 @@ def read_features(
             read_values(path, "label", wanted["label"])  # says which columns there are
         raise ValueError(f"{path} holds features alone; --labels names the file of their labels")
     paths = holding("path", paths)
+    files = [file for file in (path, labels, paths) if file is not None]
+    split = next((file for file in files if has_column(file, COLUMNS["split"])), None)
+    texts = {
+        content: None if file is None else ["" if each is None else str(each) for each in of_each_image(content, file)]
+        for content, file in (("path", paths), ("split", split))
+    }
     return Features(
         data.resolve().name if data.is_dir() else path.stem,
         features,
         _labels(labels, of_each_image("label", labels)),
-        None if paths is None else ["" if each is None else str(each) for each in of_each_image("path", paths)],
+        texts["path"],
         labels,
+        texts["split"],
     )
 
 

@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 
 from ntdne_kernels.audit import LabelAudit, audit_bank, feature_bank
+from ntdne_kernels.experiments.auditing.findings import find_all
 from ntdne_kernels.experiments.auditing.inputs import Source, encode_features, encode_folder, read_source
 from ntdne_kernels.experiments.auditing.options import AuditOptions
 from ntdne_kernels.experiments.auditing.outputs import (
     CORRECTED,
+    FINDINGS,
     PAGE,
     check_output,
     earlier_outputs,
     write_corrected,
+    write_findings,
     write_table,
 )
 from ntdne_kernels.experiments.auditing.page import audit_page
@@ -36,7 +39,7 @@ __all__ = [
 
 
 def write_audit(source: Source, folder: Path, options: AuditOptions) -> tuple[LabelAudit, list[Path]]:
-    """Audit labels, and write the table, the page, the review and, for `fix`, the corrected list into a folder.
+    """Audit labels, and write the tables, the page, the review and, for `fix`, the corrected list into a folder.
 
     Where the features cannot carry a noise rate (`LabelAudit.doubt`), no label is called a suspect or corrected, unless
     `force` says so.
@@ -82,11 +85,13 @@ def write_audit(source: Source, folder: Path, options: AuditOptions) -> tuple[La
         unsure=unsure,
     )
     method = options.method if options.force or not audit.doubt else None
-    html = audit_page(audit, bank, source, method=method, worst=options.worst, neighbours=options.neighbours)
+    tables = find_all(audit, bank, source, trusted=method is not None)
+    shown = {"worst": options.worst, "neighbours": options.neighbours}
+    html = audit_page(audit, bank, source, tables, method=method, **shown)
     folder.mkdir(parents=True, exist_ok=True)
     table, corrected, page = (folder / name for name in (f"audit.{options.format}", CORRECTED, PAGE))
     write_table(audit, source, method, table)
-    written = [page, table]
+    written = [page, table, *write_findings(tables, folder / FINDINGS, options.format)]
     if options.fix and method is not None:
         write_corrected(audit, source, method, corrected)
         written.append(corrected)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # What encodes images is imported where it is needed: torchvision and Lightning take seconds.
 
 PICTURE_SIZE = 192  # pixels a side: twice what the page shows
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # names of folders
 CHECKED_FILES = 100  # names that are tried to see whether the folder of pictures is right
 
 
@@ -40,6 +41,7 @@ class Source:
         picture: decodes the picture of an image, upright and RGB; raises where it cannot.
         sigma: the temperature that the features were trained with; None: not known.
         unreadable: files of a folder that are no images and were left out.
+        splits: the split of each image, as "train", or ""; None: there are none.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Source:
     picture: Callable[[int], Image.Image] | None
     sigma: float | None = None
     unreadable: list[str] = field(default_factory=list)
+    splits: list[str] | None = None
 
 
 def read_source(
@@ -76,16 +79,23 @@ def read_source(
     if images is not None and not images.is_dir():
         raise ValueError(f"--images: expected a folder, got {images}")
     read = read_features(data, labels, paths, columns)
+    splits = read.splits or _split_folders(read.paths)
     if read.paths is None:
         if images is not None:
             raise ValueError("--images needs the names of the images' files: --paths, or a column path")
-        return Source(read.name, read.features, read.labels, None, None)
+        return Source(read.name, read.features, read.labels, None, None, splits=splits)
     if images is not None and not any((images / name).is_file() for name in read.paths[:CHECKED_FILES]):
         found = images / read.paths[0]
         raise ValueError(f"--images: expected the folder that the files are in, but {found} is not there")
     folder = images or images_folder(data)
     picture = partial(_open_picture, read.paths, folder, max_pixels or MAX_PIXELS)
-    return Source(read.name, read.features, read.labels, read.paths, picture)
+    return Source(read.name, read.features, read.labels, read.paths, picture, splits=splits)
+
+
+def _split_folders(paths: list[str] | None) -> list[str] | None:
+    """The split whose folder each file is in, "" for none; None where no file is in one."""
+    found = [next((part for part in Path(name).parts[:-1] if part.lower() in SPLITS), "") for name in paths or []]
+    return found if any(found) else None
 
 
 def images_folder(data: Path) -> Path:
@@ -163,6 +173,7 @@ def encode_folder(
         partial(_archive_picture, archive, Path(data).expanduser(), settings.bands, max_pixels),
         settings.loss_options.get("sigma", 0.1),
         archive.skipped,
+        _split_folders(archive.files),
     )
 
 

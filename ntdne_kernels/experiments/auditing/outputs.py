@@ -1,4 +1,4 @@
-"""What an audit leaves behind: a table with a row for each image, and a list of corrected labels.
+"""What an audit leaves behind: a table with a row for each image, tables of findings, and a list of corrected labels.
 
 Each file is written under another name first, so that it is whole or not there. Inputs are never written to.
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ntdne_kernels.audit import LabelAudit
+from ntdne_kernels.experiments.auditing.findings import NAMES
 from ntdne_kernels.experiments.auditing.inputs import Source
 from ntdne_kernels.experiments.features import as_utf8
 from ntdne_kernels.experiments.files import check_folder, write_whole
@@ -19,7 +20,8 @@ from ntdne_kernels.interchange import to_frame
 if TYPE_CHECKING:
     import pandas as pd
 
-PAGE, CORRECTED = "audit.html", "corrected.csv"
+PAGE, CORRECTED, FINDINGS = "audit.html", "corrected.csv", "findings"
+FORMATS = ("csv", "parquet")
 
 
 def check_output(folder: Path, inputs: list[Path], archive: Path | None, format: str) -> None:
@@ -36,7 +38,7 @@ def check_output(folder: Path, inputs: list[Path], archive: Path | None, format:
             of others where the review's would be; or what writes the format is not installed.
     """
     check_folder(folder, archive)
-    for name in (f"audit.{format}", CORRECTED, PAGE):
+    for name in (f"audit.{format}", CORRECTED, PAGE, *(f"{FINDINGS}/{name}.{format}" for name in NAMES)):
         path = folder / name
         if path.exists() and any(file.exists() and path.samefile(file) for file in inputs):
             raise ValueError(f"--output: {path} is read from, and would be replaced; give another folder")
@@ -50,7 +52,9 @@ def check_output(folder: Path, inputs: list[Path], archive: Path | None, format:
 
 def earlier_outputs(folder: Path, written: list[Path]) -> list[Path]:
     """Files that an earlier audit left in the folder and that were not replaced by those written now."""
-    paths = [folder / name for name in ("audit.csv", "audit.parquet", CORRECTED, review.PAGE)]
+    tables = ("audit", *(f"{FINDINGS}/{name}" for name in NAMES))
+    files = (*(f"{name}.{format}" for format in FORMATS for name in tables), CORRECTED, review.PAGE)
+    paths = [folder / name for name in files]
     return [path for path in paths if path.exists() and path not in written]
 
 
@@ -63,12 +67,16 @@ def write_table(audit: LabelAudit, source: Source, method: str | float | None, p
     if method is None:
         frame["is_label_issue"] = frame["is_label_issue"].astype("boolean").mask(frame["rank"] > 0)
     frame.insert(0, "image", range(len(frame)))
-    if path.suffix == ".csv":
-        _write_csv(frame, path)
-        return
-    if source.paths is not None:  # Parquet stores text as UTF-8
-        frame["path"] = list(map(as_utf8, source.paths))
-    write_whole(path, lambda file: frame.to_parquet(file, index=False))
+    _write_frame(frame, path)
+
+
+def write_findings(tables: "dict[str, pd.DataFrame]", folder: Path, format: str) -> list[Path]:
+    """Write the tables of `find_all` into a folder of their own, as .csv or .parquet; the files."""
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{name}.{format}" for name in tables]
+    for file, frame in zip(files, tables.values(), strict=True):
+        _write_frame(frame, file)
+    return files
 
 
 def write_corrected(audit: LabelAudit, source: Source, method: str | float, path: Path) -> None:
@@ -82,6 +90,15 @@ def write_corrected(audit: LabelAudit, source: Source, method: str | float, path
     else:
         frame.insert(0, "path", pd.Series(source.paths, dtype=object))
     _write_csv(frame, path)
+
+
+def _write_frame(frame: "pd.DataFrame", path: Path) -> None:
+    if path.suffix == ".csv":
+        _write_csv(frame, path)
+        return
+    if "path" in frame:  # Parquet stores text as UTF-8
+        frame = frame.assign(path=[as_utf8(name) for name in frame["path"]])
+    write_whole(path, lambda file: frame.to_parquet(file, index=False))
 
 
 def _write_csv(frame: "pd.DataFrame", path: Path) -> None:

@@ -4,7 +4,7 @@ Shapes: N images, C classes, K neighbours.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import torch
@@ -17,9 +17,13 @@ from ntdne_kernels.experiments.auditing.inputs import Source
 from ntdne_kernels.experiments.auditing.pictures import BY_CLASS, quality_histogram, thumbnails, transition_map
 from ntdne_kernels.experiments.page import render
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 MAX_CLASSES = 50  # with images of their own
 MAX_LISTED = 24  # images of a section
 MAX_CONFUSIONS = 15
+MAX_COPIES = 8  # pictures of a group of copies
 
 METHODS = {
     "rate": "those of the lowest quality, as many as the estimated noise rate says. A label that is the suggested one "
@@ -30,7 +34,14 @@ METHODS = {
 
 
 def audit_page(
-    audit: LabelAudit, bank: MemoryBank, source: Source, *, method: str | float | None, worst: int, neighbours: int
+    audit: LabelAudit,
+    bank: MemoryBank,
+    source: Source,
+    tables: "dict[str, pd.DataFrame]",
+    *,
+    method: str | float | None,
+    worst: int,
+    neighbours: int,
 ) -> str:
     """The HTML of an audit's page, which needs no other file.
 
@@ -38,6 +49,7 @@ def audit_page(
         audit: what is shown.
         bank: of the features, where neighbours are looked up.
         source: what was audited.
+        tables: of `find_all`.
         method: how suspects are chosen, see `LabelAudit.suspects`; None: the page names no suspects and no rate.
         worst: images shown of each class.
         neighbours: K, shown beside each.
@@ -47,13 +59,15 @@ def audit_page(
     shown_classes = classes[:MAX_CLASSES]
     worst_of = {each["code"]: _worst_of(audit, each["code"], worst) for each in shown_classes}
     lonely = ((audit.labels >= 0) & ~audit.judged).nonzero()[:, 0]
-    unlabelled = (audit.labels < 0).nonzero()[:, 0]
-    unlabelled = unlabelled[audit.suggested_share[unlabelled].argsort(descending=True, stable=True)]
-    sparse = audit.log_density.argsort(stable=True)[:MAX_LISTED]
-    copies = _conflicting_copies(audit)
+    unlabelled = torch.tensor(tables["unlabelled"]["image"].to_numpy())
+    sparse = torch.tensor(tables["outliers"]["image"].to_numpy())[:MAX_LISTED]
+    copies, alike = _groups_of_copies(tables["copies"])
+    merged, split = _classes_found(tables["classes"])
     listed = [*worst_of.values(), lonely[:MAX_LISTED], unlabelled[:MAX_LISTED], sparse]
     with_neighbours = torch.cat(listed).unique()
-    items = _Items(audit, bank, source, suspects, with_neighbours, neighbours, [group[0] for group in copies])
+    others = [each["image"] for group in (*copies, *alike) for each in group["images"]]
+    others += [image for each in split for half in each["halves"] for image in half["examples"]]
+    items = _Items(audit, bank, source, suspects, with_neighbours, neighbours, others)
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):  # a name may hold a $
         histogram = quality_histogram(audit, suspects, method or "rate") if bool(audit.judged.any()) else ""
         heat_map = "" if method is None else transition_map(audit)
@@ -77,12 +91,19 @@ def audit_page(
         "confusions": [] if method is None else _confusions(audit),
         "classes": classes,
         "shown_classes": shown_classes,
-        "copies": [[items.named(image) for image in group] for group in copies],
+        "copies": [items.group(group) for group in copies],
+        "alike": [items.group(group) for group in alike],
+        "groups_in_all": int(tables["copies"]["group"].nunique()),
+        "in_several_splits": int(tables["copies"].loc[tables["copies"]["several_splits"], "group"].nunique()),
         "lonely": items.of(lonely[:MAX_LISTED]),
         "lonely_in_all": len(lonely),
         "unlabelled": items.of(unlabelled[:MAX_LISTED]),
         "unlabelled_in_all": len(unlabelled),
+        "sure": _sure(tables["unlabelled"]),
         "sparse": items.of(sparse),
+        "sparse_in_all": len(tables["outliers"]),
+        "merged": merged,
+        "split": [each | {"halves": [items.half(half) for half in each["halves"]]} for each in split],
         "pictures": bool(items.thumbnails),
         "max_listed": MAX_LISTED,
         "version": ntdne_kernels.__version__,
@@ -107,13 +128,38 @@ def _worst_of(audit: LabelAudit, code: int, count: int) -> Tensor:
     return audit.ranking[images][:count]
 
 
-def _conflicting_copies(audit: LabelAudit) -> list[list[int]]:
-    """Groups of images with equal features and different labels."""
-    groups: dict[int, list[int]] = {}
-    for image in audit.conflicting.nonzero()[:, 0].tolist():
-        first = int(audit.duplicate_of[image])
-        groups.setdefault(image if first < 0 else first, []).append(image)
-    return list(groups.values())[:MAX_LISTED]
+def _groups_of_copies(copies: "pd.DataFrame") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The first groups whose images carry different labels, and the first others."""
+    found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for _, group in copies.groupby("group", sort=False):
+        listed = found[0] if bool(group["several_labels"].iloc[0]) else found[1]
+        if len(listed) < MAX_LISTED:
+            images = group[:MAX_COPIES].to_dict("records")
+            listed.append({"images": images, "size": len(group), "several_splits": images[0]["several_splits"]})
+    return found
+
+
+def _classes_found(classes: "pd.DataFrame") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Pairs of classes that are perhaps one, and classes that are perhaps two, with examples of each half."""
+    rows = classes.to_dict("records")
+    split = [
+        each
+        | {
+            "halves": [
+                {"size": each[f"{prefix}images"], "examples": list(map(int, each[f"{prefix}examples"].split()))}
+                for prefix in ("", "other_")
+            ]
+        }
+        for each in rows
+        if each["finding"] == "split"
+    ]
+    return [each for each in rows if each["finding"] == "merge"], split
+
+
+def _sure(unlabelled: "pd.DataFrame") -> dict[str, Any]:
+    """How many suggestions are sure, and how often labelled images with such shares agree."""
+    sure = unlabelled[unlabelled["sure"]]
+    return {"images": len(sure), "agreement": float(sure["agreement"].mean())}
 
 
 def _confusions(audit: LabelAudit) -> list[dict[str, Any]]:
@@ -182,6 +228,14 @@ class _Items:
             "thumbnail": self.thumbnails.get(image, ""),
         }
 
+    def group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group of copies, as `_groups_of_copies` has it, with what `named` says of its images."""
+        return group | {"images": [each | self.named(each["image"]) for each in group["images"]]}
+
+    def half(self, half: dict[str, Any]) -> dict[str, Any]:
+        """A half of a class, with what `named` says of its examples."""
+        return half | {"examples": list(map(self.named, half["examples"]))}
+
     def _item(self, image: int) -> dict[str, Any]:
         audit = self.audit
         label, suggested = int(audit.labels[image]), int(self.suggested[image])
@@ -189,6 +243,7 @@ class _Items:
         return self.named(image) | {
             "suggested": str(audit.classes[suggested]) if suggested >= 0 else None,
             "share": float(audit.suggested_share[image]),
+            "second": self._second(image) if label < 0 else None,
             "other": suggested != label,
             "judged": bool(audit.judged[image]),
             "score": float(self.score[image]),
@@ -205,3 +260,9 @@ class _Items:
                 for other in [int(audit.labels[neighbour])]
             ],
         }
+
+    def _second(self, image: int) -> tuple[str, float] | None:
+        """The class with the second largest share, and this share."""
+        if self.audit.top_classes.size(1) < 2:
+            return None
+        return str(self.audit.classes[self.audit.top_classes[image, 1]]), float(self.audit.top_shares[image, 1])

@@ -27,7 +27,8 @@ def test_a_wrong_label_is_found_and_corrected_in_a_list(ntdne, files, capsys):
     assert {path: path.read_bytes() for path in before} == before
     printed = capsys.readouterr().out
     assert "24 images, 2 classes: 1 of 24 judged labels are suspect" in printed
-    written = ["out/audit.html", "out/review/review.html", "out/audit.csv", "out/corrected.csv"]
+    findings = [f"out/findings/{name}.csv" for name in ("copies", "outliers", "unlabelled", "classes")]
+    written = ["out/audit.html", "out/review/review.html", "out/audit.csv", *findings, "out/corrected.csv"]
     assert printed.splitlines()[1:] == written
 
 
@@ -36,12 +37,14 @@ def test_files_of_an_earlier_audit_are_named(ntdne, files, capsys):
     assert capsys.readouterr().err == ""
     assert ntdne("audit", "features.npy", *LABELS, "--format", "parquet", "--output", "out") == 0
     said = capsys.readouterr().err.splitlines()
-    assert said == [f"ntdne: out/{name} is of an earlier audit" for name in ("audit.csv", "corrected.csv")]
+    findings = [f"findings/{name}.csv" for name in ("copies", "outliers", "unlabelled", "classes")]
+    assert said == [f"ntdne: out/{name} is of an earlier audit" for name in ("audit.csv", *findings, "corrected.csv")]
 
 
 def test_only_fix_writes_a_list(ntdne, files):
     assert ntdne("audit", "features.npy", "--labels", "labels.npy") == 0
-    assert sorted(path.name for path in Path("audit/features").iterdir()) == ["audit.csv", "audit.html", "review"]
+    written = ["audit.csv", "audit.html", "findings", "review"]
+    assert sorted(path.name for path in Path("audit/features").iterdir()) == written
 
 
 def test_what_cannot_be_judged_is_said(ntdne, files, capsys):
