@@ -14,7 +14,7 @@ from torch import Tensor
 
 CRITERION = 0.5  # images expected
 SMALLEST_ARCHIVE = 20  # images, below which quantiles say nothing
-QUANTILES = {0.25: 0.6745, 0.05: 1.6449}  # with the standard deviations that they lie below the median
+QUANTILES = {0.25: 0.6745, 0.05: 1.6449, 0.01: 2.3263}  # with the standard deviations that they lie below the median
 
 
 class Outliers(NamedTuple):
@@ -31,10 +31,10 @@ class Outliers(NamedTuple):
 def find_outliers(log_density: Tensor) -> Outliers:
     """Which images stand out, by the density of images around them.
 
-    Classes are not looked at: an image in the wrong one is a suspect, and is like others. The larger of two estimates
-    of s is taken, one from the lower quartile and one from the lowest twentieth, so that a long tail is not called
-    outliers and up to a twentieth of outliers does not hide itself. Two equal images that are like nothing else have
-    each other: they are copies.
+    Classes are not looked at: an image in the wrong one is a suspect, and is like others. The largest of three
+    estimates of s is taken, from the lower quartile, twentieth and hundredth, so that a long tail is not called
+    outliers; more outliers than a hundredth of the archive hide each other. Two equal images that are like nothing else
+    have each other: they are copies.
 
     Example:
         >>> density = torch.randn(1000, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ntdne_kernels.arguments import UNLABELLED
 from ntdne_kernels.audit import LabelAudit, agreement_at, cut_class, find_alike_classes, find_outliers
-from ntdne_kernels.audit.calibration import SURE
+from ntdne_kernels.audit.agreement import SURE
 from ntdne_kernels.audit.class_structure import SAMPLE_SIZE, SMALLEST_CLASS
 from ntdne_kernels.audit.inputs import rows_per_block
 from ntdne_kernels.bank import MemoryBank
