@@ -58,12 +58,12 @@ def print_review(path: Path) -> None:
             """Of the wrong labels of all runs, in units of their true number."""
             return mean(run[n, metric] / run[0, "images"] for run in found.values())
 
-        shares = [f"{100 * rate(0, 'estimated'):.1f}"]
+        rates = [f"{100 * rate(0, 'estimated'):.1f}"]
         for n in SHOWN:
             named = sum(run[n, "calibrated"] for run in found.values())
             without = f"{100 * rate(n, 'estimated without calibration'):.1f}"
-            shares.append(f"{without} / {100 * rate(n, 'estimated'):.1f}" if named == len(found) else f"{without} / –")
-        print_row([noise, f"{100 * rate(0, 'wrong'):.1f}", *shares])
+            rates.append(f"{without} / {100 * rate(n, 'estimated'):.1f}" if named == len(found) else f"{without} / –")
+        print_row([noise, f"{100 * rate(0, 'wrong'):.1f}", *rates])
     print()
 
 
