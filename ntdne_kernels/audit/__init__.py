@@ -43,7 +43,7 @@ from ntdne_kernels.audit.doubt import Evidence, sample_neighbours
 from ntdne_kernels.audit.duplicates import find_duplicates
 from ntdne_kernels.audit.inputs import check_rows, feature_bank, free_memory
 from ntdne_kernels.audit.judgement import judge
-from ntdne_kernels.audit.near_copies import NearCopies, find_near_copies, group_copies
+from ntdne_kernels.audit.near_copies import NO_PAIRS, NearCopies, find_near_copies, group_copies
 from ntdne_kernels.audit.nearest import nearest_neighbours
 from ntdne_kernels.audit.neighbourhood import SIGMAS, choose_sigma
 from ntdne_kernels.audit.outliers import Outliers, find_outliers
@@ -101,6 +101,7 @@ def audit_labels(  # noqa: PLR0913 (options, given by name)
     checked: Tensor | None = None,
     given: Any = None,
     unsure: Tensor | None = None,
+    near_copies: bool = False,
 ) -> LabelAudit:
     """Score the labels of a whole archive by all other images, with nothing to set.
 
@@ -137,6 +138,8 @@ def audit_labels(  # noqa: PLR0913 (options, given by name)
             a person has excluded.
         given: (N,) the labels as they were before that, in which wrong ones are looked for; None: as `labels`.
         unsure: (N,) bool, images of which people could not tell; they come last among those still to be checked.
+        near_copies: group near copies too, and not exact ones alone, in `copy_group`: see `find_near_copies`. Where few
+            images can be ruled out it takes half of the audit's time again.
 
     Raises:
         TypeError: features, labels or dtype are of another type.
@@ -160,6 +163,7 @@ def audit_labels(  # noqa: PLR0913 (options, given by name)
         checked=checked,
         given=given,
         unsure=unsure,
+        near_copies=near_copies,
     )
 
 
@@ -176,6 +180,7 @@ def audit_bank(  # noqa: PLR0913 (options, given by name)
     checked: Tensor | None = None,
     given: Tensor | None = None,
     unsure: Tensor | None = None,
+    near_copies: bool = False,
 ) -> LabelAudit:
     """Score the labels of a memory bank by its rows as they are: fill it first, as `criterion.fill_bank` does.
 
@@ -199,6 +204,7 @@ def audit_bank(  # noqa: PLR0913 (options, given by name)
         checked: as in `audit_labels`, where the bank has the labels as they are now known.
         given: (N,) integers, as in `audit_labels`; None: the bank's labels.
         unsure: as in `audit_labels`.
+        near_copies: as in `audit_labels`.
 
     Raises:
         TypeError: the bank is no MemoryBank, or another argument is of the wrong type.
@@ -244,7 +250,7 @@ def audit_bank(  # noqa: PLR0913 (options, given by name)
     labels, decided = (_codes(each, every) for each in (given, known))
     sample, neighbour_labels = sample_neighbours(bank, labels)
     duplicate_of = find_duplicates(bank)
-    pairs = find_near_copies(bank, duplicate_of, log_density, chosen)
+    pairs = find_near_copies(bank, duplicate_of, log_density, chosen) if near_copies else NO_PAIRS
     return LabelAudit(
         classes=classes,
         labels=labels,

@@ -45,6 +45,10 @@ class NearCopies(NamedTuple):
     """(P,) of the two, cosine."""
 
 
+NO_IMAGE = torch.empty(0, dtype=torch.int64, device="cpu")
+NO_PAIRS = NearCopies(NO_IMAGE, NO_IMAGE, torch.empty(0, device="cpu"))
+
+
 @torch.no_grad()
 def find_near_copies(bank: MemoryBank, duplicate_of: Tensor, log_density: Tensor, sigma: float) -> NearCopies:
     """The near copies among the distinct images of a bank.
@@ -68,9 +72,8 @@ def find_near_copies(bank: MemoryBank, duplicate_of: Tensor, log_density: Tensor
         sigma: temperature of these densities.
     """
     distinct = (duplicate_of == NOT_IN_BANK).nonzero().squeeze(1)
-    nothing = NearCopies(distinct[:0], distinct[:0], torch.empty(0, device="cpu"))
     if len(distinct) < 4 * NEIGHBOURS:
-        return nothing
+        return NO_PAIRS
     drawn = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0), device="cpu")[:SAMPLE_SIZE]
     _, similarity = nearest_neighbours(bank, distinct[drawn.sort().values], NEIGHBOURS, among=distinct)
     distance = _distance(similarity)
@@ -81,7 +84,7 @@ def find_near_copies(bank: MemoryBank, duplicate_of: Tensor, log_density: Tensor
     candidates = distinct[bound[distinct] >= smallest - SLACK]
     for among in (candidates, distinct):  # among fewer images the K-th neighbour can only be farther
         if len(candidates) < 2:
-            return nothing
+            return NO_PAIRS
         neighbours, similarity = nearest_neighbours(bank, candidates, NEIGHBOURS, among=among)
         distance = _distance(similarity)
         enough = distance.size(1) == NEIGHBOURS

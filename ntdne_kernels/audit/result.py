@@ -60,7 +60,8 @@ class LabelAudit:
             nothing else in the archive: broken, or of a class that is not there. The audit says little of their labels.
         duplicate_of: (N,) the first image whose features, normalised in the audit's dtype, are the same to the bit; −1
             for none, and for that first one.
-        copy_group: (N,) the first image of the image's group of exact and near copies; −1 where it is alone.
+        copy_group: (N,) the first image of the image's group of exact copies, and of near ones where they were asked
+            for; −1 where it is alone.
         sample: (n,) labelled images whose nearest neighbours were looked up.
         neighbour_labels: (n, K) codes of the labels of their K nearest neighbours. K is 0 where classes are so small
             that the neighbours say nothing.

@@ -61,7 +61,9 @@ def test_copies_in_a_crowd_of_exact_copies_are_found():
     features = crowded()
     features = torch.cat([features, features[[1]].expand(15, -1), features[[1]] + 0.02])
     assert pairs_of(features) == [(1, 615)]
-    found = audit_labels(features, torch.arange(len(features)) % 2)
+    labels = torch.arange(len(features)) % 2
+    assert audit_labels(features, labels).copy_group[615] == -1  # exact copies alone, unless others are asked for
+    found = audit_labels(features, labels, near_copies=True)
     assert (found.copy_group >= 0).nonzero().squeeze(1).tolist() == [1, *range(600, 616)]
     assert set(found.copy_group[600:].tolist()) == {1}
 
@@ -74,7 +76,7 @@ def test_half_an_archive_of_copies_is_found_as_well():
 def test_small_archives_have_no_near_copies():
     features, labels, _ = blobs(N=39)
     features[3] = features[7] + 1e-4
-    assert (audit_labels(features, labels).copy_group == -1).all()
+    assert (audit_labels(features, labels, near_copies=True).copy_group == -1).all()
 
 
 def test_a_chain_is_cut_where_it_drifts():

@@ -83,6 +83,7 @@ def write_audit(source: Source, folder: Path, options: AuditOptions) -> tuple[La
         checked=checked,
         given=given,
         unsure=unsure,
+        near_copies=True,
     )
     method = options.method if options.force or not audit.doubt else None
     tables = find_all(audit, bank, source, trusted=method is not None)
