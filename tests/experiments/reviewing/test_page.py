@@ -475,10 +475,13 @@ def test_a_hundred_thousand_images_keep_the_page_small(only_browser, tmp_path, m
     labels, top = torch.randint(C, (N,), generator=made), torch.randint(C, (N, 2), generator=made)
     shares = torch.rand(N, 2, generator=made, dtype=torch.float64)
     log = -torch.rand(N, generator=made)
-    none = torch.full((N,), -1)
+    none, nobody = torch.full((N,), -1), torch.zeros(N, dtype=torch.bool)
     audit = LabelAudit(
         classes=tuple(f"class {c}" for c in range(C)),
         labels=labels,
+        decided=labels,
+        checked=nobody,
+        unsure=nobody,
         sigma=0.1,
         ridge=False,
         log_score=log,
