@@ -28,7 +28,6 @@ NOISES = [("uniform", 0.1), ("uniform", 0.3), ("label-dependent", 0.1), ("label-
 ROUNDS = (0, 100, 200, 500, 750, 1000, 1500, 2000)
 """Decisions after which the audit is made again."""
 SIGMA = 0.046  # that `choose_sigma` chooses for AID in three of the four noises
-EXPLORED = 10  # every tenth image of a round
 
 
 class Reviewer(NamedTuple):
@@ -55,9 +54,6 @@ class Weights:
         self.values = (rows @ rows.t()).div_(sigma).fill_diagonal_(-torch.inf)
         self.highest = self.values.amax(dim=1, keepdim=True)
         self.values.sub_(self.highest).exp_()
-        self.checked = torch.zeros(len(features), dtype=torch.bool)
-        self.factor = 1.0
-        """How much more checked images weigh."""
         self.bank: MemoryBank | None = None
 
     def class_log_sums(self, bank: MemoryBank, rows: Tensor, sigma: float, backend: str | None) -> Tensor:
@@ -65,7 +61,7 @@ class Weights:
         if bank is not self.bank:
             every = torch.arange(len(bank))
             columns = torch.zeros(len(bank), len(bank.classes) + 1)
-            columns[every, own_range(bank, bank.positions(every))] = torch.where(self.checked, self.factor, 1.0)
+            columns[every, own_range(bank, bank.positions(every))] = 1.0
             self.bank, self.sums = bank, (self.values @ columns).double().log() + self.highest
         return self.sums[bank.order[rows]]
 
@@ -73,7 +69,6 @@ class Weights:
 def audit_again(features: Tensor, weights: Weights, known: Reviewer) -> LabelAudit:
     """The audit with the decisions so far."""
     checked = known.checked
-    weights.checked = checked
     labels = torch.where(checked, known.true, known.given)
     no_sample = torch.empty(0, dtype=torch.int64), torch.empty((0, 0), dtype=torch.int64)
     with (
@@ -96,26 +91,8 @@ def by_quality(found: LabelAudit) -> Tensor:
     return quality.argsort(stable=True)
 
 
-def with_uncertain(found: LabelAudit) -> Tensor:
-    """As the audit has it, but every tenth image is one of those whose label is most nearly as probably wrong as right.
-
-    Such decisions teach the audit most.
-    """
-    unsure = found.wrong_probability.sub(0.5).abs().nan_to_num(nan=1).masked_fill(found.checked, 2).argsort(stable=True)
-    place = torch.empty((2, len(found)))
-    place[0, found.ranking] = torch.arange(len(found)).float()
-    place[1, unsure] = torch.arange(len(found)).float() * EXPLORED + 0.5
-    place[:, found.checked] = torch.inf
-    return place.amin(dim=0).argsort(stable=True)
-
-
-ORDERS: dict[str, tuple[Callable[[LabelAudit], Tensor], float]] = {
-    "ours": (by_ranking, 1.0),
-    "by quality": (by_quality, 1.0),
-    "ours, every tenth an uncertain one": (with_uncertain, 1.0),
-    "ours, checked neighbours count three times": (by_ranking, 3.0),
-}
-"""The next images by an audit, and how much checked neighbours weigh."""
+ORDERS: dict[str, Callable[[LabelAudit], Tensor]] = {"ours": by_ranking, "by quality": by_quality}
+"""The next images by an audit."""
 
 
 def review(archive: Features, seeds: int, path: Path) -> None:
@@ -145,13 +122,11 @@ def _curve(
     yield 0, "wrong", int(wrong.sum())
     rounds = [n for n in ROUNDS if n <= len(wrong)]
     if order in ("fixed", "random"):
-        weights.factor = 1.0
         shuffled = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))
         chosen = audit_again(features, weights, known).ranking if order == "fixed" else shuffled
         for n in rounds:
             yield n, "found", int(wrong[chosen[:n]].sum())
         return
-    choose, weights.factor = ORDERS[order]
     for n, after in pairwise([*rounds, rounds[-1]]):
         found = audit_again(features, weights, known)
         yield n, "found", int(wrong[known.order].sum())
@@ -159,4 +134,4 @@ def _curve(
         yield n, "calibrated", float(not found.uncalibrated)
         blind = dataclasses.replace(found, checked=torch.zeros_like(found.checked), decided=found.labels)
         yield n, "estimated without calibration", blind.noise_rate * len(wrong)
-        known = known._replace(order=torch.cat([known.order, choose(found)[: after - n]]))
+        known = known._replace(order=torch.cat([known.order, ORDERS[order](found)[: after - n]]))

@@ -138,8 +138,8 @@ def audit_labels(  # noqa: PLR0913 (options, given by name)
             a person has excluded.
         given: (N,) the labels as they were before that, in which wrong ones are looked for; None: as `labels`.
         unsure: (N,) bool, images of which people could not tell; they come last among those still to be checked.
-        near_copies: group near copies too, and not exact ones alone, in `copy_group`: see `find_near_copies`. Where few
-            images can be ruled out it takes half of the audit's time again.
+        near_copies: group near copies too, and not exact ones alone, in `copy_group`: see `find_near_copies`. Where the
+            sums rule out few images, as those of a large σ do, that takes another pass over all pairs.
 
     Raises:
         TypeError: features, labels or dtype are of another type.

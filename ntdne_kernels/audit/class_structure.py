@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Limits, chosen on AID's features, of which they name nothing: three classes that were divided at random had distances
-# of 0.17 to 0.19, all other pairs 0.55 and more; of 60 pairs of classes under one name 38 are named as two.
+# Limits, found by trial on AID's features, with classes divided at random and pairs put under one name; they name
+# nothing of it as it is. No other archive was tried.
 LARGEST_DISTANCE = 0.3
 LARGEST_MIXING, LARGEST_OF_ONE = 0.15, 0.4  # by chance; of that of one cloud
 SMALLEST_CLASS = 30  # images of a class that anything is said of

@@ -26,7 +26,7 @@ from ntdne_kernels.arguments import NOT_IN_BANK
 from ntdne_kernels.audit.nearest import nearest_neighbours
 from ntdne_kernels.bank import MemoryBank
 
-NEIGHBOURS = 10  # K: larger groups of near copies hide their own distance. With 5 as many copies are found
+NEIGHBOURS = 10  # K: larger groups of near copies hide their own distance
 SAMPLE_SIZE = 512  # images whose neighbours say how distances lie
 FALSE_ALARMS = 0.1  # images of an archive without copies that may be named
 LARGEST_RATIO = 0.75  # ρ at most: in very many dimensions a distance slightly below the others is rare, but no copy

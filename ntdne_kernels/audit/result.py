@@ -115,13 +115,13 @@ class LabelAudit:
 
     @cached_property
     def conflicting(self) -> Tensor:
-        """(N,) bool: an exact copy of the image carries another label, so one of the two is wrong."""
+        """(N,) bool: an exact copy of the image carries another label, as decided, so one of the two is wrong."""
         group = torch.where(self.duplicate_of < 0, torch.arange(len(self), device="cpu"), self.duplicate_of)
-        labelled = self.labels != UNLABELLED
+        labelled = self.decided != UNLABELLED
         lowest = torch.full_like(group, len(self.classes)).scatter_reduce_(
-            0, group[labelled], self.labels[labelled], "amin"
+            0, group[labelled], self.decided[labelled], "amin"
         )
-        highest = torch.full_like(group, UNLABELLED).scatter_reduce_(0, group, self.labels, "amax")
+        highest = torch.full_like(group, UNLABELLED).scatter_reduce_(0, group, self.decided, "amax")
         return labelled & (lowest < highest)[group]
 
     @property

@@ -1,5 +1,7 @@
 """What an audit finds beside wrong labels, as tables: copies, outliers, suggestions for unlabelled images, classes.
 
+Labels count as people have decided, so that what they settled does not come up again.
+
 Shapes: N images, C classes.
 """
 
@@ -49,7 +51,7 @@ def copies(audit: LabelAudit, bank: MemoryBank, source: Source) -> "pd.DataFrame
     split           the split that it is in; only where there are splits
     similarity      to the group's first image
     exact           whether it is an exact copy of an earlier image
-    several_labels  whether images of the group carry different labels
+    several_labels  whether images of the group carry different labels, as decided
     several_splits  whether images of the group are in different splits
     """
     images = (audit.copy_group >= 0).nonzero()[:, 0]
@@ -60,10 +62,11 @@ def copies(audit: LabelAudit, bank: MemoryBank, source: Source) -> "pd.DataFrame
         frame["split"] = [source.splits[image] or None for image in images.tolist()]
     frame["similarity"] = _similarity(bank, images, groups).numpy()
     frame["exact"] = (audit.duplicate_of[images] >= 0).numpy()
-    for several, column in (("several_labels", "given_label"), ("several_splits", "split")):
+    frame["label"] = _names(audit, audit.decided[images])
+    for several, column in (("several_labels", "label"), ("several_splits", "split")):
         frame[several] = frame.groupby("group")[column].transform("nunique") > 1 if column in frame else False
     order = ["several_labels", "several_splits", "group", "image"]
-    return frame.sort_values(order, ascending=[False, False, True, True], ignore_index=True)
+    return frame.drop(columns="label").sort_values(order, ascending=[False, False, True, True], ignore_index=True)
 
 
 def outliers(audit: LabelAudit, source: Source) -> "pd.DataFrame":
@@ -86,7 +89,7 @@ def unlabelled(audit: LabelAudit, source: Source) -> "pd.DataFrame":
     agreement        how often the labelled images with such a share carry the class suggested for them
     sure             whether that is nearly as often as it is for the labelled images with the largest shares
     """
-    images = (audit.labels == UNLABELLED).nonzero()[:, 0]
+    images = ((audit.labels == UNLABELLED) & ~audit.checked).nonzero()[:, 0]
     images = images[audit.suggested_share[images].argsort(descending=True, stable=True)]
     frame = _named(audit, source, images).drop(columns="given_label")
     share = audit.suggested_share[images].double()
@@ -98,10 +101,10 @@ def unlabelled(audit: LabelAudit, source: Source) -> "pd.DataFrame":
     frame["second_label"] = _names(audit, top[:, 1] if several else missing)
     frame["second_share"] = (shares[:, 1] if several else share * torch.nan).numpy()
     agreement, surest = torch.full_like(share, torch.nan), torch.inf
-    if audit.judged.any():
-        agrees = (audit.suggested == audit.labels)[audit.judged]
+    known = _known(audit)
+    if known.any():
         at = torch.cat([share, share.new_ones(1)])
-        found = agreement_at(audit.suggested_share[audit.judged], agrees, at)
+        found = agreement_at(audit.suggested_share[known], (audit.suggested == audit.decided)[known], at)
         agreement, surest = found[:-1], float(found[-1])
     frame["agreement"], frame["sure"] = agreement.numpy(), (agreement >= SURE * surest).numpy()
     return frame
@@ -120,12 +123,13 @@ def classes(audit: LabelAudit, bank: MemoryBank, *, trusted: bool) -> "pd.DataFr
     other_examples    of the smaller one
     """
     rows: list[dict[str, Any]] = []
-    sizes = torch.bincount(audit.labels[audit.labels >= 0], minlength=len(audit.classes))
+    sizes = torch.bincount(audit.decided[audit.decided >= 0], minlength=len(audit.classes))
     if trusted:
-        for one, other, distance in find_alike_classes(audit.labels[audit.judged], audit.suggested[audit.judged]):
+        known = _known(audit)
+        for one, other, distance in find_alike_classes(audit.decided[known], audit.suggested[known]):
             sized = {"images": int(sizes[one]), "other_images": int(sizes[other])}
             rows.append({"finding": "merge", "class": one, "other_class": other, **sized, "distance": distance})
-    order = audit.labels.argsort(stable=True)
+    order = audit.decided.argsort(stable=True)
     for code, images in enumerate(order[len(order) - int(sizes.sum()) :].split(sizes.tolist())):
         if len(images) >= SMALLEST_CLASS:
             rows += _split(bank, code, images)
@@ -152,6 +156,11 @@ def _split(bank: MemoryBank, code: int, images: Tensor) -> list[dict[str, Any]]:
         row[f"{prefix}images"] = len(members)
         row[f"{prefix}examples"] = " ".join(map(str, images[half.cpu()][middle.cpu()].tolist()))
     return [row]
+
+
+def _known(audit: LabelAudit) -> Tensor:
+    """(N,) bool: images whose label was judged, and that nobody has excluded."""
+    return audit.judged & (audit.decided != UNLABELLED)
 
 
 def _named(audit: LabelAudit, source: Source, images: Tensor) -> "pd.DataFrame":

@@ -1,7 +1,7 @@
 // Decisions and where they are kept: in localStorage under the archive's id, so that the review of a later audit of the
-// same labels has them too. A key holds those of 100 rows: 100,000 decisions then fit into the 5 million characters that
-// browsers give, and are read in 0.1 s, where a key for each took more space and seconds. What is stored is read anew
-// before it is changed, so that two tabs do not overwrite each other's decisions.
+// same labels has them too. A key holds those of 100 rows: some 100,000 decisions then fit into the 5 million characters
+// that browsers give, where a key for each would take more space and time. What is stored is read anew before it is
+// changed, so that two tabs do not overwrite each other's decisions.
 //
 // An entry has a verdict, the decided class ("" for none) and when (milliseconds); a conflict also what each file said.
 

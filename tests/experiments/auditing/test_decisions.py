@@ -1,22 +1,23 @@
 """`ntdne audit --decisions`: what people decided on an archive's labels, in the next audit of it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ntdne_kernels.experiments.reviewing.decisions import archive_id
-from tests.experiments.auditing.helpers import LABELS, WRONG
+from tests.experiments.auditing.helpers import LABELS, WRONG, clusters
 
 WHEN = "2026-01-31T12:34:56.789Z"
 
 
 def write_decisions(file: str, rows: list[tuple[int, str, str]]) -> None:
-    """Rows of image, verdict and decided class on the archive of the fixture `files`."""
+    """Rows of image, verdict and decided class on the archive of labels.npy."""
     labels = np.load("labels.npy")
     lines = ["image,given,verdict,decided,when,archive"]
     lines += [
-        f"{image},{labels[image]},{verdict},{decided},{WHEN},{archive_id(None, labels)}"
+        f"{image},{'' if labels[image] < 0 else labels[image]},{verdict},{decided},{WHEN},{archive_id(None, labels)}"
         for image, verdict, decided in rows
     ]
     Path(file).write_text("\n".join(lines) + "\n")
@@ -62,3 +63,20 @@ def test_decisions_of_another_archive_are_refused(ntdne, files, capsys):
     np.save("labels.npy", 1 - np.load("labels.npy"))
     assert ntdne("audit", "features.npy", *LABELS, "--decisions", "decisions.csv", "--output", "out") == 2
     assert "decisions.csv is of another archive" in capsys.readouterr().err
+
+
+def test_what_people_settled_does_not_come_up_again(ntdne):
+    features, labels = clusters()
+    features[5], labels[5], labels[20] = features[1], 1, -1
+    np.save("features.npy", features)
+    np.save("labels.npy", labels)
+
+    def found(*options: str) -> tuple[list[int], list[int], set[int]]:
+        assert ntdne("audit", "features.npy", *LABELS, "--output", "out", *options) == 0
+        copies, unlabelled = (pd.read_csv(f"out/findings/{name}.csv") for name in ("copies", "unlabelled"))
+        index = Path("out/review/data/index.js").read_text().removeprefix('receive("index",').removesuffix(");\n")
+        return copies.image[copies.several_labels].tolist(), unlabelled.image.tolist(), set(json.loads(index)["rows"])
+
+    assert found() == ([1, 5], [20], set(range(24)))
+    write_decisions("decisions.csv", [(5, "relabel", "0"), (20, "relabel", "1")])
+    assert found("--decisions", "decisions.csv") == ([], [], set(range(24)) - {5, 20})
