@@ -44,3 +44,13 @@ def test_copies_among_rows_that_differ_in_signs_alone_are_found():
 def test_zeros_of_either_sign_are_the_same():
     found = audit_labels(torch.tensor([[1.0, 0.0], [0.5, 1.0], [1.0, -0.0]]), [0, 0, 1])
     assert found.duplicate_of.tolist() == [-1, -1, 0]
+
+
+def test_a_copy_whose_label_was_put_right_conflicts_no_more():
+    features = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    features[5] = features[1]
+    known = torch.arange(20) % 2
+    given, checked = known.clone(), torch.arange(20) == 5
+    given[5] = 0
+    assert audit_labels(features, given).conflicting.nonzero().squeeze(1).tolist() == [1, 5]
+    assert not audit_labels(features, known, checked=checked, given=given).conflicting.any()

@@ -127,3 +127,10 @@ def test_ridge_finds_a_wrong_label_that_the_neighbours_miss():
         return int((audit_labels(features, labels, ridge=ridge).ranking[:30] < 30).sum())
 
     assert found(ridge=True) > found(ridge=False)
+
+
+def test_shares_of_few_images_and_many_classes_are_those_of_all_images():
+    features = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    bank = feature_bank(features, torch.arange(60) % 20)
+    fit, few = fit_ridge(bank), torch.tensor([3, 41])
+    torch.testing.assert_close(fit.log_shares(bank, few), fit.log_shares(bank, torch.arange(60))[few])
