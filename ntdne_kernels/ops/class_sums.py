@@ -62,8 +62,7 @@ def log_p_of(log_same: Tensor, log_other: Tensor) -> Tensor:
 
 def contribution(part: ClassSums, log_same: Tensor, log_other: Tensor, sigma: float) -> Tensor:
     """What a part adds to ∂log p/∂f (B, D), given the sums (B,) over the whole bank."""
-    one_minus_p = torch.sigmoid(log_other - log_same)
-    scale = torch.where(log_same == -torch.inf, 0, one_minus_p) / sigma
+    scale = _scale(log_same, log_other, sigma)
     same = (scale * share(part.log_same, log_same)).unsqueeze(1)
     other = (scale * share(part.log_other, log_other)).unsqueeze(1)
     return same * part.mean_same - other * part.mean_other
@@ -71,7 +70,14 @@ def contribution(part: ClassSums, log_same: Tensor, log_other: Tensor, sigma: fl
 
 def log_scores_of(sums: ClassSums, sigma: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """log p (B,), ∂log p/∂f (B, D) or (0, D), and log Σ_all (B,), from the sums over the whole bank."""
-    log_same, log_other = sums.log_same, sums.log_other
-    direction = contribution(sums, log_same, log_other, sigma) if len(sums.mean_same) else sums.mean_same
+    log_same, log_other, mean_same, mean_other = sums
+    direction = mean_same
+    if len(mean_same):
+        direction = _scale(log_same, log_other, sigma).unsqueeze(1) * (mean_same - mean_other)
     log_p, log_sum_all = log_p_of(log_same, log_other), torch.logaddexp(log_same, log_other)
     return log_p.to(dtype), direction.to(dtype), log_sum_all.to(dtype)
+
+
+def _scale(log_same: Tensor, log_other: Tensor, sigma: float) -> Tensor:
+    """(1 − p)/σ (B,); 0 where no row is of the query's class."""
+    return torch.where(log_same == -torch.inf, 0, torch.sigmoid(log_other - log_same)) / sigma

@@ -97,8 +97,7 @@ def class_ranges(labels: Tensor, classes: Tensor, offsets: Tensor) -> Tensor:
     if len(classes) == 0:
         return labels.new_zeros((len(labels), 2))
     c = torch.searchsorted(classes, labels).clamp_(max=len(classes) - 1)
-    ranges = torch.stack([offsets[c], offsets[c + 1]], dim=1)
-    return torch.where((classes[c] == labels).unsqueeze(1), ranges, 0)
+    return torch.where((classes[c] == labels).unsqueeze(1), offsets.unfold(0, 2, 1)[c], 0)
 
 
 class Neighbours(NamedTuple):

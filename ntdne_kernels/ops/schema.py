@@ -118,6 +118,7 @@ def _of_batch(arguments: str, tensors: int, fake: Callable[..., Any]) -> Schema:
     return Schema(arguments, returns, fake, of_batch=True)
 
 
+NEIGHBOURS = "Tensor same, Tensor? row_labels, Tensor? order, Tensor excluded"
 LOG_SCORES = _of_batch("bool need_direction", 3, empty_log_scores)
 CLASS_SUMS = _of_batch("bool need_means", 4, empty_class_sums)
 BANK_GRADIENT = _of_batch("Tensor log_p, Tensor log_sum_all, Tensor grad_log_p", 1, empty_bank_gradient)
@@ -125,6 +126,22 @@ SCHEMAS = {
     "streaming_log_scores": LOG_SCORES,
     "streaming_class_sums": CLASS_SUMS,
     "streaming_bank_gradient": BANK_GRADIENT,
+    "tiled_class_sums": Schema(
+        f"Tensor queries, Tensor bank, {NEIGHBOURS}, float sigma, bool tracked, bool need_means, int block, int length",
+        "(Tensor, Tensor, Tensor, Tensor)",
+        None,
+    ),
+    "tiled_class_log_sums": Schema(
+        "Tensor features, Tensor bank, Tensor index, Tensor offsets, float sigma, bool tracked, int block, int length",
+        "Tensor",
+        None,
+    ),
+    "tiled_bank_gradient": Schema(
+        f"Tensor queries, Tensor bank, {NEIGHBOURS}, Tensor log_sum_same, Tensor log_sum_all, Tensor weight, "
+        "float sigma, int block, int length",
+        "Tensor",
+        None,
+    ),
     "triton_log_scores": LOG_SCORES,
     "triton_class_sums": CLASS_SUMS,
     "triton_bank_gradient": BANK_GRADIENT,

@@ -1,4 +1,7 @@
-"""log p and its gradients in tiles of the bank, through PyTorch, on any device: memory O(B·D + tile).
+"""log p and its gradients in tiles of the bank, on any device: memory O(B·D + tile).
+
+The walks over the tiles are written here in PyTorch, which defines them and serves every device. On CPUs csrc/ has
+kernels of the three, in which each thread walks a share of the bank.
 
 The sums of a query over any part of the bank are Σ = Σ_j exp(f_i·f_j/σ − m) and v = Σ_j exp(f_i·f_j/σ − m)·f_j. They
 are made once over the rows of the query's class and once over the others, so that nothing cancels where p is near 1:
@@ -9,7 +12,7 @@ are made once over the rows of the query's class and once over the others, so th
 Unit rows bound the exponents by 1/σ: down to SMALLEST_PLAIN_SIGMA the sums fit float32 with m = 0. Below it each of the
 two sums has its own running maximum m; a common one would lose Σ_same where the positives are far.
 
-Shapes: B queries, N bank rows, D features.
+Shapes: B queries, b of them in a block, N bank rows, n of a tile, D features, K classes.
 """
 
 from bisect import bisect_left, bisect_right
@@ -26,10 +29,12 @@ from ntdne_kernels.ops.products import exp_, scaled_scores_, weighted_rows
 from ntdne_kernels.ops.schema import Batch, implement
 
 QUERIES_PER_TILE = 512
+# Of a block's sums, in float64 and twice for each thread: 4 MB.
+SUMS_ELEMENTS = 1 << 18
 # One after the other in float32, by class_log_sums: of 8192 equal terms the error passes 1e-4.
 ROWS_SUMMED = 1024
-# 256 x 2048 float32 logits are 2 MB, what two cores hold in their L2: 1024 rows are 10 % slower, 4096 rows 3 %.
-TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
+# 256 x 1024 float32 logits are 1 MB, the L2 of a core: with half as many rows 3 % slower, with 4096 rows 10 %.
+TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 
 class _Sums:
@@ -77,50 +82,121 @@ class _Sums:
         return finite
 
 
-def _sums(batch: Batch, need_means: bool) -> ClassSums:
-    """The sums of the queries over the bank, and their means, in tiles; all float64."""
-    bank = batch.bank
-    with torch.autocast(bank.device.type, enabled=False):
-        queries = batch.features.to(bank.dtype).contiguous()
-        same, row_labels, order, excluded = _neighbours(batch)
-        by_class = row_labels is None and bank.device.type == "cpu"
-        if by_class:
-            # Queries of one class stand together, so a class's rows in a tile are one block of the logits.
-            arrangement = torch.argsort(same[:, 0], stable=True)
-            queries, same, excluded = queries[arrangement], same[arrangement], excluded[arrangement]
-            runs = _class_runs(same)
-            begins, stops = [run[2] for run in runs], [run[3] for run in runs]
-        same_rows, other_rows = _Sums(queries, need_means), _Sums(queries, need_means)
-        tracked = batch.sigma < SMALLEST_PLAIN_SIGMA
-        nothing = -torch.inf if tracked else 0  # what a row that does not count holds
+def class_sums_in_tiles(  # noqa: PLR0913  an op takes its inputs one by one
+    queries: Tensor,
+    bank: Tensor,
+    same: Tensor,
+    row_labels: Tensor | None,
+    order: Tensor | None,
+    excluded: Tensor,
+    sigma: float,
+    tracked: bool,
+    need_means: bool,
+    block: int,
+    length: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `ClassSums` holds, in float64, of queries (B, D) in the bank's dtype.
 
-        for start, tile, rows, weights in _tiles(queries, bank, order, excluded, batch.sigma):
-            if not tracked:
-                exp_(weights)
-            if by_class:
-                # Of many classes, each with few rows, only these have rows in the tile.
-                here = slice(bisect_right(stops, start), bisect_left(begins, start + len(tile)))
-                for first, last, begin, end in runs[here]:
-                    first, last = max(first, rows.start), min(last, rows.stop)
-                    begin, end = max(begin - start, 0), min(end - start, len(tile))
-                    if first < last:
-                        block = weights[first - rows.start : last - rows.start, begin:end]
-                        same_rows.add(block, tile[begin:end], slice(first, last), tracked)
-                        block.fill_(nothing)
+    Four arguments are those of `Neighbours`. `tracked`: with running maxima; `block` and `length`: queries and rows of
+    a tile at most.
+    """
+    same_rows, other_rows = _Sums(queries, need_means), _Sums(queries, need_means)
+    nothing = -torch.inf if tracked else 0  # what a row that does not count holds
+    for start, tile, rows, weights in _tiles(queries, bank, order, excluded, sigma, block, length):
+        if not tracked:
+            exp_(weights)
+        others = _other_class(same[rows], row_labels, start, len(tile))
+        same_rows.add(weights.masked_fill(others, nothing), tile, rows, tracked)
+        other_rows.add(weights.masked_fill_(~others, nothing), tile, rows, tracked)
+    return same_rows.log_total(tracked), other_rows.log_total(tracked), same_rows.mean(), other_rows.mean()
+
+
+def class_log_sums_in_tiles(
+    features: Tensor,
+    bank: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    sigma: float,
+    tracked: bool,
+    block: int,
+    length: int,
+) -> Tensor:
+    """`Backend.class_log_sums`, with the bank's rows down and the queries across; the last three as the function above.
+
+    The sum over the rows of a class then adds whole rows of the tile, which takes little beside the tile's product;
+    along the other dimension it would add number by number.
+    """
+    B, K, bounds = len(features), len(offsets) - 1, offsets.tolist()
+    masses = bank.new_full((K, B), -torch.inf if tracked else 0, dtype=torch.float64)
+    length = min(length, ROWS_SUMMED)
+    buffer = bank.new_empty(min(block, B) * min(length, len(bank)), dtype=accumulator_dtype(bank.dtype))
+    for start in range(0, len(bank), length):
+        tile = bank[start : start + length]
+        # Classes with rows in the tile, empty ones at its ends left out.
+        here = slice(bisect_right(bounds, start) - 1, bisect_left(bounds, start + len(tile)))
+        rows = torch.arange(start, start + len(tile), device=bank.device)
+        c = torch.searchsorted(offsets, rows, right=True) - (1 + here.start)
+        for first in range(0, B, block):
+            queries = slice(first, min(first + block, B))
+            logits = buffer[: len(tile) * (queries.stop - first)].view(len(tile), -1)
+            scaled_scores_(logits, tile, features[queries], 1 / sigma)
+            _exclude_(logits, index[queries].unsqueeze(0) - start, dim=0)
+            sums = logits.new_zeros((here.stop - here.start, logits.size(1)))
+            if tracked:
+                maximum = torch.full_like(sums, -torch.inf)
+                maximum.scatter_reduce_(0, c.unsqueeze(1).expand_as(logits), logits, "amax")
+                finite = torch.where(maximum == -torch.inf, 0, maximum)  # −inf − (−inf) is NaN
+                sums.index_add_(0, c, logits.sub_(finite[c]).exp_())
+                log_sums = torch.log(sums.double()) + finite
+                masses[here, queries] = torch.logaddexp(masses[here, queries], log_sums)
             else:
-                others = _other_class(same[rows], row_labels, start, len(tile))
-                same_rows.add(weights.masked_fill(others, nothing), tile, rows, tracked)
-                weights.masked_fill_(~others, nothing)
-            other_rows.add(weights, tile, rows, tracked)
+                masses[here, queries] += sums.index_add_(0, c, exp_(logits))
+    return (masses if tracked else masses.log_()).t()
 
-        sums = ClassSums(
-            same_rows.log_total(tracked), other_rows.log_total(tracked), same_rows.mean(), other_rows.mean()
-        )
-        if not by_class:
-            return sums
-        place = torch.empty_like(arrangement)
-        place[arrangement] = torch.arange(len(place))
-        return ClassSums(*(x[place] if len(x) else x for x in sums))
+
+def bank_gradient_in_tiles(  # noqa: PLR0913  an op takes its inputs one by one
+    queries: Tensor,
+    bank: Tensor,
+    same: Tensor,
+    row_labels: Tensor | None,
+    order: Tensor | None,
+    excluded: Tensor,
+    log_sum_same: Tensor,
+    log_sum_all: Tensor,
+    weight: Tensor,
+    sigma: float,
+    block: int,
+    length: int,
+) -> Tensor:
+    """Σ_i weight_i·(p̃_ij − p_ij)·f_i (eq. 7) for each row j (N, D), from the logarithms (B,) of the sums in p̃ and p."""
+    gradient = torch.empty_like(bank, memory_format=torch.contiguous_format)
+    partial: Tensor | None = None
+    for start, tile, rows, logits in _tiles(queries, bank, order, excluded, sigma, block, length):
+        others = _other_class(same[rows], row_labels, start, len(tile))
+        p_same = torch.exp(logits - log_sum_same[rows].unsqueeze(1)).masked_fill_(others, 0)
+        p_all = logits.sub_(log_sum_all[rows].unsqueeze(1)).exp_()
+        weights = (p_same - p_all).mul_(weight[rows].unsqueeze(1))
+        contribution = weights.t() @ queries[rows].to(weights.dtype)
+        partial = contribution if rows.start == 0 or partial is None else partial + contribution
+        if rows.stop == len(queries):
+            visited = slice(start, start + len(tile)) if order is None else order[start : start + len(tile)]
+            gradient[visited] = partial.to(bank.dtype)
+    return gradient if len(queries) else gradient.zero_()
+
+
+_tiled_class_sums = implement("tiled_class_sums", class_sums_in_tiles)
+_tiled_class_log_sums = implement("tiled_class_log_sums", class_log_sums_in_tiles)
+_tiled_bank_gradient = implement("tiled_bank_gradient", bank_gradient_in_tiles)
+
+
+def _sums(batch: Batch, need_means: bool) -> ClassSums:
+    """The sums of the queries over the bank, and their means; all float64."""
+    bank, tracked = batch.bank, batch.sigma < SMALLEST_PLAIN_SIGMA
+    with torch.autocast(bank.device.type, enabled=False):
+        queries = batch.features.to(bank.dtype)
+        neighbours = _neighbours(batch)
+        sizes = _tile_sizes(bank, len(queries))
+        return ClassSums(*_tiled_class_sums(queries, bank, *neighbours, batch.sigma, tracked, need_means, *sizes))
 
 
 def _class_sums(batch: Batch, need_means: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,61 +215,24 @@ def _bank_gradient(batch: Batch, log_p: Tensor, log_sum_all: Tensor, grad_log_p:
     """`Backend.bank_gradient` (eq. 12 without its loss factor) in tiles."""
     bank, sigma = batch.bank, batch.sigma
     with torch.autocast(bank.device.type, enabled=False):
-        queries = batch.features.to(bank.dtype).contiguous()
-        same, row_labels, order, excluded = _neighbours(batch)
+        queries = batch.features.to(bank.dtype)
         # Queries without positives get no weight; their own sums may be empty, and −inf − (−inf) is NaN.
         log_sum_all = torch.where(log_p == -torch.inf, torch.inf, log_sum_all)
         log_sum_same = torch.where(log_p == -torch.inf, torch.inf, log_sum_all + log_p)
-        gradient = torch.empty_like(bank, memory_format=torch.contiguous_format)
-        partial: Tensor | None = None
-        for start, tile, rows, logits in _tiles(queries, bank, order, excluded, sigma):
-            others = _other_class(same[rows], row_labels, start, len(tile))
-            p_same = torch.exp(logits - log_sum_same[rows].unsqueeze(1)).masked_fill_(others, 0)
-            p_all = logits.sub_(log_sum_all[rows].unsqueeze(1)).exp_()
-            weights = (p_same - p_all).mul_(grad_log_p[rows].unsqueeze(1) / sigma)
-            contribution = weights.t() @ queries[rows].to(weights.dtype)
-            partial = contribution if rows.start == 0 or partial is None else partial + contribution
-            if rows.stop == len(queries):
-                visited = slice(start, start + len(tile)) if order is None else order[start : start + len(tile)]
-                gradient[visited] = partial.to(bank.dtype)
-        return gradient if len(queries) else gradient.zero_()
+        of_queries = (log_sum_same, log_sum_all, grad_log_p / sigma)
+        sizes = _tile_sizes(bank, len(queries))
+        gradient: Tensor = _tiled_bank_gradient(queries, bank, *_neighbours(batch), *of_queries, sigma, *sizes)
+        return gradient
 
 
 def class_log_sums(features: Tensor, bank: Tensor, index: Tensor, offsets: Tensor, sigma: float) -> Tensor:
-    """`Backend.class_log_sums` in tiles, with the bank's rows down and the queries across.
-
-    The sum over the rows of a class then adds whole rows of the tile, which takes little beside the tile's product;
-    along the other dimension it would add number by number.
-    """
+    """`Backend.class_log_sums` in tiles."""
     with torch.autocast(bank.device.type, enabled=False):
-        B, K, bounds = len(features), len(offsets) - 1, offsets.tolist()
-        tracked = sigma < SMALLEST_PLAIN_SIGMA
-        masses = bank.new_full((K, B), -torch.inf if tracked else 0, dtype=torch.float64)
-        block = max(min(B, QUERIES_PER_TILE), 1)
-        length = min(_tile_rows(bank, block), ROWS_SUMMED)
-        buffer = bank.new_empty(block * min(length, len(bank)), dtype=accumulator_dtype(bank.dtype))
-        for start in range(0, len(bank), length):
-            tile = bank[start : start + length]
-            # Classes with rows in the tile, empty ones at its ends left out.
-            here = slice(bisect_right(bounds, start) - 1, bisect_left(bounds, start + len(tile)))
-            rows = torch.arange(start, start + len(tile), device=bank.device)
-            c = torch.searchsorted(offsets, rows, right=True) - (1 + here.start)
-            for first in range(0, B, block):
-                queries = slice(first, min(first + block, B))
-                logits = buffer[: len(tile) * (queries.stop - first)].view(len(tile), -1)
-                scaled_scores_(logits, tile, features[queries], 1 / sigma)
-                _exclude_(logits, index[queries].unsqueeze(0) - start, dim=0)
-                sums = logits.new_zeros((here.stop - here.start, logits.size(1)))
-                if tracked:
-                    maximum = torch.full_like(sums, -torch.inf)
-                    maximum.scatter_reduce_(0, c.unsqueeze(1).expand_as(logits), logits, "amax")
-                    finite = torch.where(maximum == -torch.inf, 0, maximum)  # −inf − (−inf) is NaN
-                    sums.index_add_(0, c, logits.sub_(finite[c]).exp_())
-                    log_sums = torch.log(sums.double()) + finite
-                    masses[here, queries] = torch.logaddexp(masses[here, queries], log_sums)
-                else:
-                    masses[here, queries] += sums.index_add_(0, c, exp_(logits))
-        return (masses if tracked else masses.log_()).t()
+        sizes = _tile_sizes(bank, len(features))
+        log_sums: Tensor = _tiled_class_log_sums(
+            features, bank, index, offsets, sigma, sigma < SMALLEST_PLAIN_SIGMA, *sizes
+        )
+        return log_sums
 
 
 def _neighbours(batch: Batch) -> Neighbours:
@@ -202,15 +241,13 @@ def _neighbours(batch: Batch) -> Neighbours:
 
 
 def _tiles(
-    queries: Tensor, bank: Tensor, order: Tensor | None, excluded: Tensor, sigma: float
+    queries: Tensor, bank: Tensor, order: Tensor | None, excluded: Tensor, sigma: float, block: int, length: int
 ) -> Iterator[tuple[int, Tensor, slice, Tensor]]:
     """Yield (first row, bank rows (n, D), slice of queries, logits (b, n)); the excluded row's logit is −inf."""
     B, N = len(queries), len(bank)
-    block = min(B, QUERIES_PER_TILE)
     if B == 0:
         return
-    length = _tile_rows(bank, block)
-    buffer = queries.new_empty(block * min(length, N), dtype=accumulator_dtype(bank.dtype))
+    buffer = queries.new_empty(min(block, B) * min(length, N), dtype=accumulator_dtype(bank.dtype))
     for start in range(0, N, length):
         stop = min(start + length, N)
         tile = bank[start:stop] if order is None else bank.index_select(0, order[start:stop])
@@ -222,10 +259,12 @@ def _tiles(
             yield start, tile, rows, logits
 
 
-def _tile_rows(bank: Tensor, queries: int) -> int:
-    """Rows of a tile: neither its logits nor a copy of its rows, of which 64 columns are the least, may be larger."""
+def _tile_sizes(bank: Tensor, B: int) -> tuple[int, int]:
+    """Queries and rows of a tile: neither its logits nor a copy of its rows, of 64 columns or more, may be larger."""
+    D = bank.size(1)
+    block = max(min(B, QUERIES_PER_TILE, SUMS_ELEMENTS // D), min(B, 64), 1)
     elements = TILE_ELEMENTS.get(bank.device.type, TILE_ELEMENTS["cpu"])
-    return max(elements // max(queries, bank.size(1), 64), 1)
+    return block, max(elements // max(block, D, 64), 1)
 
 
 def _exclude_(logits: Tensor, place: Tensor, dim: int) -> None:
@@ -233,17 +272,6 @@ def _exclude_(logits: Tensor, place: Tensor, dim: int) -> None:
     inside = (place >= 0) & (place < logits.size(dim))
     place = torch.where(inside, place, 0)
     logits.scatter_(dim, place, torch.where(inside, -torch.inf, logits.gather(dim, place)))
-
-
-def _class_runs(same: Tensor) -> list[tuple[int, int, int, int]]:
-    """(first query, last query + 1, first row, last row + 1) of each class, for queries sorted by class."""
-    ranges, counts = torch.unique_consecutive(same, dim=0, return_counts=True)
-    ends = torch.cumsum(counts, 0)
-    return [
-        (end - count, end, begin, stop)
-        for (begin, stop), count, end in zip(ranges.tolist(), counts.tolist(), ends.tolist(), strict=True)
-        if begin < stop
-    ]
 
 
 def _other_class(same: Tensor, row_labels: Tensor | None, start: int, length: int) -> Tensor:

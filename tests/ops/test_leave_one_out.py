@@ -231,24 +231,6 @@ def test_features_that_are_not_finite_give_nan(backend, by, device):
     assert torch.equal(log_p[others], clean[others])
 
 
-@pytest.mark.parametrize("B", [1, 3, 200])
-@pytest.mark.parametrize("D", [1, 96, 2000])
-def test_no_tile_is_larger_than_its_limit(B, D, monkeypatch):
-    """Also where few queries would allow for many rows; a tile of rows may have to be copied."""
-    seen = []
-    original = streaming.scaled_scores_
-    monkeypatch.setattr(
-        streaming,
-        "scaled_scores_",
-        lambda out, *rest: seen.append((out.numel(), rest[1].numel())) or original(out, *rest),
-    )
-    monkeypatch.setattr(streaming, "TILE_ELEMENTS", {"cpu": 4096})
-    archive = Archive(B, 3000, D, dtype=torch.float32)
-    leave_one_out_log_scores(*archive.arguments(), backend="streaming")
-    assert len(seen) > 1
-    assert max(max(pair) for pair in seen) <= 4096
-
-
 @pytest.mark.slow
 def test_gradcheck(backend, by, device):
     archive = Archive(B=3, N=7, D=2, C=2, device=device, unlabelled=False)
@@ -336,19 +318,6 @@ def test_changing_a_bank_that_backward_needs_raises(backend, device):
         rows.neg_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_gradient_direction_is_not_made_without_need(monkeypatch):
-    archive = Archive()
-    wanted = []
-    original = streaming.weighted_rows
-    monkeypatch.setattr(streaming, "weighted_rows", lambda *given: wanted.append(1) or original(*given))
-    with torch.no_grad():
-        leave_one_out_log_scores(archive.features.requires_grad_(), *archive.arguments()[1:], backend="streaming")
-    leave_one_out_log_scores(archive.features.detach(), *archive.arguments()[1:], backend="streaming")
-    assert not wanted
-    leave_one_out_log_scores(archive.features.requires_grad_(), *archive.arguments()[1:], backend="streaming")
-    assert wanted
 
 
 @pytest.mark.slow
