@@ -42,9 +42,12 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def write(rows: pd.DataFrame, path: Path) -> None:
-    """Replace the file at once, so that a kill leaves the old one or the new one."""
-    if not rows.busy.any():
-        rows = rows.drop(columns="busy")
+    """Replace the file by these rows."""
+    replace(rows if rows.busy.any() else rows.drop(columns="busy"), path)
+
+
+def replace(rows: pd.DataFrame, path: Path) -> None:
+    """Replace a file at once, so that a kill leaves the old one or the new one."""
     written = path.with_suffix(".new")
     rows.to_csv(written, index=False, float_format="%.6g")
     written.replace(path)
