@@ -59,9 +59,9 @@ def test_packages_take_turns_and_each_has_its_rows(command, monkeypatch, tmp_pat
 
 
 def test_the_package_of_the_other_checkout_is_measured_with_these_benchmarks(tmp_path):
-    package = tmp_path / "other" / "ntdne_kernels"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("LABEL = 'other'")
+    for name in ("ntdne_kernels", "benchmarks"):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        (tmp_path / "other" / name / "__init__.py").write_text("LABEL = 'other'")
     statements = "from benchmarks import checkout; print(ntdne_kernels.LABEL, checkout.__file__)"
     done = subprocess.run(
         checkout.program(tmp_path / "other", statements), capture_output=True, text=True, cwd=tmp_path

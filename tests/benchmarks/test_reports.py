@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import figures, providers, rates, rows, tables, targets
-from benchmarks.grid import GRADIENT, UPDATE
+from benchmarks.grid import GRADIENT, PRODUCTS, UPDATE
 from tests.benchmarks.made import made_rows, timed
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +23,14 @@ def test_rates_and_shares_are_of_the_device_time():
     assert large.flops_share == large.share == pytest.approx(0.512)
     assert small.bandwidth == pytest.approx(2 * N * 128 / 1e-2)
     assert small.share == small.bandwidth_share == pytest.approx(0.256)
+
+
+def test_a_machine_that_multiplies_faster_in_float32_is_judged_by_that():
+    size, flops = {"B": 1000, "N": 1000, "D": 1000}, 2e12
+    faster = {"what": PRODUCTS, **size, "provider": "product", "dtype": "float32", "wall_50": 2e9 / flops}
+    found = [timed("triton", 1000, 10**6, 1.0, dtype=dtype) for dtype in ("bfloat16", "float32")]
+    shares = rates.with_rates(made_rows(faster, *found)).flops_share
+    assert list(shares[3:]) == pytest.approx([0.256, 0.256])
 
 
 def found_of(*rows: dict) -> dict[tuple[str, int, int], tuple[float, bool]]:
