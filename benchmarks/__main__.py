@@ -2,7 +2,7 @@
 
 python -m benchmarks measure     into benchmarks/results/<machine>.csv; goes on where it stopped
 python -m benchmarks table       Markdown of what has been measured
-python -m benchmarks targets     which of the speeds aimed at on a GPU are reached
+python -m benchmarks targets     which of the speeds aimed at on a GPU, or on a CPU, are reached
 python -m benchmarks plot        figures, into docs/
 python -m benchmarks merge       rows measured elsewhere (--rows), into the results of the machine they are of
 python -m benchmarks host        what the host does for a step on a GPU, whether or not one is here
@@ -43,6 +43,7 @@ def main() -> None:
 def run_measure(arguments: argparse.Namespace, path: Path) -> None:
     """Measure the cases that the options ask for."""
     axes = {"batches": arguments.B, "rows": arguments.N, "widths": arguments.D, "arithmetic": arguments.dtype}
+    axes["busy"] = arguments.busy
     axes["classes"] = arguments.C and [None if C == "N/2" else int(C) for C in arguments.C]
     cases = grid.cases(arguments.device, **{name: values for name, values in axes.items() if values})
     cases = [case for case in cases if is_chosen(case, arguments)]
@@ -83,6 +84,10 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{axis}", nargs="+", type=number, metavar=axis, help=what)
     parser.add_argument("--C", nargs="+", type=classes, metavar="C", help="classes: a number, or N/2")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="arithmetic of the bank")
+    parser.add_argument(
+        "--busy", nargs="+", type=processes, metavar="PROCESSES",
+        help="processes that keep cores busy beside the calls, each number in turn; measure: 0, table: all",
+    )  # fmt: skip
     gpu = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cuda", "cpu") if gpu else ("cpu",), default="cuda" if gpu else "cpu")
     parser.add_argument("--file", type=Path, help="of the results; one named after the machine")
@@ -106,8 +111,8 @@ def is_chosen(case: grid.Case, arguments: argparse.Namespace) -> bool:
     if arguments.what and case.what not in arguments.what:
         return False
     C = "N/2" if case.C == case.N // 2 else str(case.C)
-    options = (arguments.B, arguments.N, arguments.D, arguments.C, arguments.dtype)
-    values = (*case[1:4], C, case.dtype)
+    options = (arguments.B, arguments.N, arguments.D, arguments.C, arguments.dtype, arguments.busy)
+    values = (*case[1:4], C, case.dtype, case.busy)
     return all(not allowed or value in allowed for value, allowed in zip(values, options, strict=True))
 
 
@@ -117,6 +122,11 @@ def number(text: str) -> int:
     if value < 1:
         raise ValueError
     return value
+
+
+def processes(text: str) -> int:
+    """A number of processes, which may be none."""
+    return 0 if text == "0" else number(text)
 
 
 def classes(text: str) -> str:

@@ -44,13 +44,13 @@ STYLES: dict[str, dict[str, Any]] = {  # ours black; the others in Paul Tol's "m
 def plot(rows: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     """Write the three figures of loss and gradient into a folder, and return their files.
 
-    They are of the width, classes and arithmetic of which there are most rows.
+    They are of an idle machine, and of the width, classes and arithmetic of which there are most rows.
 
     Raises:
         SystemExit: No loss with its gradient has been measured yet.
     """
     rows = with_rates(rows)
-    rows = rows[rows.what == GRADIENT]
+    rows = rows[(rows.what == GRADIENT) & (rows.busy == 0)]
     if not (rows.outcome == OK).any():
         raise SystemExit("no loss with its gradient has been measured yet")
     D, C, dtype = rows[["D", "C", "dtype"]].value_counts().index[0]

@@ -33,6 +33,8 @@ class Case(NamedTuple):
     C: int
     dtype: str
     """A key of `benchmarks.contract.DTYPES`."""
+    busy: int = 0
+    """Processes that keep cores busy as the calls are timed (`benchmarks.busy`)."""
 
 
 def targets() -> list[Case]:
@@ -44,6 +46,12 @@ def targets() -> list[Case]:
     return [*found, Case(GRADIENT, 256, 10**8, 128, 45, "bfloat16"), Case(UPDATE, 256, 10**6, 128, 45, "bfloat16")]
 
 
+def cpu_targets() -> list[Case]:
+    """The same for a CPU. Some stand beside busy processes too."""
+    sizes = itertools.product(ARITHMETIC["cpu"], (10**4, 10**5, 5 * 10**5, 10**6), (1, 4, 16, 64, 256))
+    return [Case(GRADIENT, B, N, 128, 45, dtype) for dtype, N, B in sizes]
+
+
 def cases(
     device: str,
     batches: Sequence[int] = BATCHES,
@@ -51,6 +59,7 @@ def cases(
     widths: Sequence[int] = WIDTHS,
     arithmetic: Sequence[str] = (),
     classes: Sequence[int | None] = CLASSES,
+    busy: Sequence[int] = (0,),
 ) -> list[Case]:
     """All combinations, in this order.
 
@@ -64,6 +73,7 @@ def cases(
         widths: Values of D.
         arithmetic: Of the products; empty for all that the device has.
         classes: Values of C, None for N/2.
+        busy: Numbers of busy processes, beside each of which a case is measured; what the machine can do is so at 0.
     """
     side = SIDE[device]
     available = ARITHMETIC[device]
@@ -73,13 +83,13 @@ def cases(
         ranked += [(0, case) for case in targets()]
     for D, dtype, C in itertools.product(widths, arithmetic or available, classes):
         differences = (D != WIDTHS[0]) + (dtype != available[0]) + (C != CLASSES[0])
-        for N, B in itertools.product(rows, batches):
+        for N, B, processes in itertools.product(rows, batches, busy):
             if B > N:
                 continue
-            count = N // 2 if C is None else C
-            ranked += [(2 * differences + 1, Case(what, B, N, D, count, dtype)) for what in (GRADIENT, LOSS)]
+            shape = (B, N, D, N // 2 if C is None else C, dtype, processes)
+            ranked += [(2 * differences + 1, Case(what, *shape)) for what in (GRADIENT, LOSS)]
             if C == CLASSES[0] and dtype != "tf32":  # an update multiplies no matrices
-                ranked.append((2 * differences + 2, Case(UPDATE, B, N, D, count, dtype)))
+                ranked.append((2 * differences + 2, Case(UPDATE, *shape)))
             if differences == 0 and B == 256:
-                ranked.append((2, Case(TRAINING, B, N, D, count, dtype)))
+                ranked.append((2, Case(TRAINING, *shape)))
     return list(dict.fromkeys(case for _, case in sorted(ranked, key=lambda entry: entry[0])))

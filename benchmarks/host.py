@@ -21,7 +21,6 @@ import os
 import select
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ import pandas as pd
 import torch
 
 from benchmarks import null_gpu
+from benchmarks.checkout import ROOT, program, version
 from benchmarks.grid import GRADIENT
 from benchmarks.host_worker import ENCODER, MODULE, STEPS
 from benchmarks.markdown import print_head, print_row
@@ -39,7 +39,6 @@ BATCHES, ROWS = (64, 256), (10**4, 10**5)
 ROUNDS, CALLS = 5, 40
 LONGEST = 100
 """Seconds that a process may take to answer, compiling included."""
-ROOT = Path(__file__).parent.parent
 COLUMNS = [
     "what", "B", "N", "provider", "package", "why",
     *(f"{clock}_{quantile}" for clock in ("queued", "done", "replay") for quantile in (20, 50, 80)),
@@ -175,7 +174,7 @@ class Package:
     """A process that measures the `ntdne_kernels` of a checkout. It is started anew after a step that failed."""
 
     def __init__(self, checkout: Path) -> None:
-        self.name = _version(checkout)
+        self.name = version(checkout)
         self.checkout = checkout
         self.process: subprocess.Popen[str] | None = None
 
@@ -201,13 +200,9 @@ class Package:
 
     def _start(self) -> "subprocess.Popen[str]":
         more = {"TRITON_INTERPRET": "0"} | ({} if torch.cuda.is_available() else null_gpu.environment())
-        # The package is the checkout's, the benchmarks are these.
-        start = (
-            f"import sys; sys.path[:0] = [{str(self.checkout)!r}]; import ntdne_kernels; sys.path[0] = {str(ROOT)!r}; "
-            f"from benchmarks import host_worker; host_worker.serve({str(self.checkout)!r})"
-        )
+        serve = f"from benchmarks import host_worker; host_worker.serve({str(self.checkout)!r})"
         return subprocess.Popen(
-            [sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=self.checkout,
+            program(self.checkout, serve), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=self.checkout,
             env=os.environ | more,
         )  # fmt: skip
 
@@ -220,13 +215,3 @@ class Package:
 
     def __exit__(self, *_: object) -> None:
         self.end()
-
-
-def _version(checkout: Path) -> str:
-    """By git, else the folder's name."""
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
-    try:
-        version = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        version = ""
-    return version or checkout.name

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from benchmarks import checks, contract, machine, memory, problems, providers, rows, steps, timing
+from benchmarks.busy import beside, busy
 from benchmarks.contract import Call, NotSupported, Provider
 from benchmarks.grid import GRADIENT, LOSS, PRODUCTS, TRAFFIC, TRAINING, UPDATE, Case
 from benchmarks.rows import CASE, COLUMNS, FAILED, NOT_RUN, NOT_SUPPORTED, OK, OUT_OF_MEMORY, WRONG
@@ -159,8 +160,9 @@ def _first_calls(case: Case, name: str, problem: problems.Problem, device: str) 
 
 
 def _time(case: Case, calls: dict[str, Call], device: str, seconds: float) -> dict[str, Row]:
-    """The times of each call, or the outcome of one that failed after all."""
-    timed, failed = timing.in_turns(calls, device, seconds)
+    """The times of each call beside the case's busy processes, or the outcome of one that failed after all."""
+    with busy(case.busy):
+        timed, failed = timing.in_turns(calls, device, seconds)
     found: dict[str, Row] = {}
     for name, times in timed.items():
         on_device = times.device
@@ -200,7 +202,8 @@ def _is_broken(device: str) -> bool:
 
 def _expected_seconds(case: Case, name: str, known: pd.DataFrame) -> float:
     """By the B·N of the largest smaller case of the same kind; 0 where there is none."""
-    same_kind = (known[["what", "D", "dtype"]] == [case.what, case.D, case.dtype]).all(axis=1)
+    kind = ["what", "D", "dtype", "busy"]
+    same_kind = (known[kind] == [case.what, case.D, case.dtype, case.busy]).all(axis=1)
     smaller = known[same_kind & (known.provider == name) & (known.outcome == OK)]
     smaller = smaller[smaller.B * smaller.N < case.B * case.N]
     if case.what not in (LOSS, GRADIENT) or smaller.empty:
@@ -230,7 +233,8 @@ def _free(device: str) -> None:
 
 def describe(case: Case) -> str:
     """A case in words."""
-    return f"{case.what}, B = {case.B:,}, N = {case.N:,}, D = {case.D}, {case.C:,} classes, {case.dtype}"
+    shape = f"B = {case.B:,}, N = {case.N:,}, D = {case.D}, {case.C:,} classes"
+    return f"{case.what}, {shape}, {case.dtype}{beside(case.busy)}"
 
 
 def summary(found: list[Row]) -> str:

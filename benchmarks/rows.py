@@ -1,6 +1,7 @@
 """The files of results that `measure` writes: a row for each provider of a case, with how it ended.
 
-A row has the case (`benchmarks.grid.Case`), the provider, and then
+A row has the case (`benchmarks.grid.Case`), the provider, and what is below. A file without the column `busy` of the
+case is of idle machines alone.
 
     outcome             one of the outcomes below; `why` explains all but "ok"
     calls               how many calls were timed
@@ -32,15 +33,21 @@ NUMBERS = ["calls", *TIMES, "peak_bytes", "error"]
 
 def read(path: Path) -> pd.DataFrame:
     """The rows of a file, with NaN for an empty number and "" for an empty text."""
-    integers = dict.fromkeys(("B", "N", "D", "C"), int)
+    integers = dict.fromkeys(("B", "N", "D", "C", "busy"), int)
     text = {column: str for column in COLUMNS if column not in (*integers, *NUMBERS)}
     numbers = dict.fromkeys(NUMBERS, float)
     missing = {column: [""] for column in NUMBERS}
-    return pd.read_csv(path, dtype=integers | text | numbers, keep_default_na=False, na_values=missing)
+    rows = pd.read_csv(path, dtype=integers | text | numbers, keep_default_na=False, na_values=missing)
+    return rows.assign(busy=rows.get("busy", 0))[COLUMNS]
 
 
 def write(rows: pd.DataFrame, path: Path) -> None:
-    """Replace the file at once, so that a kill leaves the old one or the new one."""
+    """Replace the file by these rows."""
+    replace(rows if rows.busy.any() else rows.drop(columns="busy"), path)
+
+
+def replace(rows: pd.DataFrame, path: Path) -> None:
+    """Replace a file at once, so that a kill leaves the old one or the new one."""
     written = path.with_suffix(".new")
     rows.to_csv(written, index=False, float_format="%.6g")
     written.replace(path)

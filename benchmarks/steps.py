@@ -59,25 +59,30 @@ UPDATES = {
 class Objective(NamedTuple):
     """What the encoder is trained with."""
 
-    loss: Callable[[Tensor], Tensor]
-    """Of the encoder's outputs."""
-    after: Callable[[Tensor], None]
-    """Follows the step of the optimiser, with the outputs, detached."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """Of the encoder's outputs, and the rows of the bank that the images have."""
+    after: Callable[[Tensor, Tensor], None]
+    """Follows the step of the optimiser, with the same; the outputs are detached."""
     outputs: int
     """Of the encoder, for each image."""
+
+
+def learner(outputs: int, device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """ResNet18 with the same weights for every loss, and its optimiser. Seeds PyTorch's generators."""
+    from torchvision.models import resnet18  # of the training step alone
+
+    torch.manual_seed(0)
+    encoder = resnet18(num_classes=outputs).to(device, memory_format=torch.channels_last)
+    return encoder, torch.optim.SGD(encoder.parameters(), lr=0.01, momentum=0.9)
 
 
 def _training(objective: Callable[[Problem], Objective]) -> Provider:
     """Forward, backward, SGD and the update of the bank in bfloat16 autocast, on the same images in each step."""
 
     def prepare(problem: Problem, gradient: bool) -> Call:
-        from torchvision.models import resnet18  # of the training step alone
-
         device = problem.bank.device.type
         loss, after, outputs = objective(problem)
-        torch.manual_seed(0)  # the same weights and images for every loss
-        encoder = resnet18(num_classes=outputs).to(device, memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(encoder.parameters(), lr=0.01, momentum=0.9)
+        encoder, optimizer = learner(outputs, device)
         images = torch.randn(len(problem.features), 3, PIXELS[device], PIXELS[device], device=device)
         images = images.to(memory_format=torch.channels_last)
 
@@ -85,10 +90,10 @@ def _training(objective: Callable[[Problem], Objective]) -> Provider:
             optimizer.zero_grad()
             with torch.autocast(device, torch.bfloat16):
                 features = encoder(images)
-            value = loss(features)
+            value = loss(features, problem.index)
             value.backward()
             optimizer.step()
-            after(features.detach())
+            after(features.detach(), problem.index)
             return (value.detach(),)
 
         return call
@@ -97,18 +102,19 @@ def _training(objective: Callable[[Problem], Objective]) -> Provider:
 
 
 def _cross_entropy(problem: Problem) -> Objective:
-    def loss(outputs: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(outputs.float(), problem.labels)
+    def loss(outputs: Tensor, index: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs.float(), problem.bank_labels[index])
 
-    return Objective(loss, lambda outputs: None, len(problem.label_index.classes))
+    return Objective(loss, lambda outputs, index: None, len(problem.label_index.classes))
 
 
 def _naive(problem: Problem) -> Objective:
-    def loss(features: Tensor) -> Tensor:
-        return naive(replace(problem, features=nn.functional.normalize(features.float(), dim=1)))
+    def loss(features: Tensor, index: Tensor) -> Tensor:
+        unit = nn.functional.normalize(features.float(), dim=1)
+        return naive(replace(problem, features=unit, labels=problem.bank_labels[index], index=index))
 
-    def after(features: Tensor) -> None:
-        update(problem.bank, features.float(), problem.index, MOMENTUM)
+    def after(features: Tensor, index: Tensor) -> None:
+        update(problem.bank, features.float(), index, MOMENTUM)
 
     return Objective(loss, after, problem.bank.size(1))
 
@@ -127,11 +133,12 @@ def _ours(problem: Problem) -> Objective:
     criterion = NTDNELoss(problem.bank_labels, bank.size(1), **options)
     criterion.memory.storage.copy_(bank)
 
-    def loss(features: Tensor) -> Tensor:
-        value: Tensor = criterion(features, problem.index)
+    def loss(features: Tensor, index: Tensor) -> Tensor:
+        value: Tensor = criterion(features, index)
         return value
 
-    return Objective(loss, lambda features: criterion.update_bank(features, problem.index), bank.size(1))
+    return Objective(loss, criterion.update_bank, bank.size(1))
 
 
-TRAINING = {"cross-entropy": _training(_cross_entropy), "naive": _training(_naive), "ours": _training(_ours)}
+OBJECTIVES = {"cross-entropy": _cross_entropy, "naive": _naive, "ours": _ours}
+TRAINING = {name: _training(objective) for name, objective in OBJECTIVES.items()}

@@ -1,4 +1,4 @@
-"""Whether the speed that the project aims at on a GPU is reached.
+"""Whether the speed that the project aims at on a GPU, or on a CPU, is reached.
 
 Shapes: B queries, N bank rows, D features, C classes.
 """
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import grid
+from benchmarks.busy import beside
 from benchmarks.grid import UPDATE
 from benchmarks.markdown import print_head, print_row
 from benchmarks.rates import with_rates
@@ -37,27 +38,24 @@ class Target(NamedTuple):
 
 
 def print_targets(rows: pd.DataFrame) -> None:
-    """A line for each target."""
-    judged = list(targets(with_rates(rows)))
+    """A line for each target of the device that the rows are of."""
+    rows = with_rates(rows)
+    judged = list(targets(rows) if rows.device_50.notna().any() else cpu_targets(rows))
     print(f"{sum(target.held for target in judged)} of {len(judged)} hold\n")
-    print_head(["target", "B", "N", "classes", "found", "holds"])
+    print_head(["target", "B", "N", "classes", "dtype", "found", "holds"])
     for target in judged:
-        shape = [f"{target.case.B:,}", f"{target.case.N:,}", f"{target.case.C:,}"]
+        shape = [f"{target.case.B:,}", f"{target.case.N:,}", f"{target.case.C:,}", target.case.dtype]
         value = "not measured" if np.isnan(target.found) else f"{target.found:.3g} {target.unit}"
         print_row([target.says, *shape, value, "yes" if target.held else "**no**"])
 
 
 def targets(rows: pd.DataFrame) -> Iterator[Target]:
-    """Judge rows with their rates.
+    """Judge rows of a GPU with their rates.
 
     The device's clock counts. Only for small banks, where launches take longest, it is the time that a user waits.
     """
     for case in grid.targets():
-        in_case = rows[(rows[CASE] == list(case)).all(axis=1) & (rows.outcome == OK)].set_index("provider")
-
-        def measured(provider: str, column: str = "seconds", in_case: pd.DataFrame = in_case) -> float:
-            return float(in_case[column].get(provider, np.nan))
-
+        in_case, measured = _in_case(rows, case)
         if case.what == UPDATE:
             yield from _of_update(case, measured)
         elif case.N == 10**4:
@@ -66,6 +64,32 @@ def targets(rows: pd.DataFrame) -> Iterator[Target]:
         else:
             attention = in_case.seconds[in_case.index.str.startswith("SDPA")].min()
             yield from _of_large_bank(case, measured, attention)
+
+
+def cpu_targets(rows: pd.DataFrame) -> Iterator[Target]:
+    """Judge rows of a CPU with their rates."""
+    for case in grid.cpu_targets():
+        _, measured = _in_case(rows, case)
+        ours = measured("streaming")
+        yield Target("no slower than naive", case, measured("naive") / ours, 1, True, "×")
+        if (case.B, case.N) == (256, 5 * 10**5):
+            least = 80 if case.dtype == "float32" else 75
+            share = 100 * measured("streaming", "flops_share")
+            yield Target(f"at least {least} % of the matrix rate", case, share, least, True, "%")
+            loaded = case._replace(busy=2)
+            ratio = _in_case(rows, loaded)[1]("streaming") / ours
+            yield Target(f"at most 2.2 × as long{beside(2)}", loaded, ratio, 2.2, False, "×")
+            yield Target("at most 64 MB of memory", case, measured("streaming", "peak_bytes") / 2**20, 64, False, "MB")
+
+
+def _in_case(rows: pd.DataFrame, case: grid.Case) -> tuple[pd.DataFrame, Measured]:
+    """The rows of a case that ran, by provider, and what they say."""
+    in_case = rows[(rows[CASE] == list(case)).all(axis=1) & (rows.outcome == OK)].set_index("provider")
+
+    def measured(provider: str, column: str = "seconds") -> float:
+        return float(in_case[column].get(provider, np.nan))
+
+    return in_case, measured
 
 
 def _of_update(case: grid.Case, measured: Measured) -> Iterator[Target]:

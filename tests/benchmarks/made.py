@@ -15,7 +15,7 @@ def made_rows(*found: dict) -> pd.DataFrame:
         {"what": TRAFFIC, "B": 1, "N": 10**6, "D": 100, "provider": "reading", "wall_50": 2e-3},
         *found,
     ]
-    same = {"C": 45, "dtype": "bfloat16", "outcome": "ok", "peak_bytes": 1 << 20, "machine": "here"}
+    same = {"C": 45, "dtype": "bfloat16", "busy": 0, "outcome": "ok", "peak_bytes": 1 << 20, "machine": "here"}
     return pd.DataFrame([shared | same | row for row in given]).astype({column: float for column in rows.TIMES})
 
 

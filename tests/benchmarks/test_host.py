@@ -30,7 +30,7 @@ def rows(tmp_path_factory):
         patched.setattr(
             host, "STEPS", {host.GRADIENT: ("ours", "naive", "empty op", "wrong"), host.MODULE: ("ours", "naive")}
         )
-        patched.setattr(host, "_version", lambda checkout: f"version {len(seen)}")
+        patched.setattr(host, "version", lambda checkout: f"version {len(seen)}")
         patched.setattr(host, "CALLS", 5)
         seen: list[int] = []
         start = host.Package.__init__

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -80,11 +81,19 @@ def test_the_grid_is_whole_and_begins_with_what_matters_most(device):
 
 def test_axes_of_ones_own():
     cases = grid.cases("cpu", batches=[100, 6000], rows=[5000], widths=[96], arithmetic=["float32"], classes=[3, None])
-    shapes = {case[1:] for case in cases if case.what in (LOSS, GRADIENT)}
+    shapes = {case[1:6] for case in cases if case.what in (LOSS, GRADIENT)}
     assert shapes == {
         (100, 5000, 96, 3, "float32"),
         (100, 5000, 96, 2500, "float32"),
     }  # 6000 queries are no rows of 5000
+
+
+def test_each_case_stands_beside_each_number_of_busy_processes_in_turn():
+    cases = grid.cases(
+        "cpu", batches=[64], rows=[5000], widths=[128], arithmetic=["bfloat16"], classes=[45], busy=[0, 2]
+    )
+    assert [case.busy for case in cases if case.what in (LOSS, GRADIENT)] == [0, 0, 2, 2]
+    assert {case.busy for case in cases if case.what in (PRODUCTS, TRAFFIC)} == {0}
 
 
 # Measuring
@@ -178,6 +187,47 @@ def test_a_stopped_measurement_goes_on_and_failures_are_not_run_again(few, tmp_p
     again = run(path, again=True)
     assert again.outcome[again.B == 4]["flex attention"] == "ok"
     assert again.outcome[again.B == 5]["flex attention"] == "failed"
+
+
+def test_the_calls_alone_are_beside_busy_processes(few, tmp_path, monkeypatch):
+    seen, here = [], []
+
+    @contextmanager
+    def busy(count):
+        here.append(count)
+        yield
+        here.clear()
+
+    def sees(problem, gradient):
+        call = PROVIDERS["naive"].prepare(problem, gradient)
+        return lambda: (seen.append([*here]), call())[1]
+
+    few["naive"] = Provider("loss", sees)
+    monkeypatch.setattr(measure, "busy", busy)
+    run(tmp_path / "here.csv", (CASE._replace(busy=2),))
+    assert seen[:2] == [[], []]  # the check, and the memory
+    assert len(seen) >= 2 + timing.LEAST_CALLS
+    assert all(count == [2] for count in seen[2:])
+
+
+def test_a_case_beside_busy_processes_is_another_case(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "busy", lambda count: nullcontext())
+    path, loaded = tmp_path / "here.csv", CASE._replace(busy=2)
+    idle = run(path)
+    both = run(path, (CASE, loaded))
+    assert list(both.busy) == [0] * len(idle) + [2] * len(idle)
+    assert both[both.busy == 0].equals(idle)
+    assert "float32, beside 2 busy processes: " in capsys.readouterr().out
+    again = run(path, (loaded,), again=True)
+    assert again[again.busy == 0].equals(idle)
+    assert list(again.busy) == list(both.busy)
+    assert again.wall_50[again.busy == 2]["naive"] != both.wall_50[both.busy == 2]["naive"]
+
+
+def test_how_long_a_call_takes_is_expected_from_cases_of_the_same_load(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "busy", lambda count: nullcontext())
+    larger = CASE._replace(N=6000, busy=2)
+    assert run(tmp_path / "here.csv", (CASE, larger), longest=1e-9).outcome["naive"].tolist() == ["ok", "ok"]
 
 
 def test_a_fault_of_the_gpu_is_kept_and_left_out_of_the_next_run(few, tmp_path, monkeypatch, capsys):
@@ -285,7 +335,7 @@ def test_the_command_measures_and_reports(command, tmp_path, monkeypatch):
     run = [sys.executable, "-m", "benchmarks", "targets", "--file", path]
     result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("0 of 30 hold")
+    assert result.stdout.startswith("0 of 46 hold")
 
 
 def test_the_process_is_limited_to_what_is_free(monkeypatch):
@@ -311,6 +361,7 @@ def test_results_are_named_after_the_machine(monkeypatch):
         ("measure", "--B", "many"),
         ("measure", "--N", "-3"),
         ("measure", "--dtype", "int8"),
+        ("measure", "--busy", "-2"),
         ("draw",),
     ],
 )

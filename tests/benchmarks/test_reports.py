@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import figures, providers, rates, rows, tables, targets
-from benchmarks.grid import UPDATE
+from benchmarks.grid import GRADIENT, PRODUCTS, UPDATE
 from tests.benchmarks.made import made_rows, timed
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +23,14 @@ def test_rates_and_shares_are_of_the_device_time():
     assert large.flops_share == large.share == pytest.approx(0.512)
     assert small.bandwidth == pytest.approx(2 * N * 128 / 1e-2)
     assert small.share == small.bandwidth_share == pytest.approx(0.256)
+
+
+def test_a_machine_that_multiplies_faster_in_float32_is_judged_by_that():
+    size, flops = {"B": 1000, "N": 1000, "D": 1000}, 2e12
+    faster = {"what": PRODUCTS, **size, "provider": "product", "dtype": "float32", "wall_50": 2e9 / flops}
+    found = [timed("triton", 1000, 10**6, 1.0, dtype=dtype) for dtype in ("bfloat16", "float32")]
+    shares = rates.with_rates(made_rows(faster, *found)).flops_share
+    assert list(shares[3:]) == pytest.approx([0.256, 0.256])
 
 
 def found_of(*rows: dict) -> dict[tuple[str, int, int], tuple[float, bool]]:
@@ -99,7 +107,76 @@ def test_every_provider_of_the_loss_has_a_line_in_the_figures():
     assert list(providers.PROVIDERS.keys() - figures.STYLES.keys()) == []
 
 
-@pytest.mark.parametrize("name", ["amd-epyc", "nvidia-h200"])
-def test_results_can_be_read_and_judged(name, capsys):
+@pytest.mark.parametrize(("name", "count"), [("amd-epyc", 46), ("nvidia-h200", 30)])
+def test_results_can_be_read_and_judged(name, count, capsys):
     targets.print_targets(rows.read(RESULTS / f"{name}.csv"))
-    assert re.match(r"\d+ of 30 hold", capsys.readouterr().out)
+    assert re.match(rf"\d+ of {count} hold", capsys.readouterr().out)
+
+
+# A CPU, and busy processes
+
+
+def of_cpu(provider: str, B: int, N: int, seconds: float, **more) -> dict:
+    """A row of `made_rows` without a device's clock."""
+    return timed(provider, B, N, seconds, **{"dtype": "bfloat16", "wall_50": seconds, "device_50": None} | more)
+
+
+def test_targets_of_a_cpu_hold_and_do_not(capsys):
+    size = 256, 5 * 10**5
+    work = 4 * 256 * 5 * 10**5 * 128 / 1e12  # seconds at the matrix rate
+    found = [of_cpu("streaming", *size, work / 0.74), of_cpu("naive", *size, work / 0.5)]
+    found += [of_cpu("streaming", *size, 2.1 * work / 0.74, busy=2), of_cpu("naive", *size, work, busy=2)]
+    found += [of_cpu("streaming", 1, 10**4, 2e-3), of_cpu("naive", 1, 10**4, 1e-3)]
+    targets.print_targets(made_rows(*found))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 of 46 hold"
+    assert [line for line in lines if line.endswith(("yes |", "× | **no** |", "% | **no** |"))] == [
+        "| no slower than naive | 1 | 10,000 | 45 | bfloat16 | 0.5 × | **no** |",
+        "| no slower than naive | 256 | 500,000 | 45 | bfloat16 | 1.48 × | yes |",
+        "| at least 75 % of the matrix rate | 256 | 500,000 | 45 | bfloat16 | 74 % | **no** |",
+        "| at most 2.2 × as long, beside 2 busy processes | 256 | 500,000 | 45 | bfloat16 | 2.1 × | yes |",
+        "| at most 64 MB of memory | 256 | 500,000 | 45 | bfloat16 | 1 MB | yes |",
+    ]
+
+
+def test_a_case_under_load_stands_beside_the_idle_one(command, tmp_path):
+    more = {"wall_20": 0.1, "wall_80": 9.0, "peak_bytes": 0}
+    found = [of_cpu("streaming", 8, 10**5, 0.5, **more), of_cpu("naive", 8, 10**5, 1.0, **more)]
+    found += [of_cpu("streaming", 8, 10**5, 2.0, busy=2, **more), of_cpu("naive", 8, 10**5, 3.0, busy=2, **more)]
+    found.append(of_cpu("Liger", 8, 10**5, 0.0, busy=2, outcome="out of memory"))
+    rows.write(made_rows(*found), tmp_path / "here.csv")
+    status, printed, errors = command("table", "--file", str(tmp_path / "here.csv"))
+    assert status == 0, errors
+    assert "45 classes, bfloat16: ours, and how many" in printed
+    assert "45 classes, bfloat16, beside 2 busy processes: ours, and how many" in printed
+    assert "| 8 | 2.00 s, 1.5 × |" in printed
+    _, _, loaded = printed.partition(f"**{GRADIENT}, B = 8, N = 100,000, D = 128, 45 classes, bfloat16, beside 2 busy")
+    assert loaded.splitlines()[2:] == [
+        "|  | idle | 20 to 80 % | over ours | busy | 20 to 80 % | over ours | busy / idle |",
+        "|---|---|---|---|---|---|---|---|",
+        "| streaming | 500 ms | 100 ms to 9.00 s | 1.00 × | 2.00 s | 100 ms to 9.00 s | 1.00 × | 4.00 × |",
+        "| naive | 1.00 s | 100 ms to 9.00 s | 2.00 × | 3.00 s | 100 ms to 9.00 s | 1.50 × | 3.00 × |",
+        "",
+        "Liger: out of memory",
+    ]
+    _, printed, _ = command("table", "--file", str(tmp_path / "here.csv"), "--busy", "2")
+    assert printed.count("beside 2 busy processes") == printed.count("**") / 2 == 2
+
+
+def test_figures_are_of_the_idle_machine(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "draw", lambda axis, rows, *_: drawn.extend(rows.busy))
+    figures.plot(made_rows(of_cpu("naive", 8, 10**5, 1.0), of_cpu("naive", 8, 10**5, 3.0, busy=2)), tmp_path, "made")
+    assert set(drawn) == {0}
+
+
+def test_rows_of_idle_and_busy_machines_stand_beside_each_other_in_a_file(tmp_path):
+    path = tmp_path / "here.csv"
+    rows.write(made_rows(of_cpu("naive", 8, 10**5, 1.0)), path)
+    assert "busy" not in path.read_text().split("\n")[0].split(",")  # files of idle machines stay as they were
+    assert set(rows.read(path).busy) == {0}
+    rows.merge(made_rows(of_cpu("naive", 8, 10**5, 3.0, busy=2), of_cpu("naive", 8, 10**5, 2.0, busy=4))[2:], path)
+    rows.merge(made_rows(of_cpu("naive", 8, 10**5, 5.0, busy=2))[2:], path)
+    found = rows.read(path)
+    assert list(found) == rows.COLUMNS
+    assert sorted(zip(found.busy[2:], found.wall_50[2:], strict=True)) == [(0, 1.0), (2, 5.0), (4, 2.0)]
