@@ -84,8 +84,8 @@ def test_weights_kept_for_a_review_give_the_audit_of_a_pass():
     rows = torch.eye(8)[true] + 0.3 * torch.randn(200, 8, generator=made)
     known = review.Reviewer((true + (torch.arange(200) % 7 == 0)) % 4, true, torch.arange(30))
     labels = torch.where(known.checked, true, known.given)
-    expected = audit_labels(rows, labels, sigma=review.SIGMA, checked=known.checked, given=known.given)
-    found = review.audit_again(rows, review.Weights(rows, review.SIGMA), known)
+    expected = audit_labels(rows, labels, sigma=0.05, checked=known.checked, given=known.given)
+    found = review.audit_again(rows, review.Weights(rows, 0.05), known)
     torch.testing.assert_close(found.log_ratio, expected.log_ratio, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.top_shares, expected.top_shares, rtol=1e-4, atol=1e-6)
 
@@ -119,6 +119,27 @@ def test_a_review_finds_wrong_labels_and_goes_on_where_it_was(tmp_path, capsys, 
     assert [line for line in lines if line.startswith("| uniform 0.3 | ours |") and line.endswith(f"| {more} |")]
     plot(file, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_archives_have_review_tables_of_their_own(tmp_path, capsys):
+    file = tmp_path / "review.csv"
+    found = {"large": {0: 0, 200: 150, 500: 300, 2000: 400}, "small": {0: 0, 200: 40, 500: 50}}
+    rows = []
+    for dataset, by_decisions in found.items():
+        run: features.Row = {"dataset": dataset, "noise": "uniform", "rate": "0.1", "seed": "0"}
+        for order in ("fixed", "random"):
+            rows.append(run | {"order": order, "decisions": 0, "metric": "wrong", "value": max(by_decisions.values())})
+            for n, value in by_decisions.items():
+                rows.append(run | {"order": order, "decisions": n, "metric": "found", "value": value})
+    features.write_rows(rows, file)
+    file.write_text("".join(line for line in file.open() if "small,uniform,0.1,0,random" not in line))
+    print_review(file)
+    lines = capsys.readouterr().out.splitlines()
+    assert "| noise | order | seeds | wrong | 200 | 500 | 2,000 |" in lines
+    assert "| uniform 0.1 | random | 1 | 400 | 150 (37.5 %) | 300 (75.0 %) | 400 (100.0 %) |" in lines
+    assert lines.count("| noise | order | seeds | wrong | 200 | 500 |") == 1
+    assert "| uniform 0.1 | fixed | 1 | 50 | 40 (80.0 %) | 50 (100.0 %) |" in lines
+    assert "| uniform 0.1 | random | 1 | 50 | 40 (80.0 %) | 50 (100.0 %) |" not in lines
 
 
 def test_the_calibration_is_written_and_drawn(tmp_path, capsys, monkeypatch):
