@@ -55,12 +55,7 @@ def add_audit(command: argparse.ArgumentParser) -> None:
         "data", help="features: .npy, .npz, .pt, .parquet, or a folder; or images, as for ntdne train, and --checkpoint"
     )
     files = command.add_argument_group("what is read")
-    files.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="RUN",
-        help="run of ntdne train, or its last.ckpt, that encodes what is audited",
-    )
+    _add_encoded(files)
     _add_label_files(files)
     files.add_argument(
         "--decisions",
@@ -72,9 +67,6 @@ def add_audit(command: argparse.ArgumentParser) -> None:
         "others are wrong",
     )
     _add_conflicts(files)
-    files.add_argument(
-        "--max-pixels", type=count, metavar="INT", help=f"files of more are not read ({MAX_PIXELS}; that of RUN)"
-    )
     judged = command.add_argument_group("how it is judged")
     judged.add_argument(
         "--sigma",
@@ -133,6 +125,7 @@ def add_relabel(command: argparse.ArgumentParser) -> None:
     command.add_argument("data", metavar="ARCHIVE", help="what was audited: class folders, or features with labels")
     command.add_argument("decisions", nargs="+", type=Path, metavar="decisions.csv", help="one file for each person")
     files = command.add_argument_group("what is read, as for ntdne audit")
+    _add_encoded(files)
     _add_label_files(files)
     files.add_argument("--cache", type=Path, help="folder of libraries' archives (default: in the user's cache folder)")
     _add_conflicts(command)
@@ -156,6 +149,18 @@ def add_relabel(command: argparse.ArgumentParser) -> None:
         "--scores", type=Path, metavar="FILE", help="and with the scores of this table of ntdne audit, as audit.csv"
     )
     command.add_argument("--output", type=Path, metavar="FOLDER", help="default: relabelled/NAME")
+
+
+def _add_encoded(files: argparse._ArgumentGroup) -> None:
+    files.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="RUN",
+        help="run of ntdne train, or its last.ckpt, that encodes what is audited",
+    )
+    files.add_argument(
+        "--max-pixels", type=count, metavar="INT", help=f"files of more are not read ({MAX_PIXELS}; that of RUN)"
+    )
 
 
 def _add_label_files(files: argparse._ArgumentGroup) -> None:
