@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from itertools import pairwise, product
 from pathlib import Path
+from statistics import median_low
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.audit.features import Features, read_rows, transition, write_rows
 from ntdne_kernels import audit
-from ntdne_kernels.audit import LabelAudit
+from ntdne_kernels.audit import LabelAudit, choose_sigma, feature_bank
 from ntdne_kernels.audit.neighbourhood import own_range
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.experiments import noise
@@ -27,7 +28,6 @@ from ntdne_kernels.experiments import noise
 NOISES = [("uniform", 0.1), ("uniform", 0.3), ("label-dependent", 0.1), ("label-dependent", 0.3)]
 ROUNDS = (0, 100, 200, 500, 750, 1000, 1500, 2000)
 """Decisions after which the audit is made again."""
-SIGMA = 0.046  # that `choose_sigma` chooses for AID in three of the four noises
 
 
 class Reviewer(NamedTuple):
@@ -51,6 +51,7 @@ class Weights:
 
     def __init__(self, features: Tensor, sigma: float) -> None:
         rows = torch.nn.functional.normalize(features, dim=1)
+        self.sigma = sigma
         self.values = (rows @ rows.t()).div_(sigma).fill_diagonal_(-torch.inf)
         self.highest = self.values.amax(dim=1, keepdim=True)
         self.values.sub_(self.highest).exp_()
@@ -77,7 +78,7 @@ def audit_again(features: Tensor, weights: Weights, known: Reviewer) -> LabelAud
         patch("ntdne_kernels.audit.sample_neighbours", lambda bank, labels: no_sample),
         patch("ntdne_kernels.audit.find_duplicates", lambda bank: torch.full((len(bank),), -1)),
     ):
-        return audit.audit_labels(features, labels, sigma=SIGMA, checked=checked, given=known.given)
+        return audit.audit_labels(features, labels, sigma=weights.sigma, checked=checked, given=known.given)
 
 
 def by_ranking(found: LabelAudit) -> Tensor:
@@ -104,13 +105,19 @@ def review(archive: Features, seeds: int, path: Path) -> None:
         run = {"dataset": archive.name, "noise": kind, "rate": str(rate), "seed": str(seed), "order": order}
         if (archive.name, order, str(seed), kind, str(rate)) in done:
             continue
-        weights = weights or Weights(archive.rows, SIGMA)
+        weights = weights or Weights(archive.rows, middle_sigma(archive))
         made = noise.corrupt(archive.labels, transition(archive.classes, kind, rate), seed)
         known = Reviewer(made.labels, archive.labels, torch.empty(0, dtype=torch.int64))
         for n, metric, value in _curve(archive.rows, weights, known, order, seed):
             rows.append(run | {"decisions": str(n), "metric": metric, "value": value})
         write_rows(rows, path)
         print(*run.values(), flush=True)
+
+
+def middle_sigma(archive: Features) -> float:
+    """One for all noises, as the weights are made once: the middle one of those that their labels choose."""
+    made = [noise.corrupt(archive.labels, transition(archive.classes, *each), seed=0) for each in NOISES]
+    return median_low(choose_sigma(feature_bank(archive.rows, noisy.labels)) for noisy in made)
 
 
 def _curve(

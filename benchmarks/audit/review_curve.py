@@ -22,44 +22,46 @@ Runs = dict[tuple[str, str], dict[str, dict[tuple[int, str], float]]]
 
 
 def print_review(path: Path) -> None:
-    """The tables; orders that were not finished for all noises are left out."""
-    runs = _read(path)
-    noises = list(dict.fromkeys(noise for noise, _ in runs))
-    print("**Wrong labels found by so many decisions, and their share of all: mean of the seeds**\n")
-    print_head(["noise", "order", "seeds", "wrong", *(f"{n:,}" for n in SHOWN)])
+    """The tables of each archive; orders that were not finished for all noises are left out."""
+    for dataset, runs in _read(path).items():
+        shown = [n for n in SHOWN if (n, "found") in next(iter(next(iter(runs.values())).values()))]
+        _print_found(dataset, runs, shown)
+        _print_rates(dataset, runs, shown)
+
+
+def _print_found(dataset: str, runs: Runs, shown: list[int]) -> None:
+    """Wrong labels found, and how many more than by the fixed ranking."""
+    print(f"**{dataset}: wrong labels found by so many decisions, and their share of all: mean of the seeds**\n")
+    print_head(["noise", "order", "seeds", "wrong", *(f"{n:,}" for n in shown)])
     for (noise, order), found in _by_noise(runs).items():
         total = mean(run[0, "wrong"] for run in found.values())
-        cells = [mean(run[n, "found"] for run in found.values()) for n in SHOWN]
-        print_row(
-            [
-                noise,
-                order,
-                str(len(found)),
-                f"{total:.0f}",
-                *(f"{cell:.0f} ({100 * cell / total:.1f} %)" for cell in cells),
-            ]
-        )
-    print("\n**Wrong labels found more than by the fixed ranking: mean, and the least of the seeds**\n")
-    print_head(["noise", "order", *(f"{n:,}" for n in SHOWN)])
+        cells = [mean(run[n, "found"] for run in found.values()) for n in shown]
+        shares = [f"{cell:.0f} ({100 * cell / total:.1f} %)" for cell in cells]
+        print_row([noise, order, str(len(found)), f"{total:.0f}", *shares])
+    print(f"\n**{dataset}: wrong labels found more than by the fixed ranking: mean, and the least of the seeds**\n")
+    print_head(["noise", "order", *(f"{n:,}" for n in shown)])
     for (noise, order), found in _by_noise(runs).items():
         if order not in ("fixed", "random"):
             more = [
-                [run[n, "found"] - runs[noise, "fixed"][seed][n, "found"] for seed, run in found.items()] for n in SHOWN
+                [run[n, "found"] - runs[noise, "fixed"][seed][n, "found"] for seed, run in found.items()] for n in shown
             ]
             print_row([noise, order, *(f"{mean(each):+.1f} ({min(each):+.0f})" for each in more)])
-    print("\n**Estimated share of wrong labels in %, without / with calibration by the decisions**\n")
-    print_head(["noise", "wrong", "0", *(f"{n:,}" for n in SHOWN)])
-    for noise in noises:
-        if (noise, "ours") not in runs:
+
+
+def _print_rates(dataset: str, runs: Runs, shown: list[int]) -> None:
+    """The estimated share of wrong labels."""
+    print(f"\n**{dataset}: estimated share of wrong labels in %, without / with calibration by the decisions**\n")
+    print_head(["noise", "wrong", "0", *(f"{n:,}" for n in shown)])
+    for (noise, order), found in _by_noise(runs).items():
+        if order != "ours":
             continue
-        found = runs[noise, "ours"]
 
         def rate(n: int, metric: str, found: dict[str, dict[tuple[int, str], float]] = found) -> float:
-            """Of the wrong labels of all runs, in units of their true number."""
+            """Of the images, the mean of all runs."""
             return mean(run[n, metric] / run[0, "images"] for run in found.values())
 
         rates = [f"{100 * rate(0, 'estimated'):.1f}"]
-        for n in SHOWN:
+        for n in shown:
             named = sum(run[n, "calibrated"] for run in found.values())
             without = f"{100 * rate(n, 'estimated without calibration'):.1f}"
             rates.append(f"{without} / {100 * rate(n, 'estimated'):.1f}" if named == len(found) else f"{without} / –")
@@ -68,8 +70,8 @@ def print_review(path: Path) -> None:
 
 
 def plot(path: Path, file: Path) -> None:
-    """Draw a column for each noise: the share of wrong labels found, and how many more than by the fixed ranking."""
-    runs = _read(path)
+    """Draw the first archive: of each noise the share of wrong labels found, and how many more than by the ranking."""
+    runs = next(iter(_read(path).values()))
     noises = list(dict.fromkeys(noise for noise, _ in runs))
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.subplots(2, len(noises), sharex=True, sharey="row", squeeze=False)
@@ -102,17 +104,21 @@ def _by_noise(runs: Runs) -> Runs:
     return {key: found for noise in noises for key, found in runs.items() if key[0] == noise}
 
 
-def _read(path: Path) -> Runs:
-    """The runs of orders of which every noise is there with the same seeds."""
-    runs: Runs = defaultdict(lambda: defaultdict(dict))
+def _read(path: Path) -> dict[str, Runs]:
+    """By archive, the runs of orders of which every noise is there with the same seeds."""
+    archives: dict[str, Runs] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     with path.open() as file:
         for row in csv.DictReader(file):
-            run = runs[f"{row['noise']} {row['rate']}", row["order"]][row["seed"]]
+            run = archives[row["dataset"]][f"{row['noise']} {row['rate']}", row["order"]][row["seed"]]
             run[int(row["decisions"]), row["metric"]] = float(row["value"])
-    noises = {noise for noise, _ in runs}
+    return {dataset: _whole(runs) for dataset, runs in archives.items()}
 
-    def seeds(noise: str, order: str) -> set[str]:
-        return set(runs[noise, order]) if (noise, order) in runs else set()
 
-    whole = {order for _, order in runs if len({frozenset(seeds(noise, order)) for noise in noises}) == 1}
+def _whole(runs: Runs) -> Runs:
+    noises, orders = ({key[part] for key in runs} for part in range(2))
+
+    def seeds(noise: str, order: str) -> frozenset[str]:
+        return frozenset(runs.get((noise, order), ()))
+
+    whole = {order for order in orders if len({seeds(noise, order) for noise in noises}) == 1}
     return {key: found for key, found in runs.items() if key[1] in whole}

@@ -14,6 +14,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 EVIDENCE, SPEED = RESULTS / "audit.csv", RESULTS / "audit-speed.json"
 FEATURES = RESULTS / "audit-features.csv"
 REVIEW = RESULTS / "audit-review.csv"
+FINDINGS = RESULTS / "audit-findings.csv"
 CALIBRATION = RESULTS / "audit-calibration.csv"
 
 Setting = tuple[str, str, str]
@@ -28,6 +29,8 @@ def table(
     speed_path: Path,
     calibration_path: Path,
     review_path: Path,
+    findings_path: Path,
+    *,
     figures: Path | None = None,
 ) -> None:
     """Print the tables of each file that is there, and draw the curve of the review into a folder."""
@@ -37,6 +40,7 @@ def table(
         (speed_path, print_speed),
         (calibration_path, print_calibration),
         (review_path, print_review),
+        (findings_path, print_findings),
     )
     for path, print_tables in printers:
         if path.exists():
@@ -211,6 +215,19 @@ def print_calibration(path: Path) -> None:
         title = f"{100 * least:.0f} to {100 * most:.0f}" if most < 1 else f"{100 * least:.0f} and more"
         print_row([title, str(len(within)), str(named), str(len(within) - named)])
     print()
+
+
+def print_findings(path: Path) -> None:
+    """What is named of what was made, and what else."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        print(f"**{dataset}: what was made and is named, and what else is named**\n")
+        print_head(["finding", "made", "number", "named", "others named"])
+        for row in rows:
+            if row["dataset"] == dataset:
+                print_row([row[name] for name in ("finding", "case", "made", "named", "others")])
+        print()
 
 
 def print_speed(path: Path) -> None:

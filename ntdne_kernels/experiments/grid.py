@@ -6,7 +6,8 @@ import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ntdne_kernels.experiments.arguments import WORDS, parse_value
+from ntdne_kernels.experiments.argument_types import parse_value
+from ntdne_kernels.experiments.arguments import WORDS
 from ntdne_kernels.experiments.features import features_file
 from ntdne_kernels.experiments.loss_registry import loss_name
 from ntdne_kernels.experiments.settings import RATELESS, Settings, read_preset

@@ -120,7 +120,7 @@ def trained(folder: Path) -> TrainedRun:
     Raises:
         ValueError: the folder holds no trained run, or a file of it is broken.
     """
-    settings, variant = _read_settings(folder)
+    settings, variant = read_settings(folder)
     path = folder / CHECKPOINT
     if not path.exists():
         raise ValueError(f"run: {folder} has no {CHECKPOINT}: not one epoch was finished")
@@ -141,7 +141,7 @@ def finished_results(settings: Settings, folder: Path) -> dict[str, Any] | None:
     """The results of this run, or None where it is not finished; ValueError where the folder holds another run."""
     if not (folder / CHECKPOINT).exists():
         return None
-    there, _ = _read_settings(folder)
+    there, _ = read_settings(folder)
     differing = [
         f"{name} {getattr(there, name)!r} there, {value!r} now"
         for name, value in vars(settings).items()
@@ -175,7 +175,12 @@ def _print(text: str) -> None:
         print(text, flush=True)
 
 
-def _read_settings(folder: Path) -> tuple[Settings, str]:
+def read_settings(folder: Path) -> tuple[Settings, str]:
+    """The settings of the run in a folder, and its variant.
+
+    Raises:
+        ValueError: there is no run, or its file of settings is broken.
+    """
     try:
         values = yaml.safe_load((folder / SETTINGS).read_text())
         variant = values.pop("variant")

@@ -3,11 +3,14 @@
 import csv
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
 
-from benchmarks.audit import calibration, features, review, review_curve, tables
+from benchmarks.audit import calibration, features, findings, review, review_curve, tables
 from benchmarks.audit.__main__ import write
 from benchmarks.audit.evidence import evidence, measures
 from benchmarks.audit.methods import METHODS, Verdict
@@ -84,8 +87,8 @@ def test_weights_kept_for_a_review_give_the_audit_of_a_pass():
     rows = torch.eye(8)[true] + 0.3 * torch.randn(200, 8, generator=made)
     known = review.Reviewer((true + (torch.arange(200) % 7 == 0)) % 4, true, torch.arange(30))
     labels = torch.where(known.checked, true, known.given)
-    expected = audit_labels(rows, labels, sigma=review.SIGMA, checked=known.checked, given=known.given)
-    found = review.audit_again(rows, review.Weights(rows, review.SIGMA), known)
+    expected = audit_labels(rows, labels, sigma=0.05, checked=known.checked, given=known.given)
+    found = review.audit_again(rows, review.Weights(rows, 0.05), known)
     torch.testing.assert_close(found.log_ratio, expected.log_ratio, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.top_shares, expected.top_shares, rtol=1e-4, atol=1e-6)
 
@@ -119,6 +122,71 @@ def test_a_review_finds_wrong_labels_and_goes_on_where_it_was(tmp_path, capsys, 
     assert [line for line in lines if line.startswith("| uniform 0.3 | ours |") and line.endswith(f"| {more} |")]
     plot(file, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_archives_have_review_tables_of_their_own(tmp_path, capsys):
+    file = tmp_path / "review.csv"
+    found = {"large": {0: 0, 200: 150, 500: 300, 2000: 400}, "small": {0: 0, 200: 40, 500: 50}}
+    rows = []
+    for dataset, by_decisions in found.items():
+        run: features.Row = {"dataset": dataset, "noise": "uniform", "rate": "0.1", "seed": "0"}
+        for order in ("fixed", "random"):
+            rows.append(run | {"order": order, "decisions": 0, "metric": "wrong", "value": max(by_decisions.values())})
+            for n, value in by_decisions.items():
+                rows.append(run | {"order": order, "decisions": n, "metric": "found", "value": value})
+    features.write_rows(rows, file)
+    file.write_text("".join(line for line in file.open() if "small,uniform,0.1,0,random" not in line))
+    print_review(file)
+    lines = capsys.readouterr().out.splitlines()
+    assert "| noise | order | seeds | wrong | 200 | 500 | 2,000 |" in lines
+    assert "| uniform 0.1 | random | 1 | 400 | 150 (37.5 %) | 300 (75.0 %) | 400 (100.0 %) |" in lines
+    assert lines.count("| noise | order | seeds | wrong | 200 | 500 |") == 1
+    assert "| uniform 0.1 | fixed | 1 | 50 | 40 (80.0 %) | 50 (100.0 %) |" in lines
+    assert "| uniform 0.1 | random | 1 | 50 | 40 (80.0 %) | 50 (100.0 %) |" not in lines
+
+
+class PixelEncoder:
+    """An encoder for tests: pictures of 8 pixels a side, one level brighter, so that black has a direction."""
+
+    def __init__(self, archive: findings.Archive, name: str, image_size: int) -> None:
+        pass
+
+    def __call__(self, pictures: list[Image.Image]) -> torch.Tensor:
+        small = [np.asarray(picture.convert("L").resize((8, 8))).astype("float32").ravel() for picture in pictures]
+        return torch.from_numpy(np.stack(small)) + 1
+
+
+def test_findings_in_scans_of_digits_are_written_and_drawn(tmp_path, capsys, monkeypatch):
+    digits = load_digits()
+    pixels = (digits.data[:800] * 15).round()
+    np.save(tmp_path / "features.npy", (pixels + 1).astype("float32"))
+    np.save(tmp_path / "labels.npy", digits.target[:800])
+    names = [f"{image}.png" for image in range(800)]
+    (tmp_path / "files.txt").write_text("\n".join(names) + "\n")
+    for name, scan in zip(names, pixels, strict=True):
+        Image.fromarray(scan.reshape(8, 8).astype("uint8")).save(tmp_path / name)
+    monkeypatch.setattr(findings, "Encoder", PixelEncoder)
+    monkeypatch.setattr(findings, "COPIES", 20)
+    changes = {"as it was": lambda picture: picture, "turned dark": lambda picture: picture.point(lambda x: x % 7)}
+    monkeypatch.setattr(findings, "CHANGES", changes)
+    monkeypatch.setattr(findings, "JOINED", 5)
+    archive = findings.read_archive(tmp_path / "features.npy", tmp_path / "labels.npy", tmp_path)
+    file = tmp_path / "findings.csv"
+    for _ in range(2):  # the second time in the place of the first
+        findings.findings(archive, "pixels", 8, file)
+    rows = {(row["finding"], row["case"]): row for row in features.read_rows(file)}
+    assert len(rows) == len(features.read_rows(file)) == 14
+    found = {case: (int(row["made"]), int(row["named"])) for case, row in rows.items()}
+    assert found["copies", "as it was"] == (20, 20)
+    assert found["copies", "turned dark"] == (20, 0)
+    assert found["merge", "divided at random, with --force"] == (10, 10)
+    assert found["split", "two classes under one name"][0] == 5
+    assert sum(made for (finding, _), (made, _) in found.items() if finding == "outliers") == 16
+    capsys.readouterr()
+    tables.print_findings(file)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"**{tmp_path.name}: what was made and is named, and what else is named**"
+    assert f"| copies | as it was | 20 | 20 | {rows['copies', 'as it was']['others']} |" in lines
 
 
 def test_the_calibration_is_written_and_drawn(tmp_path, capsys, monkeypatch):

@@ -136,7 +136,7 @@ def encode_folder(
     from ntdne_kernels.experiments.run import trained
     from ntdne_kernels.experiments.samples import ImageDataset, transform
 
-    settings, _, encoder, _, normalisation = trained(_folder(run))
+    settings, _, encoder, _, normalisation = trained(run_folder(run))
     if settings.encoder in HEADS:
         raise ValueError(f"--checkpoint: the run in {run} was trained on features, but {data} holds images")
     max_pixels = max_pixels or settings.max_pixels
@@ -194,7 +194,7 @@ def encode_features(source: Source, run: Path, device: str) -> Source:
     from ntdne_kernels.experiments.run import trained
     from ntdne_kernels.experiments.samples import FeatureDataset
 
-    settings, _, encoder, _, normalisation = trained(_folder(run))
+    settings, _, encoder, _, normalisation = trained(run_folder(run))
     N, values = source.features.shape
     if settings.encoder not in HEADS or len(normalisation.mean) != values:
         trained_on = f"features of {len(normalisation.mean)} values" if settings.encoder in HEADS else "images"
@@ -209,7 +209,7 @@ def encode_features(source: Source, run: Path, device: str) -> Source:
     return replace(source, features=features, sigma=settings.loss_options.get("sigma", 0.1))
 
 
-def _folder(run: Path) -> Path:
+def run_folder(run: Path) -> Path:
     """The folder of a run that is given by its folder or its checkpoint."""
     from ntdne_kernels.experiments.training import CHECKPOINT
 

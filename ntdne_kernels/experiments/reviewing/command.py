@@ -4,10 +4,14 @@ import argparse
 from pathlib import Path
 
 from ntdne_kernels.experiments.arguments import class_folders
+from ntdne_kernels.experiments.auditing.inputs import run_folder
+from ntdne_kernels.experiments.images import MAX_PIXELS
 from ntdne_kernels.experiments.reviewing.decisions import ConflictError, Decisions
 from ntdne_kernels.experiments.reviewing.exports import exports
 from ntdne_kernels.experiments.reviewing.labelled import decisions_on, read_labelled
 from ntdne_kernels.experiments.reviewing.relabel import Relabelled, check_output, relabel
+from ntdne_kernels.experiments.settings import SMALLEST_IMAGE
+from ntdne_kernels.experiments.sources import Decoding
 
 
 def relabel_archive(arguments: argparse.Namespace) -> None:
@@ -25,7 +29,13 @@ def relabel_archive(arguments: argparse.Namespace) -> None:
     check_output(output, [file for file in inputs if file is not None and file.is_file()], folder)
     columns = {content: getattr(arguments, f"{content}_column") for content in ("features", "label", "path")}
     archive = read_labelled(
-        arguments.data, arguments.labels, arguments.paths, arguments.images, columns, arguments.cache
+        arguments.data,
+        arguments.labels,
+        arguments.paths,
+        arguments.images,
+        columns,
+        arguments.cache,
+        _decoding(arguments.checkpoint, arguments.max_pixels),
     )
     try:
         archive, decisions = decisions_on(archive, arguments.decisions, arguments.conflicts)
@@ -44,6 +54,16 @@ def relabel_archive(arguments: argparse.Namespace) -> None:
     _print_changes(found, decisions, archive.name)
     for path in found.written:
         print(path)
+
+
+def _decoding(run: Path | None, max_pixels: int | None) -> Decoding:
+    """How an audit with these arguments read files; the size of images does not matter here."""
+    if run is None:
+        return Decoding(SMALLEST_IMAGE, max_pixels=max_pixels or MAX_PIXELS)
+    from ntdne_kernels.experiments.run import read_settings  # imports Lightning
+
+    settings, _ = read_settings(run_folder(run))
+    return Decoding(SMALLEST_IMAGE, settings.bands, max_pixels or settings.max_pixels)
 
 
 def _print_changes(found: Relabelled, decisions: Decisions, name: str) -> None:

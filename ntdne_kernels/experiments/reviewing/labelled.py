@@ -18,6 +18,8 @@ from ntdne_kernels.experiments.reviewing.decisions import Decisions, OtherArchiv
 from ntdne_kernels.experiments.settings import SMALLEST_IMAGE
 from ntdne_kernels.experiments.sources import Decoding, find_source
 
+AS_USUAL = Decoding(SMALLEST_IMAGE)  # any size will do: nothing is looked at
+
 
 @dataclass(frozen=True)
 class LabelledImages:
@@ -31,6 +33,7 @@ class LabelledImages:
         classes: names of the class folders; none where the labels are in a file.
         label_file: that file; None for class folders.
         label_names: names that its column of labels may have.
+        decoding: how the audit read the files of class folders: it leaves out those that cannot be read so.
     """
 
     name: str
@@ -40,6 +43,7 @@ class LabelledImages:
     classes: frozenset[str] = frozenset()
     label_file: Path | None = None
     label_names: tuple[str, ...] = ()
+    decoding: Decoding = AS_USUAL
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,6 +61,7 @@ def read_labelled(
     images: Path | None,
     columns: dict[str, str | None],
     cache: Path | None = None,
+    decoding: Decoding = AS_USUAL,
 ) -> LabelledImages:
     """The images and labels of what `ntdne audit` takes; arguments as `auditing.read_source` has them.
 
@@ -67,6 +72,7 @@ def read_labelled(
         images: of features: the folder that file names are relative to.
         columns: names of columns of "features", "label" and "path", or None for the usual ones.
         cache: where libraries unpack their archives; None: in the user's cache folder.
+        decoding: of class folders, see `LabelledImages`.
 
     Raises:
         ValueError: there is no such archive, or a file is not what its name says.
@@ -76,7 +82,7 @@ def read_labelled(
         if any([labels, paths, images]):
             raise ValueError("--labels, --paths and --images are for features; the labels of images are their folders")
         datasets = (cache or user_cache()).expanduser() / "datasets"
-        found = find_source(data, Decoding(SMALLEST_IMAGE), datasets, download=False, classes=None, nested=True)
+        found = find_source(data, decoding, datasets, download=False, classes=None, nested=True)
         classes = list(map(as_utf8, found.classes))
         return LabelledImages(
             found.name,
@@ -84,6 +90,7 @@ def read_labelled(
             found.files if any(found.files) else None,
             None if found.folder == Path() else found.folder,
             frozenset(classes),
+            decoding=decoding,
         )
     read = read_features(Path(data).expanduser(), labels, paths, columns)
     folder = images_folder(Path(data).expanduser()) if images is None else images
@@ -135,8 +142,7 @@ def _readable(archive: LabelledImages) -> LabelledImages:
     folder, paths = archive.folder, archive.paths
     if archive.label_file is not None or folder is None or paths is None:
         return archive
-    decoding = Decoding(SMALLEST_IMAGE)
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda path: isinstance(decoding.read(str(folder / path)), str), paths)
+        found = pool.map(lambda path: isinstance(archive.decoding.read(str(folder / path)), str), paths)
         kept = [image for image, unreadable in enumerate(found) if not unreadable]
     return replace(archive, labels=[archive.labels[i] for i in kept], paths=[paths[i] for i in kept])

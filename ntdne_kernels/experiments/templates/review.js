@@ -54,10 +54,11 @@ function advance() {
 function undo() {
   const undone = decisions.undo();
   if (undone.length === 0) return say("There is nothing to undo.");
-  const at = view.places.indexOf(placeOf.get(undone[0]));
+  const place = placeOf.get(undone[0].row), at = view.places.indexOf(place);
   if (at >= 0) go(at);
-  else select(placeOf.get(undone[0]));
-  say(`Undone: ${images(undone.length)}`);
+  else select(place);
+  const ofFiles = undone[0].after.read ? "what was read from files, " : "";
+  say(`Undone: ${ofFiles}${images(undone.length)}`);
 }
 
 // Moving and showing

@@ -87,12 +87,12 @@ function mergeDecisions(files, mine, now) {
     const views = new Set(said.map(({ verdict, decided }) => `${verdict} ${decided}`));
     const latest = said.reduce((a, b) => b.when >= a.when ? b : a);
     if (views.size > 1) {
-      changes.set(row, { verdict: "conflict", decided: "", when: now, said });
+      changes.set(row, { verdict: "conflict", decided: "", when: now, read: true, said });
       conflicts++;
     } else if (own !== undefined) {
       agreed++;
     } else {
-      changes.set(row, { verdict: latest.verdict, decided: latest.decided, when: latest.when });
+      changes.set(row, { verdict: latest.verdict, decided: latest.decided, when: latest.when, read: true });
       added++;
     }
   }

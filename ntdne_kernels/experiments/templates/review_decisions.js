@@ -3,19 +3,21 @@
 // that browsers give, where a key for each would take more space and time. What is stored is read anew before it is
 // changed, so that two tabs do not overwrite each other's decisions.
 //
-// An entry has a verdict, the decided class ("" for none) and when (milliseconds); a conflict also what each file said.
+// An entry has a verdict, the decided class ("" for none), when (milliseconds), and `read` where it came from a file; a
+// conflict also what each file said.
 
 const BLOCK = 100;  // rows of a key
-const LETTERS = { keep: "k", relabel: "r", unsure: "u", exclude: "x", conflict: "c" };
+const LETTERS = { keep: "k", relabel: "r", unsure: "u", exclude: "x", conflict: "c" };  // capitals: read from a file
 
-function entryToText({ verdict, decided, when, said }) {
-  return `${LETTERS[verdict]}${when.toString(36)} ${verdict === "conflict" ? JSON.stringify(said) : decided}`;
+function entryToText({ verdict, decided, when, read, said }) {
+  return `${read ? LETTERS[verdict].toUpperCase() : LETTERS[verdict]}${when.toString(36)} ${verdict === "conflict" ? JSON.stringify(said) : decided}`;
 }
 
 function entryFromText(text) {
-  const verdict = Object.keys(LETTERS).find((name) => LETTERS[name] === text[0]), space = text.indexOf(" ");
+  const letter = text[0].toLowerCase(), read = letter !== text[0], space = text.indexOf(" ");
+  const verdict = Object.keys(LETTERS).find((name) => LETTERS[name] === letter);
   const when = parseInt(text.slice(1, space), 36), rest = text.slice(space + 1);
-  return verdict === "conflict" ? { verdict, decided: "", when, said: JSON.parse(rest) } : { verdict, decided: rest, when };
+  return verdict === "conflict" ? { verdict, decided: "", when, read, said: JSON.parse(rest) } : { verdict, decided: rest, when, read };
 }
 
 class Decisions {
@@ -30,7 +32,7 @@ class Decisions {
     window.addEventListener("storage", (event) => this.hear(event));
   }
 
-  /** Read what is stored; steps are what was decided at the same time. */
+  /** Read what is stored; steps are what was decided here at the same time. What was read from files stays. */
   open() {
     try {
       this.stored = window.localStorage;
@@ -41,7 +43,7 @@ class Decisions {
     if (!this.stored) this.fault = "blocked";
     const byTime = new Map();
     for (const [row, after] of [...this.entries].sort(([, a], [, b]) => a.when - b.when)) {
-      if (after.verdict === "conflict") continue;
+      if (after.read) continue;
       if (!byTime.has(after.when)) byTime.set(after.when, []);
       byTime.get(after.when).push({ row, before: undefined, after });
     }
@@ -76,12 +78,12 @@ class Decisions {
     this.steps.push(step);
   }
 
-  /** Take the last step back, but for rows that were changed since by another tab; gives its rows, none if there is none. */
+  /** Take the last step back, but for rows that were changed since by another tab; gives it, [] if there is none. */
   undo() {
     while (this.steps.length) {
       const step = this.steps.pop().filter(({ row, after }) => this.entries.get(row) === after);
       this.put(step.map(({ row, before }) => [row, before]));
-      if (step.length) return step.map(({ row }) => row);
+      if (step.length) return step;
     }
     return [];
   }

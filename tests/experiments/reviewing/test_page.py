@@ -304,6 +304,31 @@ def test_files_of_people_are_merged_and_conflicts_stay_open(browser, made, tmp_p
     assert rows_of(saved(browser, tmp_path)) == sorted([agreed, alice[3], bob[3]])
 
 
+def test_undo_of_a_page_opened_anew_leaves_what_others_decided(browser, made, tmp_path):
+    press(browser, "x")
+    others = [made.said(5, "exclude"), made.said(6, "unsure")]
+    file = write_decisions(tmp_path / "others.csv", others, when="2999-01-31T12:34:56.789Z")
+    assert "2 new decisions" in read_in(browser, file)
+    press(browser, "u")
+    assert text_of(browser, "#status") == "Undone: what was read from files, 2 images"
+    assert rows_of(saved(browser, tmp_path)) == [made.said(0, "exclude")]
+    assert "2 new decisions" in read_in(browser, file)
+    browser.execute_script("byId('state').value = 'all'; select()")
+    for place, key in ((1, "t"), (6, "x")):
+        go(browser, place)
+        press(browser, key)
+    browser.refresh()
+    press(browser, "u")
+    assert rows_of(saved(browser, tmp_path)) == sorted([others[0], made.said(0, "exclude"), made.said(1, "unsure")])
+    press(browser, "u", "u")
+    assert rows_of(saved(browser, tmp_path)) == [others[0]]
+    assert not browser.find_element("id", "undo").is_enabled()
+    press(browser, "u")
+    assert text_of(browser, "#status") == "There is nothing to undo."
+    browser.refresh()
+    assert rows_of(saved(browser, tmp_path)) == [others[0]]
+
+
 def test_of_two_rows_of_one_file_the_later_counts(browser, made, tmp_path):
     file = tmp_path / "twice.csv"
     times = ("2026-01-31T12:34:56.790Z", "2026-01-31T12:34:56.789Z")

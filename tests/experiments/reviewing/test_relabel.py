@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -7,10 +8,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from PIL import Image
 
 from ntdne_kernels.experiments import files
 from ntdne_kernels.experiments.reviewing import archive_id, relabel
 from ntdne_kernels.experiments.reviewing.cells import write_changed
+from ntdne_kernels.experiments.settings import Settings
 from tests.experiments.auditing.helpers import everything_in
 from tests.experiments.helpers import QUICK, results_of, spoil, write_archive, write_features
 
@@ -168,6 +172,39 @@ def test_a_file_that_the_audit_could_not_read_does_not_make_another_archive(ntdn
     labels = labels_of()
     assert labels["ash/1.png"] == "oak"
     assert "elm/1.png" not in labels
+
+
+def decide_without(left_out: str, photos: Path, row: str) -> None:
+    """decisions.csv of an audit of class folders that left out a file."""
+    paths = sorted(str(path.relative_to(photos)) for path in photos.rglob("*.*") if path.name != left_out)
+    identity = archive_id(paths, [path.partition("/")[0] for path in paths])
+    Path("decisions.csv").write_text(f"{HEADER}{row},,{identity}\n")
+
+
+def test_a_file_too_large_for_the_audit_does_not_make_another_archive(ntdne, photos, capsys):
+    Image.new("RGB", (100, 30)).save(photos / "elm" / "large.png")
+    decide_without("large.png", photos, "ash/1.png,ash,relabel,oak")
+    assert ntdne("relabel", "photos", "decisions.csv") == 2
+    assert "is of another archive" in capsys.readouterr().err
+    assert ntdne("relabel", "photos", "decisions.csv", "--max-pixels", 2999) == 0
+    assert "elm/large.png" not in labels_of()
+
+
+def test_a_file_without_the_bands_of_the_run_does_not_make_another_archive(ntdne, scenes):
+    Image.new("L", (12, 10)).save(scenes / "forest" / "grey.png")
+    decide_without("grey.png", scenes, "forest/01.tif,forest,relabel,water")
+    assert ntdne("relabel", scenes, "decisions.csv") == 2
+    Path("run").mkdir()
+    settings = dataclasses.asdict(Settings("scenes", bands=(4, 3, 2))) | {
+        "variant": "",
+        "classes": [],
+        "bands": [4, 3, 2],
+    }
+    Path("run/settings.yaml").write_text(yaml.safe_dump(settings))
+    assert ntdne("relabel", scenes, "decisions.csv", "--checkpoint", "run") == 0
+    labels = labels_of(Path("relabelled/scenes/labels.csv"))
+    assert labels["forest/01.tif"] == "water"
+    assert len(labels) == 40
 
 
 # What is refused
