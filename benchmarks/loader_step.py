@@ -44,6 +44,7 @@ TIMES = ("step", "loss", "waiting", "workers")
 """Seconds of a step: in all, of the loss in it, until its batch is there, of the workers' processor time."""
 Times = dict[str, dict[str, list[float]]]
 """By provider and the names above."""
+HEAD = ["N", "loss", "package", "step", "20 to 80 %", "loss alone", "20 to 80 %", "waits", "workers compute"]
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -83,7 +84,7 @@ def measure(checkouts: list[Path], sizes: list[int], B: int, rounds: int, count:
     here = machine.describe("cpu")
     here = {column: here[column] for column in ("machine", "torch", "python")}
     found: list[dict[str, Any]] = []
-    print_head(["N", "loss", "package", "step", "20 to 80 %", "loss alone", "20 to 80 %", "waits", "workers compute"])
+    print_head(HEAD)
     for N in sizes:
         of_packages: list[Times] = [{name: {time: [] for time in TIMES} for name in steps.OBJECTIVES} for _ in names]
         for turn in range(rounds):
@@ -121,6 +122,13 @@ def summary(times: dict[str, list[float]]) -> dict[str, float]:
     for which, seconds in times.items():
         found |= {f"{which}_{q}": value for q, value in zip((20, 50, 80), quantiles(seconds), strict=True)}
     return found
+
+
+def print_table(path: Path) -> None:
+    """What a file holds."""
+    print_head(HEAD)
+    for row in pd.read_csv(path).to_dict("records"):
+        print_line({str(column): value for column, value in row.items()})
 
 
 def print_line(row: dict[str, Any]) -> None:
@@ -197,7 +205,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="processes of each package and N")
     parser.add_argument("--steps", type=int, default=3, help="of each loss in a process")
     parser.add_argument("--file", type=Path, default=ROOT / "benchmarks" / "results" / "loader-step.csv")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print what the file holds")
     arguments = parser.parse_args()
+    if arguments.table:
+        print_table(arguments.file)
+        return
     checkouts = [ROOT, *([arguments.against.resolve()] if arguments.against is not None else [])]
     measure(checkouts, arguments.N, arguments.B, arguments.rounds, arguments.steps, arguments.file)
 
