@@ -214,6 +214,22 @@ def test_banks_of_any_strides(dtype, layout, by):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_integers_of_any_strides(by):
+    batch = problem(by)
+    offsets = torch.tensor([0, 5, 5, 30, len(batch.bank)])
+
+    def spread(x: Tensor) -> Tensor:
+        return torch.stack([x, x + 1], dim=1)[:, 0]
+
+    of_rows = {name: spread(x) for name, x in batch.layout._asdict().items() if name != "classes"}
+    strided = batch._replace(own=spread(batch.own), layout=batch.layout._replace(**of_rows))
+    torch.testing.assert_close(results_of(strided), results_of(batch), rtol=0, atol=0)
+    class_log_sums = BACKENDS["streaming"].class_log_sums
+    rows = batch.features, batch.bank
+    found = class_log_sums(*rows, spread(batch.own), spread(offsets), 0.1)
+    torch.testing.assert_close(found, class_log_sums(*rows, batch.own, offsets, 0.1), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
