@@ -230,6 +230,21 @@ def test_integers_of_any_strides(by):
     torch.testing.assert_close(found, class_log_sums(*rows, batch.own, offsets, 0.1), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("sigma", [0.1, 0.01])
+def test_sum_of_a_class_with_a_row_of_nan_is_nan(sigma, monkeypatch):
+    """Also where it is the only row of its class in a tile; the other classes keep their sums."""
+    small_tiles(monkeypatch)
+    archive = Archive(B=9, N=60, D=6, dtype=torch.float32)
+    offsets = torch.tensor([0, 4, 24, 25, 60])
+    given = (archive.index, offsets, sigma)
+    clean = BACKENDS["streaming"].class_log_sums(archive.features, archive.bank, *given)
+    archive.bank[[10, 24]] = torch.nan
+    found = BACKENDS["streaming"].class_log_sums(archive.features, archive.bank, *given)
+    torch.testing.assert_close(found[:, [0, 3]], clean[:, [0, 3]], rtol=0, atol=0)
+    excluded = archive.index.unsqueeze(1) == torch.tensor([10, 24])
+    assert torch.equal(found[:, [1, 2]].isnan(), ~excluded)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
