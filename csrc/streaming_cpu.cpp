@@ -573,10 +573,10 @@ FourTensors tiled_class_sums_cpu(
   return results;
 }
 
-// log(exp(a) + exp(b))
+// log(exp(a) + exp(b)); NaN where one of them is, which std::max would drop.
 double log_add_exp(double a, double b) {
-  const double high = std::max(a, b);
-  return high == -kInfinity ? high : high + std::log1p(std::exp(std::min(a, b) - high));
+  const double high = a > b ? a : b, low = a > b ? b : a;
+  return high == -kInfinity ? low : high + std::log1p(std::exp(low - high));
 }
 
 // Adds exp(logits) of each class to a query's sums, or to their logarithms.
@@ -589,11 +589,12 @@ void add_classes(double* sums, acc_t* logits, const Tile<acc_t>& tile, const int
       sums[c] += sum(logits + places.begin, length);
       continue;
     }
-    const acc_t highest = largest(logits + places.begin, length);
-    if (highest > -std::numeric_limits<acc_t>::infinity()) {
-      add(logits + places.begin, -highest, length);
+    if (length > 0) {
+      const acc_t highest = largest(logits + places.begin, length);
+      const acc_t finite = highest > -std::numeric_limits<acc_t>::infinity() ? highest : 0;  // else excluded, or NaN
+      add(logits + places.begin, -finite, length);
       exp_range(logits, places.begin, places.end);
-      sums[c] = log_add_exp(sums[c], std::log(sum(logits + places.begin, length)) + highest);
+      sums[c] = log_add_exp(sums[c], std::log(sum(logits + places.begin, length)) + finite);
     }
   }
 }

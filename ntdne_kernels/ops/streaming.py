@@ -229,15 +229,18 @@ def class_log_sums(features: Tensor, bank: Tensor, index: Tensor, offsets: Tenso
     """`Backend.class_log_sums` in tiles."""
     with torch.autocast(bank.device.type, enabled=False):
         sizes = _tile_sizes(bank, len(features))
+        tracked = sigma < SMALLEST_PLAIN_SIGMA
         log_sums: Tensor = _tiled_class_log_sums(
-            features, bank, index, offsets, sigma, sigma < SMALLEST_PLAIN_SIGMA, *sizes
+            features, bank, index.contiguous(), offsets.contiguous(), sigma, tracked, *sizes
         )
         return log_sums
 
 
 def _neighbours(batch: Batch) -> Neighbours:
+    """As the kernels read them: contiguous, which what a user gives need not be."""
     assert batch.labels is not None
-    return neighbours_of(batch.labels, batch.own, batch.layout)
+    neighbours = neighbours_of(batch.labels, batch.own, batch.layout)
+    return Neighbours._make(x if x is None else x.contiguous() for x in neighbours)
 
 
 def _tiles(

@@ -214,6 +214,37 @@ def test_banks_of_any_strides(dtype, layout, by):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_integers_of_any_strides(by):
+    batch = problem(by)
+    offsets = torch.tensor([0, 5, 5, 30, len(batch.bank)])
+
+    def spread(x: Tensor) -> Tensor:
+        return torch.stack([x, x + 1], dim=1)[:, 0]
+
+    of_rows = {name: spread(x) for name, x in batch.layout._asdict().items() if name != "classes"}
+    strided = batch._replace(own=spread(batch.own), layout=batch.layout._replace(**of_rows))
+    torch.testing.assert_close(results_of(strided), results_of(batch), rtol=0, atol=0)
+    class_log_sums = BACKENDS["streaming"].class_log_sums
+    rows = batch.features, batch.bank
+    found = class_log_sums(*rows, spread(batch.own), spread(offsets), 0.1)
+    torch.testing.assert_close(found, class_log_sums(*rows, batch.own, offsets, 0.1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.01])
+def test_sum_of_a_class_with_a_row_of_nan_is_nan(sigma, monkeypatch):
+    """Also where it is the only row of its class in a tile; the other classes keep their sums."""
+    small_tiles(monkeypatch)
+    archive = Archive(B=9, N=60, D=6, dtype=torch.float32)
+    offsets = torch.tensor([0, 4, 24, 25, 60])
+    given = (archive.index, offsets, sigma)
+    clean = BACKENDS["streaming"].class_log_sums(archive.features, archive.bank, *given)
+    archive.bank[[10, 24]] = torch.nan
+    found = BACKENDS["streaming"].class_log_sums(archive.features, archive.bank, *given)
+    torch.testing.assert_close(found[:, [0, 3]], clean[:, [0, 3]], rtol=0, atol=0)
+    excluded = archive.index.unsqueeze(1) == torch.tensor([10, 24])
+    assert torch.equal(found[:, [1, 2]].isnan(), ~excluded)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
