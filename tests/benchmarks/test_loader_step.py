@@ -38,6 +38,12 @@ def test_each_loss_is_measured_beside_two_workers(command):
     assert printed[3].startswith("| 600 | naive | ")
 
 
+def test_table_prints_what_the_file_holds_and_measures_nothing(command, monkeypatch):
+    _, printed = command("--N", "600", "--B", "4", "--rounds", "1", "--steps", "1")
+    monkeypatch.delattr(loader_step, "run")
+    assert command("--table")[1] == printed
+
+
 def test_packages_take_turns_and_each_has_its_rows(command, monkeypatch, tmp_path):
     called = []
 
