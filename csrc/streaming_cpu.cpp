@@ -15,6 +15,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
@@ -76,10 +77,10 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, double alpha, double
     std::array<StableIValue, 4> stack{
         torch::stable::detail::from(out), torch::stable::detail::from(a), torch::stable::detail::from(b),
         torch::stable::detail::from(alpha)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("ntdne_kernels::bf16_mm_", "", stack.data(), TORCH_ABI_VERSION));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
   }
 }
 
@@ -96,7 +97,7 @@ void exp_range(double* x, int64_t begin, int64_t end) {
   if (begin < end) {
     std::array<StableIValue, 1> stack{
         torch::stable::detail::from(Matrix<double>{x + begin, end - begin}.rows(0, 1, end - begin))};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::exp_", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::exp_", "", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // owns what was returned
   }
 }
