@@ -15,6 +15,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
@@ -76,10 +77,10 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, double alpha, double
     std::array<StableIValue, 4> stack{
         torch::stable::detail::from(out), torch::stable::detail::from(a), torch::stable::detail::from(b),
         torch::stable::detail::from(alpha)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("ntdne_kernels::bf16_mm_", "", stack.data(), TORCH_ABI_VERSION));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
   }
 }
 
@@ -96,7 +97,7 @@ void exp_range(double* x, int64_t begin, int64_t end) {
   if (begin < end) {
     std::array<StableIValue, 1> stack{
         torch::stable::detail::from(Matrix<double>{x + begin, end - begin}.rows(0, 1, end - begin))};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::exp_", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::exp_", "", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // owns what was returned
   }
 }
@@ -134,6 +135,7 @@ void with_type_of(const Tensor& tensor, Function&& function) {
 // A row of any strided matrix, converted.
 template <typename to_t>
 void read_row(to_t* to, const Tensor& matrix, int64_t row) {
+  STD_TORCH_CHECK(row >= 0 && row < matrix.size(0), "streaming: expected rows of the bank in its order, got ", row);
   with_type_of(matrix, [&](auto type) {
     using from_t = decltype(type);
     const from_t* data = static_cast<const from_t*>(matrix.const_data_ptr());
@@ -535,7 +537,7 @@ void class_sums(
 
 // Of what the ops are given, that all of them need: else a kernel would read outside of its buffers.
 Bank check(const Tensor& features, const Tensor& bank, const std::optional<Tensor>& row_labels,
-           const std::optional<Tensor>& order) {
+           const std::optional<Tensor>& order, int64_t block, int64_t length) {
   const auto fits = [&](const std::optional<Tensor>& of_rows) {
     return !of_rows || (of_rows->scalar_type() == ScalarType::Long && of_rows->is_contiguous() &&
                         of_rows->numel() == bank.size(0));
@@ -544,6 +546,7 @@ Bank check(const Tensor& features, const Tensor& bank, const std::optional<Tenso
       features.dim() == 2 && bank.dim() == 2 && features.size(1) == bank.size(1) &&
           features.scalar_type() == bank.scalar_type() && fits(row_labels) && fits(order),
       "streaming: expected features (B, D) and bank (N, D) of one dtype, labels and order int64 (N,)");
+  STD_TORCH_CHECK(block > 0 && length > 0, "streaming: expected tiles of at least one query and one row");
   return {bank, order ? integers(*order) : nullptr, row_labels ? integers(*row_labels) : nullptr};
 }
 
@@ -557,7 +560,7 @@ FourTensors tiled_class_sums_cpu(
     const Tensor& features, const Tensor& bank, const Tensor& same, const std::optional<Tensor>& row_labels,
     const std::optional<Tensor>& order, const Tensor& excluded, double sigma, bool tracked, bool need_means,
     int64_t block, int64_t length) {
-  const Bank rows = check(features, bank, row_labels, order);
+  const Bank rows = check(features, bank, row_labels, order, block, length);
   const int64_t B = features.size(0), D = bank.size(1);
   check_per_query(same, row_labels ? B : 2 * B, ScalarType::Long);
   check_per_query(excluded, B, ScalarType::Long);
@@ -642,10 +645,13 @@ void class_log_sums(
 Tensor tiled_class_log_sums_cpu(
     const Tensor& features, const Tensor& bank, const Tensor& index, const Tensor& offsets, double sigma, bool tracked,
     int64_t block, int64_t length) {
-  const Bank rows = check(features, bank, std::nullopt, std::nullopt);
+  const Bank rows = check(features, bank, std::nullopt, std::nullopt, block, length);
   const int64_t B = features.size(0), K = offsets.numel() - 1;
   check_per_query(index, B, ScalarType::Long);
   check_per_query(offsets, K + 1, ScalarType::Long);
+  STD_TORCH_CHECK(
+      K >= 0 && integers(offsets)[0] == 0 && integers(offsets)[K] == bank.size(0),
+      "streaming: expected offsets from 0 to the number of rows");
   const std::vector<int64_t> sizes{B, K};
   const Tensor log_sums = torch::stable::new_empty(features, {sizes.data(), sizes.size()}, ScalarType::Double);
   double* data = static_cast<double*>(log_sums.mutable_data_ptr());
@@ -720,7 +726,7 @@ Tensor tiled_bank_gradient_cpu(
     const Tensor& features, const Tensor& bank, const Tensor& same, const std::optional<Tensor>& row_labels,
     const std::optional<Tensor>& order, const Tensor& excluded, const Tensor& log_same, const Tensor& log_all,
     const Tensor& weights, double sigma, int64_t block, int64_t length) {
-  const Bank rows = check(features, bank, row_labels, order);
+  const Bank rows = check(features, bank, row_labels, order, block, length);
   const int64_t B = features.size(0);
   const ScalarType wide = bank.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   check_per_query(same, row_labels ? B : 2 * B, ScalarType::Long);

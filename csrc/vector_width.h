@@ -1,7 +1,7 @@
 // One build for every x86-64: functions so marked are compiled for AVX-512, AVX2 and the baseline, and the loader picks.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
 #define FOR_EACH_VECTOR_WIDTH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
 #else
 #define FOR_EACH_VECTOR_WIDTH

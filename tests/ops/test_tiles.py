@@ -253,6 +253,9 @@ def test_sum_of_a_class_with_a_row_of_nan_is_nan(sigma, monkeypatch):
         lambda call: call | {"same": call["same"][:-1]},
         lambda call: call | {"excluded": call["excluded"].int()},
         lambda call: call | {"order": torch.arange(7)},
+        lambda call: call | {"order": torch.arange(300) + 1},
+        lambda call: call | {"block": 0},
+        lambda call: call | {"length": 0},
         lambda call: call | {"row_labels": torch.zeros(300, dtype=torch.int32)},
     ],
 )
@@ -273,3 +276,12 @@ def test_kernel_refuses_what_it_cannot_read(spoil):
     streaming._tiled_class_sums(**call)
     with pytest.raises(RuntimeError, match="streaming: expected"):
         streaming._tiled_class_sums(**spoil(call))
+
+
+@pytest.mark.parametrize("offsets", [[1, 300], [0, 299], [0, 301], []])
+def test_kernel_refuses_classes_that_are_not_the_rows(offsets):
+    batch = problem()
+    with pytest.raises(RuntimeError, match="streaming: expected offsets"):
+        BACKENDS["streaming"].class_log_sums(
+            batch.features, batch.bank, batch.own, torch.tensor(offsets, dtype=torch.int64), 0.1
+        )
