@@ -68,7 +68,7 @@ def extension() -> dict:
         cpp_extension.CppExtension(
             name="ntdne_kernels._C_cpu",
             sources=["csrc/update_bank_cpu.cpp", "csrc/bf16_mm_cpu.cpp", "csrc/exp_cpu.cpp", "csrc/streaming_cpu.cpp"],
-            depends=["csrc/update_bank.h", "csrc/vector_width.h", "csrc/exp.h"],
+            depends=["csrc/update_bank.h", "csrc/vector_width.h", "csrc/exp.h", "csrc/tiles.h"],
             # Without the flag gcc does not vectorise the loop of exp_ where there is no AVX-512.
             extra_compile_args={"cxx": [*flags, "-fno-trapping-math"]},
             py_limited_api=True,

@@ -31,7 +31,7 @@ FOR_EACH_VECTOR_WIDTH inline void exp_range(float* x, int64_t begin, int64_t end
     sum = sum * r + 0.5f;
     sum = sum * r + 1.0f;
     sum = sum * r + 1.0f;
-    int32_t exponent;
+    uint32_t exponent;
     std::memcpy(&exponent, &shifted, sizeof(exponent));  // the low bits of n + kRound are those of n
     exponent = (exponent + 127) << 23;
     float power;

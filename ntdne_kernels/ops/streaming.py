@@ -264,8 +264,9 @@ def _tiles(
 
 def _tile_sizes(bank: Tensor, B: int) -> tuple[int, int]:
     """Queries and rows of a tile: neither its logits nor a copy of its rows, of 64 columns or more, may be larger."""
-    D = bank.size(1)
-    block = max(min(B, QUERIES_PER_TILE, SUMS_ELEMENTS // D), min(B, 64), 1)
+    D, block = bank.size(1), max(min(B, QUERIES_PER_TILE), 1)
+    if bank.device.type == "cpu":
+        block = min(block, max(SUMS_ELEMENTS // D, 64))
     elements = TILE_ELEMENTS.get(bank.device.type, TILE_ELEMENTS["cpu"])
     return block, max(elements // max(block, D, 64), 1)
 
