@@ -141,42 +141,56 @@ void read_row(to_t* to, const Tensor& matrix, int64_t row) {
   });
 }
 
-// Sums with independent lanes, so that the compiler may use vector registers; a float lane adds up n / 16 values.
+constexpr int64_t kLanes = 16;
+
+// Independent lanes, so that the compiler may use vector registers; a float lane adds up n / 16 values.
 template <typename acc_t>
-FOR_EACH_VECTOR_WIDTH double sum(const acc_t* values, int64_t n) {
-  constexpr int64_t kLanes = 16;
+FOR_EACH_VECTOR_WIDTH double sum_of_lanes(const acc_t* values, int64_t n) {
   acc_t lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  for (int64_t i = 0; i + kLanes <= n; i += kLanes) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       lanes[lane] += values[i + lane];
     }
   }
   double total = 0;
-  for (; i < n; ++i) {
-    total += values[i];
-  }
-  for (int64_t lane = 0; n >= kLanes && lane < kLanes; ++lane) {
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
     total += lanes[lane];
   }
   return total;
 }
 
 template <typename acc_t>
-FOR_EACH_VECTOR_WIDTH acc_t largest(const acc_t* values, int64_t n) {
-  constexpr int64_t kLanes = 16;
+FOR_EACH_VECTOR_WIDTH acc_t largest_of_lanes(const acc_t* values, int64_t n) {
   acc_t lanes[kLanes];
-  std::fill(lanes, lanes + kLanes, -std::numeric_limits<acc_t>::infinity());
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  std::fill(lanes, lanes + kLanes, -std::numeric_limits<acc_t>::infinity());  // NaN is not larger
+  for (int64_t i = 0; i + kLanes <= n; i += kLanes) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       lanes[lane] = values[i + lane] > lanes[lane] ? values[i + lane] : lanes[lane];
     }
   }
-  for (; i < n; ++i) {
-    lanes[0] = values[i] > lanes[0] ? values[i] : lanes[0];
-  }
   return *std::max_element(lanes, lanes + kLanes);
+}
+
+// The lanes are left out of a few values: of many classes each has few rows.
+template <typename acc_t>
+double sum(const acc_t* values, int64_t n) {
+  double total = n < kLanes ? 0 : sum_of_lanes(values, n);
+  for (int64_t i = n / kLanes * kLanes; i < n; ++i) {
+    total += values[i];
+  }
+  return total;
+}
+
+// −inf of none, or of NaN alone.
+template <typename acc_t>
+acc_t largest(const acc_t* values, int64_t n) {
+  acc_t result = -std::numeric_limits<acc_t>::infinity();
+  const acc_t of_lanes = n < kLanes ? result : largest_of_lanes(values, n);
+  result = of_lanes > result ? of_lanes : result;
+  for (int64_t i = n / kLanes * kLanes; i < n; ++i) {
+    result = values[i] > result ? values[i] : result;
+  }
+  return result;
 }
 
 template <typename acc_t>
