@@ -66,7 +66,11 @@ def test_an_error_ends_the_processes(error):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_a_signal_to_the_measurement_ends_the_processes(name):
-    code = "import time; from benchmarks.busy import busy\nwith busy(1): print('here', flush=True); time.sleep(100)"
+    code = (
+        "import signal, time; from benchmarks.busy import busy\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        "with busy(1): print('here', flush=True); time.sleep(100)"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as measurement:
