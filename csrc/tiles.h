@@ -201,9 +201,9 @@ FOR_EACH_VECTOR_WIDTH void add(acc_t* values, acc_t what, int64_t n) {
 }
 
 template <typename acc_t>
-FOR_EACH_VECTOR_WIDTH void scale_and_add(double* total, double scale, const acc_t* values, double weight, int64_t n) {
+FOR_EACH_VECTOR_WIDTH void add_weighted(double* total, const acc_t* values, double weight, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    total[i] = scale * total[i] + weight * values[i];
+    total[i] += weight * values[i];
   }
 }
 
