@@ -68,7 +68,7 @@ def extension() -> dict:
         cpp_extension.CppExtension(
             name="ntdne_kernels._C_cpu",
             sources=["csrc/update_bank_cpu.cpp", "csrc/bf16_mm_cpu.cpp", "csrc/exp_cpu.cpp", "csrc/streaming_cpu.cpp"],
-            depends=["csrc/update_bank.h", "csrc/vector_width.h", "csrc/exp.h", "csrc/tiles.h"],
+            depends=[f"csrc/{name}.h" for name in ("update_bank", "float_type", "vector_width", "exp", "tiles")],
             # Without the flag gcc does not vectorise the loop of exp_ where there is no AVX-512.
             extra_compile_args={"cxx": [*flags, "-fno-trapping-math"]},
             py_limited_api=True,
@@ -85,7 +85,7 @@ def extension() -> dict:
         module = cpp_extension.CUDAExtension(
             name="ntdne_kernels._C_cuda",
             sources=["csrc/update_bank_cuda.cu"],
-            depends=["csrc/update_bank.h"],
+            depends=["csrc/update_bank.h", "csrc/float_type.h"],
             extra_compile_args={"cxx": [*flags, "-DUSE_CUDA"], "nvcc": [*flags, "-DUSE_CUDA"]},
             py_limited_api=True,
         )

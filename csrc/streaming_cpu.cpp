@@ -348,7 +348,7 @@ void bank_gradient(
             Matrix<acc_t>{of_rows, D}.rows(0, tile.n, D), Matrix<acc_t>{logits, tile.n}.transposed(0, last - first, tile.n),
             queries.rows.rows(first, last - first, D), 1, 1);
       });
-      with_type_of(gradient, [&](auto type) {
+      dispatch_float_type(gradient, "streaming: the bank", [&](auto type) {
         using row_t = decltype(type);
         row_t* data = static_cast<row_t*>(gradient.mutable_data_ptr());
         for (int64_t place = 0; place < tile.n; ++place) {

@@ -4,14 +4,12 @@
 #pragma once
 
 #include "exp.h"
+#include "float_type.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
@@ -28,9 +26,6 @@ namespace ntdne_kernels {
 namespace {
 
 using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -113,28 +108,11 @@ FOR_EACH_VECTOR_WIDTH void convert(to_t* to, const from_t* from, int64_t stride,
   }
 }
 
-// Calls function(x) with a value of the type of the tensor's elements.
-template <typename Function>
-void with_type_of(const Tensor& tensor, Function&& function) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return function(double{});
-    case ScalarType::Float:
-      return function(float{});
-    case ScalarType::Half:
-      return function(Half{});
-    case ScalarType::BFloat16:
-      return function(BFloat16{});
-    default:
-      STD_TORCH_CHECK(false, "streaming: expected float64, float32, float16 or bfloat16");
-  }
-}
-
 // A row of any strided matrix, converted.
 template <typename to_t>
 void read_row(to_t* to, const Tensor& matrix, int64_t row) {
   STD_TORCH_CHECK(row >= 0 && row < matrix.size(0), "streaming: expected rows of the bank in its order, got ", row);
-  with_type_of(matrix, [&](auto type) {
+  dispatch_float_type(matrix, "streaming: what is read", [&](auto type) {
     using from_t = decltype(type);
     const from_t* data = static_cast<const from_t*>(matrix.const_data_ptr());
     convert(to, data + row * matrix.stride(0), matrix.stride(1), matrix.size(1));

@@ -2,21 +2,18 @@
 // for B features of D values each that go into rows of an (N, D) bank.
 #pragma once
 
+#include "float_type.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <optional>
 #include <type_traits>
 
 namespace ntdne_kernels {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Sums and products of a float64 bank are float64, of every other bank float32.
 template <typename row_t>
@@ -27,22 +24,6 @@ constexpr double kVanishing = 1e-12;
 
 // Index of a feature that belongs to no bank row: the update leaves it out.
 constexpr int64_t kNotInBank = -1;
-
-template <typename Function>
-void dispatch_float_type(const Tensor& tensor, const char* name, Function&& function) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return function(double{});
-    case ScalarType::Float:
-      return function(float{});
-    case ScalarType::Half:
-      return function(torch::headeronly::Half{});
-    case ScalarType::BFloat16:
-      return function(torch::headeronly::BFloat16{});
-    default:
-      STD_TORCH_CHECK(false, "update_bank_: ", name, " must be float64, float32, float16 or bfloat16");
-  }
-}
 
 // An index outside of what it counts.
 constexpr int64_t kWrong = -2;

@@ -116,9 +116,9 @@ void update_bank_cpu(
   for (size_t i = 0; i < rows.size(); ++i) {
     rows[i] = row_of(image[i], place, dense_position.size(0));
   }
-  dispatch_float_type(bank, "bank", [&](auto row) {
+  dispatch_float_type(bank, "update_bank_: bank", [&](auto row) {
     using row_t = decltype(row);
-    dispatch_float_type(features, "features", [&](auto feature) {
+    dispatch_float_type(features, "update_bank_: features", [&](auto feature) {
       using feature_t = decltype(feature);
       update_rows(
           static_cast<row_t*>(bank.mutable_data_ptr()),

@@ -114,9 +114,9 @@ void update_bank_cuda(
   const Tensor dense_position = position ? dense_beside(bank, *position) : dense_index;
   const cudaStream_t stream = static_cast<cudaStream_t>(current_stream(bank));
   const unsigned blocks = static_cast<unsigned>((B + kWarpsPerBlock - 1) / kWarpsPerBlock);
-  dispatch_float_type(bank, "bank", [&](auto row) {
+  dispatch_float_type(bank, "update_bank_: bank", [&](auto row) {
     using row_t = decltype(row);
-    dispatch_float_type(features, "features", [&](auto feature) {
+    dispatch_float_type(features, "update_bank_: features", [&](auto feature) {
       using feature_t = decltype(feature);
       update_bank_kernel<<<blocks, kWarp * kWarpsPerBlock, 0, stream>>>(
           static_cast<row_t*>(bank.mutable_data_ptr()),
