@@ -220,7 +220,8 @@ function press(event) {
     if (key === "z" && !event.shiftKey) undo();
     return;
   }
-  if (event.target.matches("select, input") && key !== "Escape") return;
+  // A dialog that has just been closed keeps the focus until the next frame: its keys are for the page already.
+  if (event.target.matches(":not(dialog *):is(select, input)") && key !== "Escape") return;
   const inGrid = view.mode === "grid" && !event.target.matches("button:not(.cell)");
   const action = KEYS[key] ?? (inGrid ? GRID_KEYS[key] : undefined);
   if (action === undefined) return;

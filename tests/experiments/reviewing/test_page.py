@@ -27,7 +27,8 @@ from tests.experiments.browser import (
     start_browser,
 )
 
-Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
+webdriver = pytest.importorskip("selenium.webdriver")
+ActionChains, Keys = webdriver.ActionChains, webdriver.Keys
 pytestmark = needs_browser
 
 CLASSES = ['<b onclick="x">a, "b"</b>', "line\nbreak", "עברית 🌲", "=1+1"]  # names may be anything
@@ -96,16 +97,36 @@ def only_browser() -> Iterator[Any]:
 def browser(only_browser: Any, made: Made, tmp_path: Path) -> Any:
     """The review, opened with an empty storage; what is saved lies in `tmp_path`."""
     only_browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
-    open_page(only_browser, made.page, 1280)
+    open_review(only_browser, made.page)
     only_browser.execute_script("localStorage.clear()")
-    only_browser.refresh()
+    refresh(only_browser)
     complaints(only_browser)  # those of the test before
     return only_browser
 
 
+def open_review(browser: Any, page: Path, width: int = 1280) -> None:
+    open_page(browser, page, width)
+    wait_until_started(browser)
+
+
+def refresh(browser: Any) -> None:
+    browser.refresh()
+    wait_until_started(browser)
+
+
+def wait_until_started(browser: Any) -> None:
+    """A browser says that a page is loaded before the page has read its own files and listens to keys."""
+    wait_for(lambda: text_of(browser, "#progress"))
+
+
 def press(browser: Any, *keys: str) -> None:
-    for key in keys:
-        browser.switch_to.active_element.send_keys(key)
+    """Press keys as a keyboard does: whatever has the focus gets them."""
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+def open_finder(browser: Any) -> None:
+    press(browser, "c")
+    wait_for(lambda: browser.find_element("id", "finder").is_displayed())
 
 
 def go(browser: Any, place: int) -> None:
@@ -113,12 +134,11 @@ def go(browser: Any, place: int) -> None:
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
-    for _ in range(200):
-        found = condition()
-        if found:
-            return found
+    until = time.monotonic() + 60  # a busy machine takes seconds for what an idle one does in 20 ms
+    while not (found := condition()):
+        assert time.monotonic() < until, "it did not come"
         time.sleep(0.02)
-    raise AssertionError("it did not come")
+    return found
 
 
 def text_of(browser: Any, selector: str) -> str:
@@ -165,18 +185,18 @@ def read_in(browser: Any, *files: Path) -> str:
 
 def test_thirty_decisions_by_keyboard_are_saved_as_decided(made, tmp_path):
     browser = start_browser(tmp_path / "profile")
-    open_page(browser, made.page, 1280)
+    open_review(browser, made.page)
     expected = []
     for place in range(30):
         assert wait_for(lambda row=made.index["rows"][place]: shown_name(browser) == made.paths[row])
         key = "kactx"[place % 5]
-        press(browser, key)
         if key == "c":
+            open_finder(browser)
             wanted = ['new, "class"', "בע", "1+", "BREAK", "<b"][place // 5 % 5]
-            wait_for(lambda: browser.find_element("id", "finder").is_displayed())
             press(browser, wanted, Keys.ENTER)
             decided = next((name for name in CLASSES if wanted.lower() in name.lower()), wanted)
         else:
+            press(browser, key)
             decided = {"k": made.given(place), "a": made.suggested(place)}.get(key, "")
         verdict = DECIDED.get(key, "relabel")
         if verdict == "relabel" and decided == made.given(place):
@@ -189,7 +209,7 @@ def test_thirty_decisions_by_keyboard_are_saved_as_decided(made, tmp_path):
 
     browser = start_browser(tmp_path / "profile")
     browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
-    open_page(browser, made.page, 1280)
+    open_review(browser, made.page)
     assert text_of(browser, "#progress") == f"27 of {len(made.index['rows'])} decided"
     assert wait_for(lambda: shown_name(browser) == made.paths[made.index["rows"][27]])
     press(browser, "u")
@@ -200,6 +220,15 @@ def test_thirty_decisions_by_keyboard_are_saved_as_decided(made, tmp_path):
     assert len(decisions) == 26
     assert sum(decisions.counts().values()) == 26
     assert decisions.counts()["exclude"] == 5
+
+
+def test_a_key_right_after_the_choice_of_a_class_counts(browser, made):
+    open_finder(browser)
+    browser.execute_script(
+        "finder.take({name: review.classes[0]});"
+        "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: 't', bubbles: true}))"
+    )
+    assert text_of(browser, "#progress").startswith("2 of")
 
 
 def test_undo_takes_back_step_by_step_and_leaves_no_row(browser, made, tmp_path):
@@ -268,7 +297,7 @@ def test_the_yield_says_when_to_stop(browser, made):
     press(browser, "u", "x")
     assert text_of(browser, "#yield") == f"11 of the last 50 labels were wrong; {random}. Go on."
     press(browser, "u", "k")
-    browser.refresh()
+    refresh(browser)
     press(browser, "k" * 7)
     assert text_of(browser, "#yield") == "3 of the last 50 labels were wrong. Go on."
     press(browser, "t")
@@ -287,7 +316,7 @@ def test_files_of_people_are_merged_and_conflicts_stay_open(browser, made, tmp_p
     assert "3 new decisions, 0 that were here already, 2 conflicts" in said
     assert rows_of(saved(browser, tmp_path)) == sorted([agreed, alice[3], bob[3]])
 
-    browser.refresh()
+    refresh(browser)
     state = browser.find_element("id", "state")
     browser.execute_script(
         "arguments[0].value = 'conflict'; arguments[0].dispatchEvent(new Event('change', {bubbles: true}))", state
@@ -317,7 +346,7 @@ def test_undo_of_a_page_opened_anew_leaves_what_others_decided(browser, made, tm
     for place, key in ((1, "t"), (6, "x")):
         go(browser, place)
         press(browser, key)
-    browser.refresh()
+    refresh(browser)
     press(browser, "u")
     assert rows_of(saved(browser, tmp_path)) == sorted([others[0], made.said(0, "exclude"), made.said(1, "unsure")])
     press(browser, "u", "u")
@@ -325,7 +354,7 @@ def test_undo_of_a_page_opened_anew_leaves_what_others_decided(browser, made, tm
     assert not browser.find_element("id", "undo").is_enabled()
     press(browser, "u")
     assert text_of(browser, "#status") == "There is nothing to undo."
-    browser.refresh()
+    refresh(browser)
     assert rows_of(saved(browser, tmp_path)) == [others[0]]
 
 
@@ -372,7 +401,7 @@ def test_what_is_no_file_of_decisions_is_refused(browser, tmp_path):
 def test_two_tabs_do_not_overwrite_each_other(browser, made, tmp_path):
     first = browser.current_window_handle
     browser.switch_to.new_window("tab")
-    open_page(browser, made.page, 1280)
+    open_review(browser, made.page)
     press(browser, Keys.ARROW_RIGHT, "t")
     second = browser.current_window_handle
     browser.switch_to.window(first)
@@ -413,15 +442,17 @@ def test_a_blocked_storage_is_said_and_leaving_is_warned_of(browser, made, tmp_p
         "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'SecurityError'); }})"
     )
     script = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": blocked})
-    browser.refresh()
-    assert "keeps nothing for this page" in text_of(browser, "#storage")
-    assert not browser.execute_script(LEAVING)
-    press(browser, "x")
-    assert "1 decision is in this tab alone" in text_of(browser, "#storage")
-    assert browser.execute_script(LEAVING)
-    assert rows_of(saved(browser, tmp_path)) == [made.said(0, "exclude")]
-    assert not browser.execute_script(LEAVING)
-    browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+    try:
+        refresh(browser)
+        assert "keeps nothing for this page" in text_of(browser, "#storage")
+        assert not browser.execute_script(LEAVING)
+        press(browser, "x")
+        assert "1 decision is in this tab alone" in text_of(browser, "#storage")
+        assert browser.execute_script(LEAVING)
+        assert rows_of(saved(browser, tmp_path)) == [made.said(0, "exclude")]
+        assert not browser.execute_script(LEAVING)
+    finally:  # the next test has the same browser
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
 
 
 # The page
@@ -430,8 +461,8 @@ def test_a_blocked_storage_is_said_and_leaving_is_warned_of(browser, made, tmp_p
 def test_names_are_text_and_no_request_leaves_the_page(browser, made):
     press(browser, "g")
     wait_for(lambda: len(browser.find_elements("css selector", ".cell img")) >= 30)
-    press(browser, "g", "c")
-    wait_for(lambda: browser.find_element("id", "finder").is_displayed())
+    press(browser, "g")
+    open_finder(browser)
     press(browser, "b")
     options = [each.get_property("textContent") for each in browser.find_elements("css selector", "#found li")]
     assert options == [CLASSES[0], CLASSES[1], "new class: b"]
@@ -453,9 +484,11 @@ def test_names_are_text_and_no_request_leaves_the_page(browser, made):
 
 @pytest.mark.parametrize("width", [420, 1280])
 def test_nothing_is_wider_than_the_screen(browser, made, width):
-    open_page(browser, made.page, width)
-    for keys in (["2"], ["g"], ["?"], [Keys.ESCAPE, "c"], [Keys.ESCAPE, "g", Keys.ARROW_RIGHT * 60]):
+    open_review(browser, made.page, width)
+    for keys in ("2", "g", "?", [Keys.ESCAPE], [Keys.ESCAPE, "g", Keys.ARROW_RIGHT * 60]):
         press(browser, *keys)
+        if keys == [Keys.ESCAPE]:
+            open_finder(browser)
         wait_for(lambda: browser.execute_script("return document.readyState") == "complete")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         assert browser.execute_script(OVERFLOWING) == []
@@ -523,7 +556,7 @@ def test_a_hundred_thousand_images_keep_the_page_small(only_browser, tmp_path, m
     monkeypatch.setattr(review, "nearest_neighbours", lambda *rest: found)
     source = Source("many", None, labels, [f"folder/image-{row}.png" for row in range(N)], None)
     page = review.write_review(audit, None, source, tmp_path, method=None, count=N, neighbours=5)
-    open_page(only_browser, page, 1280)
+    open_review(only_browser, page)
     only_browser.execute_script("localStorage.clear()")
     assert text_of(only_browser, "#progress") == "0 of 100,000 decided"
     wait_for(lambda: shown_name(only_browser).startswith("folder/image-"))
