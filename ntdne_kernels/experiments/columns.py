@@ -206,14 +206,17 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 def _json_column(path: Path, name: str) -> list[Any]:
     """A field of all records: of FiftyOne's Classification its label; of its vectors the values."""
-    return [_fiftyone_value(path, record.get(name)) for record in _records(path)]
+    return [_fiftyone_value(path, name, record.get(name)) for record in _records(path)]
 
 
-def _fiftyone_value(path: Path, value: Any) -> Any:
+def _fiftyone_value(path: Path, name: str, value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    if "$binary" not in value:
+    kind = value.get("_cls") or list(value)
+    if "label" in value or kind == "Classification":  # FiftyOne leaves a label of None out
         return value.get("label")
+    if "$binary" not in value:  # Detections, say, have many labels
+        raise ValueError(f"{path}, column {name}: expected plain values, vectors or a Classification, got {kind}")
     binary = value["$binary"]  # bson's JSON of what FiftyOne makes of an array: .npy, compressed
     try:
         data = base64.b64decode(binary["base64"] if isinstance(binary, dict) else binary)

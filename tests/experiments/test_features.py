@@ -39,15 +39,22 @@ def settings_of(data: str = "features.npy", **changes: object) -> Settings:
 
 
 def write_fiftyone(folder: Path, features: np.ndarray, labels: list[str]) -> None:
-    """samples.json as FiftyOne writes it: labels in Classifications, vectors as compressed .npy in bson's JSON."""
+    """samples.json byte for byte as FiftyOne 1.22 exports a FiftyOneDataset, with made up ids, times and _rand.
+
+    Vectors are compressed .npy in bson's JSON. A field that is None is left out.
+    """
     found = []
     for path, row, label in zip(PATHS, features, labels, strict=True):
         file = io.BytesIO()
         np.save(file, row)
+        an_id, time = {"$oid": "6b097dfac7a7067813963fcb"}, {"$date": "2026-11-27T12:56:26.825Z"}
         binary = {"base64": base64.b64encode(zlib.compress(file.getvalue())).decode(), "subType": "00"}
-        classification = {"_cls": "Classification", "label": label} if label else None
-        found.append({"filepath": path, "ground_truth": classification, "embeddings": {"$binary": binary}})
-    (folder / "samples.json").write_text(json.dumps({"samples": found}))
+        sample = {"_id": an_id, "filepath": path, "tags": [], "_media_type": "image", "_rand": 0.9990826910143263}
+        sample["embeddings"] = {"$binary": binary}
+        if label:
+            sample["ground_truth"] = {"_id": an_id, "_cls": "Classification", "tags": [], "label": label}
+        found.append(json.dumps(sample | {"_dataset_id": an_id, "created_at": time, "last_modified_at": time}))
+    (folder / "samples.json").write_text(f'{{"samples": [{",".join(found)}]}}')
 
 
 @pytest.mark.parametrize("kind", ["pt", "pt with columns", "fiftyone", "embed", "cleanlab", "fiftyone csv"])
@@ -76,6 +83,13 @@ def test_every_source_gives_the_same(features, kind):
     assert read.paths == PATHS
 
 
+def test_a_classification_of_fiftyone_without_a_label_is_unlabelled(tmp_path):
+    labels = [{"_cls": "Classification", "tags": []}, {"_cls": "Classification", "label": "lake", "confidence": 0.5}]
+    samples = [{"embeddings": [1.0], "ground_truth": label} for label in labels]
+    (tmp_path / "samples.json").write_text(json.dumps({"samples": samples}))
+    assert read_features(tmp_path, None).labels == [None, "lake"]
+
+
 def test_bfloat16_is_read_as_float32(features):
     torch.save(torch.from_numpy(features).bfloat16(), "features.pt")
     read = read_features(Path("features.pt"), Path("labels.npy"))
@@ -95,6 +109,11 @@ def test_bfloat16_is_read_as_float32(features):
          "bad.json", "got 0 values in row 1 and 1 in row 0"),
         (lambda: Path("bad.json").write_text('{"samples": [{"embeddings": {"$binary": "x"}}]}'),
          "bad.json", "bad.json cannot be read"),
+        (lambda: Path("bad.json").write_text(
+            '[{"embeddings": [1.0], "labels": {"_cls": "Detections", "detections": [{"label": "lake"}]}}]'),
+         "bad.json", "column labels: expected .* a Classification, got Detections"),
+        (lambda: Path("bad.json").write_text('[{"embeddings": [1.0], "label": {"$oid": "6b09"}}]'),
+         "bad.json", r"column label: .* got \['\$oid'\]"),
         (lambda: np.save("labels.npy", NAMES[1:]), "features.npy", "labels.npy: expected a label for each of the 60"),
     ],
 )  # fmt: skip
