@@ -2,8 +2,9 @@
 // walks over the bank, defined by what ntdne_kernels/ops/streaming.py does with the same arguments.
 //
 // Each thread walks a share of its own, tile by tile, and calls PyTorch's matrix products, which then take one thread:
-// with all threads inside each small step each of them waits for the slowest, which beside two busy processes took 3.0 s
-// where this takes 1.1 (docs/speed.md). Shares are added up in their order: the same number of threads, the same bits.
+// with all threads inside each small step each of them waits for the slowest, which beside two busy processes took 8 s
+// and more where this takes 0.9 (docs/speed.md). Shares are added up in their order: the same number of threads, the
+// same bits.
 //
 // Shapes: B queries, b of them in a block, N bank rows, n of a tile, D features, K classes.
 #include "tiles.h"
