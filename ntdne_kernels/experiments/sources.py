@@ -31,6 +31,7 @@ TECHNICAL = {  # folders that file servers, operating systems and tools create; 
     *("@eadir", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot", "$recycle.bin", "lost+found"),
     *("system volume information", "__macosx", "__pycache__"),
 }
+UNLABELLED_FOLDER = "_unlabeled"  # where FiftyOne's export to class folders puts the images without a label
 SET_PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 MAX_LISTED = 4  # folders in a message
 KNOWN_SOURCES = "expected a folder of class folders, or one of eurosat, resisc45, digits, made:N, made:NxC"
@@ -99,7 +100,7 @@ class ImageFiles:
         folder: its resolved path.
         classes: names of the class folders.
         files: N file names relative to the folder.
-        labels: class of each image, 0..C−1; −1 for those beside the class folders.
+        labels: class of each image, 0..C−1; −1 for those beside the class folders and in the folder _unlabeled.
         left_out: how many files of the folder are no images, by their suffix.
     """
 
@@ -228,21 +229,25 @@ def _entries(folder: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
     return entries, [
         entry.name
         for entry in entries
-        if entry.is_dir() and not is_technical(entry.name) and not folder.is_relative_to(os.path.realpath(entry.path))
+        if entry.is_dir()
+        and entry.name != UNLABELLED_FOLDER
+        and not is_technical(entry.name)
+        and not folder.is_relative_to(os.path.realpath(entry.path))
     ]
 
 
 def _listed(folder: Path, entries: list[os.DirEntry[str]], classes: list[str], beside: bool) -> ImageFiles:
     """The images of class folders and, where wanted, those beside them; the latter first, with label −1."""
-    at_top = [entry.name for entry in entries if not entry.is_dir() and not is_technical(entry.name)]
-    files = [file for file in at_top if beside and _suffix(file) in suffixes()]
+    unlabelled, *of_classes = _files_of_classes(folder, [UNLABELLED_FOLDER, *classes])
+    outside = [entry.name for entry in entries if not entry.is_dir() and not is_technical(entry.name)] + unlabelled
+    files = [file for file in outside if beside and _suffix(file) in suffixes()]
     labels = [-1] * len(files)
     left_out = Counter(
         _suffix(file) + (" outside the class folders" if _suffix(file) in suffixes() else "")
-        for file in at_top
+        for file in outside
         if not (beside and _suffix(file) in suffixes())
     )
-    for label, found in enumerate(_files_of_classes(folder, classes)):
+    for label, found in enumerate(of_classes):
         images = [file for file in found if _suffix(file) in suffixes()]
         left_out.update(_suffix(file) for file in found if _suffix(file) not in suffixes())
         files += images

@@ -155,6 +155,17 @@ def test_what_is_left_out_is_counted_by_suffix(folder, cache):
     assert len(archive.files) == 7
 
 
+def test_fiftyones_folder_of_unlabelled_images_is_no_class(folder, cache):
+    write_image(folder / "_unlabeled" / "2019" / "0.png")
+    archive = open_archive(str(folder), 4, cache=cache)
+    assert archive.classes == ["Beach", "Forest"]
+    assert "1 .png outside the class folders" in archive.notes
+    found = sources.image_files(folder)
+    assert found.files[0] == "_unlabeled/2019/0.png"
+    assert found.labels == [-1, *archive.labels.tolist()]
+    assert sources.image_files(folder, ["Beach"]).labels == [0] * 3
+
+
 def test_what_a_plugin_would_read_is_said_where_it_is_missing(folder, cache, monkeypatch):
     (folder / "Beach" / "a.heic").touch()
     monkeypatch.setattr(sources, "suffixes", lambda: frozenset({".png"}))
