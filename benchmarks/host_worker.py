@@ -151,13 +151,12 @@ def _naive_module(problem: problems.Problem) -> Call:
 
 
 def _criterion(problem: problems.Problem, labels: Tensor) -> NTDNELoss:
-    """NTDNELoss after its warm-up, made from the labels (N,) of all images.
+    """NTDNELoss after its warm-up, made from the labels (N,) of all images, with rows as they start.
 
-    It is made on the GPU: a bank that is moved there looks at its rows once, and a GPU that computes nothing would
-    leave them 0.
+    It is made on the GPU, and no rows are put into it: a bank that is moved or written from outside looks at its rows
+    once, and a GPU that computes nothing would leave them 0.
     """
     criterion = NTDNELoss(labels, D, sigma=SIGMA, q=Q, k=0.3, warmup_epochs=20, dtype=problem.bank.dtype, device="cuda")
-    criterion.memory.storage.copy_(problem.bank)
     criterion.set_epoch(20)  # the warm-up is over: scores are looked up, and may prune
     return criterion
 

@@ -45,7 +45,7 @@ def check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None
 
 def check_range(name: str, index: Tensor, N: int, *, look: bool = False) -> None:
     """IndexError unless every index is −1 or a row of a bank of N rows; looks at GPU values only if told to."""
-    if not (look or can_look_inside(index)):
+    if not can_look_inside(index, look=look):
         return
     wrong = (index < NOT_IN_BANK) | (index >= N)
     if bool(wrong.any()):
@@ -55,7 +55,7 @@ def check_range(name: str, index: Tensor, N: int, *, look: bool = False) -> None
 
 def check_classes(labels: Tensor, *, look: bool = False) -> None:
     """ValueError unless every label of a query is −1 or a class; looks at GPU values only if told to."""
-    if (look or can_look_inside(labels)) and bool((labels < UNLABELLED).any()):
+    if can_look_inside(labels, look=look) and bool((labels < UNLABELLED).any()):
         row = int((labels < UNLABELLED).nonzero()[0])
         raise ValueError(f"labels: expected -1 (unlabelled) or a class from 0, got {int(labels[row])} at row {row}")
 
@@ -67,7 +67,7 @@ def check_directions(
 
     Rows whose index is −1 are passed over. Looks at GPU values only if told to.
     """
-    if not (look or can_look_inside(features)):
+    if not can_look_inside(features, look=look):
         return
     norm = torch.linalg.vector_norm(features.detach().to(torch.promote_types(dtype, torch.float32)), dim=1)
     wrong = ~((norm >= SHORTEST) & norm.isfinite())
@@ -81,9 +81,9 @@ def check_directions(
         )
 
 
-def can_look_inside(tensor: Tensor) -> bool:
-    """Whether values cost nothing to read: on a CPU, outside of a compiler's trace."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def can_look_inside(tensor: Tensor, *, look: bool = False) -> bool:
+    """Whether values cost nothing to read, on a CPU, or are to be read all the same; never in a compiler's trace."""
+    return (look or tensor.device.type == "cpu") and not torch.compiler.is_compiling()
 
 
 def check_matrix(name: str, matrix: Tensor, shape: str) -> None:

@@ -81,7 +81,8 @@ class IndexedDataset(Dataset[Any]):
         Raises:
             TypeError: there is no such place, or it holds no integers. For names, the message has the line that numbers
                 them in the whole dataset, so that all of its parts have the same numbers.
-            ValueError: labels have not one dimension.
+            ValueError: labels have not one dimension, or those of a torchvision folder were changed in one of `targets`
+                and `samples` alone.
         """
         return _labels_of(self.dataset)
 
@@ -109,6 +110,7 @@ def _labels_of(dataset: Any) -> Tensor:
 
 def _labels_in_attributes(dataset: Any) -> Tensor | None:
     """Labels that a dataset keeps in an attribute, one for each sample, after its `target_transform`."""
+    _check_folder(dataset)
     for name in LABEL_ATTRIBUTES + SAMPLE_ATTRIBUTES:
         labels: Any = getattr(dataset, name, None)
         if not hasattr(labels, "__len__") or len(labels) != len(dataset):  # names of classes, say
@@ -122,6 +124,20 @@ def _labels_in_attributes(dataset: Any) -> Tensor | None:
             labels = [transform(label) for label in (labels.tolist() if hasattr(labels, "tolist") else labels)]
         return as_labels(labels, "labels" if name in SAMPLE_ATTRIBUTES else f"dataset.{name}").to("cpu", torch.int64)
     return None
+
+
+def _check_folder(dataset: Any) -> None:
+    """ValueError where a torchvision folder gives other labels, those of its `samples`, than its `targets` say."""
+    if all(base.__name__ != "DatasetFolder" for base in type(dataset).__mro__):
+        return
+    targets, samples = list(dataset.targets), [label for _, label in dataset.samples]
+    if len(targets) == len(samples) and targets != samples:
+        row = next(i for i, (target, label) in enumerate(zip(targets, samples, strict=True)) if target != label)
+        raise ValueError(
+            f"dataset: expected the same labels in `targets` and `samples`, got {targets[row]} and {samples[row]} for "
+            f"image {row}; the dataset gives those of `samples`: dataset.targets = [label for _, label in "
+            "dataset.samples]"
+        )
 
 
 def _labels_in_column(dataset: Any) -> Tensor:

@@ -165,9 +165,12 @@ def _array_or_list(values: Any, name: str, expected: str) -> "np.ndarray[Any, An
     if hasattr(values, "__array__"):  # arrays, Series, Categoricals
         import numpy as np
 
-        array = np.asarray(values)
+        array = np.asanyarray(values)
         if array.ndim != 1:
             raise ValueError(f"{name}: expected one dimension, got shape {array.shape}")
+        if np.ma.is_masked(array):
+            return list(array.tolist())  # None for what is masked
+        array = np.asarray(array)
         if array.dtype.kind not in "iufOUS":
             raise TypeError(f"{name}: expected {expected}, got {array.dtype}")
         return array if array.dtype.kind in "iuf" else list(array.tolist())
@@ -207,6 +210,8 @@ def _no_integer(name: str, value: Any) -> TypeError:
 
 def _plain_value(value: Any) -> Any:
     """A label as an int, float, text without blanks at its ends, or None where it is missing."""
+    if type(value).__name__ in ("NAType", "NaTType", "MaskedConstant"):  # pandas' and NumPy's
+        return None
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()  # NumPy's and torch's scalars
     if isinstance(value, bytes):
@@ -215,7 +220,7 @@ def _plain_value(value: Any) -> Any:
         return str(value).strip() or None
     if isinstance(value, int | float) and not isinstance(value, bool):
         return None if value != value else int(value) if isinstance(value, int) else float(value)
-    return None if type(value).__name__ in ("NAType", "NaTType") else value  # pandas'
+    return value
 
 
 def _parse_integer(text: str) -> int | None:

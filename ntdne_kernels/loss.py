@@ -19,6 +19,8 @@ from ntdne_kernels.ops.look_up import log_chance
 from ntdne_kernels.ops.losses import LossSpec, common_unit
 from ntdne_kernels.user_warning import warn_user
 
+INDICATORS = ("current", "stored")
+
 
 class NTDNELoss(NeighbourhoodLoss):
     """Noise-tolerant deep neighbourhood embedding: (1 − p^q)/q of the leave-one-out score p, pruned where p ≤ k.
@@ -58,16 +60,15 @@ class NTDNELoss(NeighbourhoodLoss):
         momentum: weight m in [0, 1] of the old bank row (eq. 15; 1 − λ).
         indicator: which score decides on pruning: "current", that of this forward (eq. 14), or "stored", the image's
             last one before it (images never scored are kept; `refresh_indicator` scores all), as always with k="auto".
-            Stored scores are not for a criterion under activation checkpointing, whose second forward would see those
-            of the first.
         reduction: "mean", "sum" or "none".
         fused: stream the bank (the fastest backend for the device) instead of b×N PyTorch; the numbers are the same.
-        validate: look for bad values on a GPU too, which synchronises.
+        validate: look for bad values on a GPU too, which synchronises; not in compiled code.
         generator: source of the bank's random start.
         device, dtype: of the bank. The dtype decides the arithmetic, whatever autocast says.
         process_group: ranks that share the bank, each holding a part of its rows (a torch.distributed group, or a
             DeviceMesh of one dimension). Every call is then made by all of them; the batch is that of all ranks, and
-            loss and gradients are those of one process on it, once DistributedDataParallel has averaged the latter.
+            loss and gradients are those of one process on it, once DistributedDataParallel has averaged the latter
+            ("none" gives the losses of the rank's own features, and nothing is scaled).
         storage, path: "device", "host" or "disk": where the rows live; see `MemoryBank`.
 
     Attributes:
@@ -124,7 +125,7 @@ class NTDNELoss(NeighbourhoodLoss):
         check_number("q", q, 0, 1, upper_included=True)
         _check_k(k)
         check_number("warmup_epochs", warmup_epochs, 0, math.inf, lower_included=True)
-        check_choice("indicator", indicator, ("current", "stored"))
+        check_choice("indicator", indicator, INDICATORS)
         if not isinstance(unit_slope, bool):
             raise TypeError(f"unit_slope: expected True or False, got {unit_slope!r}")
         super().__init__(
@@ -186,6 +187,7 @@ class NTDNELoss(NeighbourhoodLoss):
     def _loss_spec(self) -> LossSpec:
         check_number("q", self.q, 0, 1, upper_included=True)
         _check_k(self.k)
+        check_choice("indicator", self.indicator, INDICATORS)
         # For "auto", k sets the constant of eq. 13 and prunes features of no archive image: chance for C equal classes.
         auto = isinstance(self.k, str)
         k = 1 / max(2, len(self.memory.classes)) if isinstance(self.k, str) else self.k

@@ -125,7 +125,8 @@ def _hash_rows(rows: Tensor, labels: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
     factors = torch.randint(low, high, (rows.size(1) + 1,), generator=generator, device="cpu").to(rows.device)
-    return (bits * factors[1:]).sum(dim=1) + labels * factors[0]  # overflow wraps, so the order of the sum is no matter
+    # Overflow wraps, so the order of the sum is no matter.
+    return (bits * factors[1:]).sum(dim=1) + labels.to(torch.int64) * factors[0]
 
 
 def _admit() -> None:

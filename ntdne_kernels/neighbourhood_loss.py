@@ -32,6 +32,7 @@ from ntdne_kernels.ops.losses import LossSpec
 from ntdne_kernels.user_warning import warn_user
 from ntdne_kernels.watch import Watch
 
+REDUCTIONS = ("mean", "sum", "none")
 REFRESH_CHUNK = 1024  # bank rows of each process that are scored at a time
 
 
@@ -53,7 +54,7 @@ class NeighbourhoodLoss(nn.Module):
         super().__init__()
         check_number("sigma", sigma, 0, math.inf)
         check_number("momentum", momentum, 0, 1, lower_included=True, upper_included=True)
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        check_choice("reduction", reduction, REDUCTIONS)
         self.sigma = sigma
         self.momentum = momentum
         self.reduction = reduction
@@ -89,9 +90,16 @@ class NeighbourhoodLoss(nn.Module):
             TypeError: an argument has the wrong type or dtype.
             ValueError: a shape, device, label or number is not as described.
             IndexError: an index is no image of the archive. Values are looked at on a CPU, and on a GPU only with
-                validate=True, which synchronises.
+                validate=True, which synchronises; in compiled code nowhere.
+            RuntimeError: in training, it is run a second time by activation checkpointing.
         """
         memory = self.memory
+        if self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "the criterion runs again in backward, by activation checkpointing, when the scores of its first run "
+                "are recorded and the bank may be updated; call it outside of what is checkpointed: it keeps nothing "
+                "of the bank for backward"
+            )
         (images, own_labels, spec), reports = memory.processes.exchange(
             "forward", lambda: self._check_batch(features, index, labels)
         )
@@ -175,6 +183,7 @@ class NeighbourhoodLoss(nn.Module):
         images, own_labels = self._check_images(len(features), index, labels)
         check_directions("features", features, None, accumulator_dtype(self.memory.storage.dtype), look=self.validate)
         check_number("sigma", self.sigma, 0, math.inf)
+        check_choice("reduction", self.reduction, REDUCTIONS)
         spec = self._loss_spec()
         settings = (self.sigma, self.momentum, spec, getattr(self, "indicator", None), self.training)
         wants_gradient = torch.is_grad_enabled() and features.requires_grad
@@ -212,7 +221,7 @@ class NeighbourhoodLoss(nn.Module):
         else:
             check_range("index", index, len(memory), look=self.validate)
         if labels is None:
-            if (self.validate or can_look_inside(index)) and bool((index == NOT_IN_BANK).any()):
+            if can_look_inside(index, look=self.validate) and bool((index == NOT_IN_BANK).any()):
                 row = int((index == NOT_IN_BANK).nonzero()[0])
                 raise ValueError(f"labels: expected labels, because index is -1 in row {row}; got None")
             return index, None

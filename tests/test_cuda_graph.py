@@ -224,6 +224,7 @@ step.criterion(torch.zeros(7, 16).cuda(), torch.arange(7).cuda())
 print(refused(step))
 step(*batch(16))
 step.criterion.memory._storage = torch.zeros(70, 16)
+step.criterion.memory._seal()
 print(refused(step))
 """)
     expected = (

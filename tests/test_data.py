@@ -155,6 +155,19 @@ def test_labels_of_a_folder_of_class_folders(tmp_path):
     assert IndexedDataset(shifted).labels.tolist() == [7, 7, 7, 6, 6, 6]
 
 
+def test_a_folder_of_which_samples_alone_were_corrected_is_refused(tmp_path):
+    datasets = pytest.importorskip("torchvision.datasets")
+    for name in ("ash", "oak"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_text("no image")
+    folder = datasets.ImageFolder(tmp_path)
+    folder.samples[0] = (folder.samples[0][0], 1)
+    with pytest.raises(ValueError, match="same labels in `targets` and `samples`, got 0 and 1 for image 0"):
+        _ = IndexedDataset(folder).labels
+    folder.targets = [label for _, label in folder.samples]
+    assert IndexedDataset(folder).labels.tolist() == [1, 1]
+
+
 def test_a_part_trains_on_its_own_labels():
     """Under the labels of the whole set most images would have those of others."""
     archive = TensorDataset(torch.randn(200, 6), torch.randint(5, (200,)))

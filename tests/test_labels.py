@@ -213,3 +213,20 @@ def test_codes_of_names_are_the_same_in_training_and_audit():
     assert audit.classes == classes == ("ash", "elm", "oak")
     assert torch.equal(audit.labels, codes)
     assert torch.equal(NTDNELoss(codes, dim=5).memory.labels, codes)
+
+
+MASKED = np.ma.array([2, 0, 1, 2], mask=[False, True, False, False])
+
+
+def test_masked_labels_are_unlabelled():
+    assert as_labels(MASKED).tolist() == [2, -1, 1, 2]
+    assert as_labels(MASKED[2:]).tolist() == [1, 2]
+    assert encode_labels(np.ma.array(["oak", "ash"], mask=[True, False]))[0].tolist() == [-1, 0]
+    assert encode_labels([1, np.ma.masked, 2])[0].tolist() == [0, -1, 1]
+
+
+def test_masked_indices_and_features_are_refused():
+    with pytest.raises(TypeError, match="index: expected integers, got None"):
+        as_index(MASKED)
+    with pytest.raises(TypeError, match="features: expected an array of values, got a masked one"):
+        audit_labels(np.ma.masked_less(np.eye(4), 0.5), [0, 0, 1, 1])

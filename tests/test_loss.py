@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks import null_gpu
 from ntdne_kernels import NTDNELoss, SNCALoss
@@ -482,6 +483,45 @@ def test_a_training_step_takes_at_most_ten_launches():
     assert len(module[0]) == 7 <= 10, module
     for _, operators in (functional, module):  # most of them allocate
         assert len(operators) <= 30, operators
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("reduction", "avg"), ("indicator", "store")])
+def test_a_choice_that_there_is_not_is_named_when_it_is_used(name, wrong):
+    criterion = filled()
+    setattr(criterion, name, wrong)
+    with pytest.raises(ValueError, match=f"{name}: expected one of .*, got '{wrong}'"):
+        criterion(*batch())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_of_a_training_criterion_is_refused(reentrant):
+    criterion = filled()
+    features, index = batch()
+    features.requires_grad_()
+    loss = checkpoint(criterion, features, index, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="runs again in backward, by activation checkpointing"):
+        loss.backward()
+    criterion.eval()
+    again = checkpoint(criterion, features, index, use_reentrant=reentrant)
+    expected = torch.autograd.grad(criterion(features, index), features)[0]
+    again.backward()
+    torch.testing.assert_close(features.grad, expected)
+
+
+def test_values_are_not_looked_at_in_compiled_code_though_they_may_be():
+    criterion = filled(validate=True)
+    features, index = batch()
+    expected = criterion(features, index)
+    torch.testing.assert_close(torch.compile(criterion, fullgraph=True, backend="eager")(features, index), expected)
+
+
+def test_compiled_code_counts_on_a_cpu_what_it_leaves_out():
+    criterion = filled()
+    features, index = batch()
+    features[3] = torch.nan
+    before = criterion.memory.skipped_rows()
+    torch.compile(criterion, backend="eager")(features, index)
+    assert criterion.memory.skipped_rows() == before + 1
 
 
 def test_no_grad_gives_the_same_loss():

@@ -61,6 +61,15 @@ def test_references_are_the_bank():
     assert torch.autograd.grad(loss, references)[0].norm() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_copies_are_found_whatever_integers_the_labels_are(dtype):
+    (features, labels), (others, other_labels) = clusters(8), clusters(30, seed=1)
+    references = {"ref_emb": torch.cat([features, others]), "ref_labels": torch.cat([labels, other_labels])}
+    assert NTDNEMetricLoss()(features, labels.to(dtype), **references) == NTDNEMetricLoss()(
+        features, labels, **references
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_copies_among_the_references_are_no_neighbours(dtype):
     features, labels = (x.to(dtype) if x.is_floating_point() else x for x in clusters(8))

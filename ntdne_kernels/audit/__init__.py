@@ -41,7 +41,7 @@ from ntdne_kernels.audit.class_structure import AlikeClasses, Halves, cut_class,
 from ntdne_kernels.audit.confident_learning import Confusions
 from ntdne_kernels.audit.doubt import Evidence, sample_neighbours
 from ntdne_kernels.audit.duplicates import find_duplicates
-from ntdne_kernels.audit.inputs import check_rows, feature_bank, free_memory
+from ntdne_kernels.audit.inputs import feature_bank, free_memory
 from ntdne_kernels.audit.judgement import judge
 from ntdne_kernels.audit.near_copies import NO_PAIRS, NearCopies, find_near_copies, group_copies
 from ntdne_kernels.audit.nearest import nearest_neighbours
@@ -208,8 +208,9 @@ def audit_bank(  # noqa: PLR0913 (options, given by name)
 
     Raises:
         TypeError: the bank is no MemoryBank, or another argument is of the wrong type.
-        ValueError: an argument is out of range, the bank is sharded or has rows that are 0 or not finite, there are
-            not as many names as classes, or labels differ from the given ones where they were not checked.
+        ValueError: an argument is out of range, the bank is sharded, there are not as many names as classes, or labels
+            differ from the given ones where they were not checked.
+        RuntimeError: something outside wrote rows into the bank that are not of unit length.
     """
     if not isinstance(bank, MemoryBank):
         raise TypeError(f"bank: expected a MemoryBank, got {type(bank).__name__}; a criterion's is criterion.memory")
@@ -225,13 +226,12 @@ def audit_bank(  # noqa: PLR0913 (options, given by name)
         raise ValueError(f"classes: expected {len(every)} names, got {len(classes)}")
     if bank.fresh:
         warn_user("bank: its rows are still the random ones of its start; fill_bank brings an encoder's")
-    check_rows(bank)
     fit = fit_ridge(bank) if ridge and len(bank.classes) > 1 else None
     chosen = choose_sigma(bank) if isinstance(sigma, str) else float(sigma)
     N, C = len(bank), len(bank.classes)
     # The range of each given label. A class that only labels since corrected had has no neighbours, and no range.
     own = None if given is known else _ranges(given, bank.classes.cpu())
-    log_score, log_ratio, log_density = torch.empty((3, N), device="cpu")
+    log_score, log_ratio, log_density = torch.empty((3, N), dtype=torch.float32, device="cpu")
     top_classes = torch.empty((N, min(int(top), C)), dtype=torch.int64, device="cpu")
     # float32 would round the share 1 − 1e-9 of a tight class to 1, and its labels' quality to noise.
     top_shares = torch.empty(top_classes.shape, dtype=torch.float64, device="cpu")
@@ -277,7 +277,8 @@ def _encode_both(codes: Tensor, classes: tuple[Any, ...], given: Any) -> tuple[T
     if len(of_given) != len(codes):
         raise ValueError(f"given: expected as many as labels, {len(codes)}, got {len(of_given)}")
     position = {name: code for code, name in enumerate(given_classes)}
-    renumbered = torch.tensor([position.setdefault(name, len(position)) for name in classes] + [UNLABELLED])
+    numbers = [position.setdefault(name, len(position)) for name in classes]
+    renumbered = torch.tensor([*numbers, UNLABELLED], device="cpu")
     return renumbered[codes], of_given, tuple(position)
 
 
@@ -296,7 +297,7 @@ def _mask(name: str, mask: Any, N: int) -> Tensor:
     """(N,) bool on the CPU; None: of no image."""
     if mask is None:
         return torch.zeros(N, dtype=torch.bool, device="cpu")
-    found = torch.as_tensor(mask).cpu()
+    found = torch.as_tensor(mask, device="cpu")
     if found.dtype != torch.bool or found.shape != (N,):
         raise ValueError(f"{name}: expected bools ({N},), got {found.dtype} {tuple(found.shape)}")
     return found

@@ -99,7 +99,12 @@ def cut_class(rows: Tensor) -> Halves:
 
     Args:
         rows: (n, D) features of the class.
+
+    Raises:
+        ValueError: there are fewer than two rows.
     """
+    if len(rows) < 2:
+        raise ValueError(f"rows: expected 2 or more, got {len(rows)}")
     generator = torch.Generator().manual_seed(0)
     rows = rows - rows.mean(dim=0)
     # All that follows needs the products alone; 2-means on 1,280 features took seven times as long.

@@ -48,7 +48,7 @@ def feature_bank(
         progress: show it on standard error.
 
     Raises:
-        TypeError: features are not floats, or dtype is none of a bank.
+        TypeError: features are not floats, not dense or masked, or dtype is none of a bank.
         ValueError: features are no matrix, differ in number from the labels, do not fit in memory, or have rows that
             are 0 or not finite, which are named.
         OSError: the features cannot be read, or the scratch folder has no room.
@@ -73,9 +73,15 @@ def _check_features(features: Any) -> tuple[int, int]:
     """N and D.
 
     Raises:
-        TypeError: features are not floats.
+        TypeError: features are not floats, or not dense.
         ValueError: they are no matrix, or hold no value.
     """
+    dense = features.layout == torch.strided if isinstance(features, Tensor) else not hasattr(features, "toarray")
+    if not dense:
+        found = features.layout if isinstance(features, Tensor) else type(features).__name__
+        raise TypeError(f"features: expected a dense tensor or array, got {found}")
+    if np.ma.isMaskedArray(features):
+        raise TypeError("features: expected an array of values, got a masked one; features.filled(...) says of which")
     shape = tuple(features.shape) if hasattr(features, "shape") else ()
     if len(shape) != 2 or 0 in shape:
         found = f"shape {shape}" if hasattr(features, "shape") else type(features).__name__
@@ -132,16 +138,6 @@ def _fill(bank: MemoryBank, features: Any, progress: bool) -> None:
             images = torch.arange(start, start + len(rows), device=bank.device)
             bank.update_(rows.to(bank.device), images, momentum=0.0)
     _refuse("features", unusable, N)
-
-
-def check_rows(bank: MemoryBank) -> None:
-    """ValueError that names the images whose rows are 0 or not finite."""
-    block = rows_per_block(bank.storage.size(1))
-    unusable: list[int] = []
-    for start in range(0, len(bank), block):
-        wrong = _without_direction(bank.storage[start : start + block], bank.storage.dtype)
-        unusable += bank.order[wrong.to(bank.device) + start].tolist()
-    _refuse("bank", unusable, len(bank))
 
 
 def rows_per_block(D: int) -> int:

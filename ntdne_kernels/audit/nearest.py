@@ -36,7 +36,8 @@ def nearest_neighbours(bank: MemoryBank, images: Any, k: int, *, among: Any = No
         among: (M,) integers, each once: the images that are looked at; None: all.
 
     Returns:
-        (n, k) images and their cosine similarities, on the CPU; fewer than k where fewer than k others are looked at.
+        (n, k) images and their cosine similarities, on the CPU; fewer than k where one of the images has fewer than k
+        others to look at.
 
     Raises:
         TypeError: images are no integers.
@@ -53,8 +54,9 @@ def nearest_neighbours(bank: MemoryBank, images: Any, k: int, *, among: Any = No
         among = as_index(among, "among")
         check_range("among", among, len(bank))
         rows = bank.positions(among.to(bank.device)).sort().values  # in the order in which they lie
-    blocks = images.to(bank.device).split(QUERY_BLOCK)
-    found = [_nearest(bank, block, rows, max(min(k, len(rows) - 1), 0)) for block in blocks]
+    queries = images.to(bank.device)
+    others = len(rows) - int(torch.isin(bank.positions(queries), rows).any())
+    found = [_nearest(bank, block, rows, min(k, others)) for block in queries.split(QUERY_BLOCK)]
     neighbours, similarity = zip(*found, strict=True)
     return torch.cat(neighbours), torch.cat(similarity)
 

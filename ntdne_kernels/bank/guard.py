@@ -6,8 +6,9 @@ left:
 - AveragedModel averages the weights of a copy of the encoder, and the copy needs the bank they were trained with. Each
   bank has one buffer, its `average_mark`, whose value differs between a copy and its source. Once an average was
   written to it, the copy takes its source's bank at the next use.
-- Code that writes into the tensors of state_dict() writes labels and order too. Each write raises a tensor's version
-  counter, so it is noticed without reading values, which would synchronise.
+- Code that writes into the tensors of state_dict() writes rows, and maybe labels and order. Each write raises a
+  tensor's version counter, so it is noticed without reading values, which would synchronise; they are read where it
+  was raised. The bank's own updates seal it anew, but for those in compiled code: an eager use after them reads values.
 
 Shapes: n images of this process.
 """
@@ -40,22 +41,25 @@ class Guard:
         """What the bank writes into its `average_mark`: 0, for a copy one more than its source."""
         self._labels: tuple[int, int] | None = None
         self._order: tuple[int, int] | None = None
+        self._rows: tuple[int, int] | None = None
         self._mark = 0
 
-    def seal(self, labels: Tensor, order: Tensor, average_mark: Tensor) -> None:
+    def seal(self, labels: Tensor, order: Tensor, rows: Tensor, average_mark: Tensor) -> None:
         """The tensors are right as they are."""
-        self._labels, self._order, self._mark = _identity(labels), _identity(order), _version(average_mark)
+        self._labels, self._order, self._rows = map(_identity, (labels, order, rows))
+        self._mark = _version(average_mark)
+
+    def seal_rows(self, rows: Tensor) -> None:
+        """The bank itself has written into the rows, which were right before."""
+        self._rows = _identity(rows)
 
     def unseal(self) -> None:
         """Let the next use check the values."""
-        self._labels = self._order = None
+        self._labels = self._order = self._rows = None
 
-    def is_sealed(self, labels: Tensor, order: Tensor) -> bool:
-        """Whether neither tensor was written or replaced since it was sealed.
-
-        The version of the rows cannot be used: the bank's own updates raise it, in compiled code without Python.
-        """
-        return self._labels == _identity(labels) and self._order == _identity(order)
+    def is_sealed(self, labels: Tensor, order: Tensor, rows: Tensor) -> bool:
+        """Whether none of the tensors was written or replaced since it was sealed."""
+        return (self._labels, self._order, self._rows) == (_identity(labels), _identity(order), _identity(rows))
 
     def order_was_written(self, order: Tensor) -> bool:
         """Whether the order was written or replaced since it was sealed."""

@@ -86,6 +86,7 @@ class MemoryBank(BankModule):
         tensor([[1., 0.]])
     """
 
+    @torch.inference_mode(mode=False)  # what the bank keeps can be written outside of it too
     def __init__(
         self,
         labels: Any,
@@ -118,7 +119,7 @@ class MemoryBank(BankModule):
             lambda: allocate(storage, (n, dim), dtype, device, own_path, facts | {"first": images.start})
         )
         own_labels = labels[own].to(device, torch.int64, copy=True)
-        scores = torch.full((n + 1,), torch.nan, device=device)
+        scores = torch.full((n + 1,), torch.nan, dtype=torch.float32, device=device)
         super().__init__(
             Shard(rows.rows, own_labels, scores, image_order, images, len(labels), processes),
             storage,
@@ -127,6 +128,7 @@ class MemoryBank(BankModule):
         )
         if rows.fresh:
             fill_at_random(rows.rows, images, len(labels), generator, device)
+            self._guard.seal_rows(self._storage)
             if own_path is not None:
                 mark(own_path, ready=True)
         of_processes = processes.counts("MemoryBank", lambda: int(rows.fresh))
@@ -152,6 +154,8 @@ class MemoryBank(BankModule):
         batch = self._begin("update_bank", lambda: self._check_update(features, index, momentum, look=look))
         batch.blend_(features, momentum)
         self.fresh, self._guard.source = False, None
+        if not torch.compiler.is_compiling():
+            self._guard.seal_rows(self._storage)
         return self
 
     def relabel(self, labels: Any) -> None:
@@ -209,12 +213,12 @@ class MemoryBank(BankModule):
         return find(self._shard, images, labels, reports)
 
     def skipped_rows(self) -> int:
-        """How many features without a direction the loss and updates have left out so far on the bank's GPU.
+        """How many features without a direction the loss and updates have left out so far on the bank's device.
 
-        Counts those of all banks on that GPU. 0 on a CPU, where such features raise. Synchronises.
+        Counts those of all banks on that device. On a CPU such features raise, and are left out and counted in compiled
+        code alone. Synchronises.
         """
-        on_device = int(skipped_counter(self.device)) if self.device.type != "cpu" else 0
-        return on_device + int(torch.ops.ntdne_kernels.skipped_rows(self._storage))
+        return int(skipped_counter(self.device)) + int(torch.ops.ntdne_kernels.skipped_rows(self._storage))
 
     def _begin(self, call: str, check: Callable[[], Tensor]) -> LocalBatch | ShardedBatch:
         """The batch of all processes, given the images (b,) that each one's check returns."""
@@ -249,7 +253,7 @@ class MemoryBank(BankModule):
 
     def _check_new_labels(self, labels: Any) -> Tensor:
         self._follow()
-        if not self._guard.is_sealed(self.labels, self.order):
+        if not self._is_sealed():
             check_unit_rows(self._shard)  # what was written into labels and order ends with the new labels
         new = as_labels(labels)
         if len(new) != len(self):

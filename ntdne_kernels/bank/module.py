@@ -143,7 +143,7 @@ class BankModule(nn.Module):
         if torch.compiler.is_compiling():
             return
         self._follow()
-        if not self._guard.is_sealed(self.labels, self.order):
+        if not self._is_sealed():
             check_labels_and_order(self._shard, self._guard)
             check_unit_rows(self._shard)
             self._seal()
@@ -172,7 +172,10 @@ class BankModule(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def _seal(self) -> None:
-        self._guard.seal(self.labels, self.order, self.average_mark)
+        self._guard.seal(self.labels, self.order, self._storage, self.average_mark)
+
+    def _is_sealed(self) -> bool:
+        return self._guard.is_sealed(self.labels, self.order, self._storage)
 
     def _follow(self) -> None:
         """Copy the state of the source, if this is a copy that was averaged since the last look."""
@@ -197,7 +200,7 @@ class BankModule(nn.Module):
         All other tensors take only the device: `.type()` would round labels, `.half()` scores; `.to_empty()` lose both.
         """
         self._follow()
-        untouched = self._guard.is_sealed(self.labels, self.order)
+        untouched = self._is_sealed()
         storage = fn(self._storage) if self.storage_kind == "device" else self._storage
         if storage.dtype not in BANK_DTYPES:
             raise TypeError(f"memory: rows are float64, float32, float16 or bfloat16, and cannot be {storage.dtype}")
@@ -226,6 +229,7 @@ class BankModule(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._seal()
 
+    @torch.inference_mode(mode=False)
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied

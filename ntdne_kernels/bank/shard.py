@@ -49,7 +49,7 @@ class ImageOrder(NamedTuple):
 def image_order_of(labels: Tensor, images: range, device: torch.device) -> ImageOrder:
     """The order by class of all labels (N,), as the process that keeps the rows and labels of `images` needs it."""
     classes, offsets, order, position = class_order(labels, images.start, len(images))
-    unchanged = torch.arange(images.start, images.stop)
+    unchanged = torch.arange(images.start, images.stop, device="cpu")
     sizes, counts = offsets.diff().unique(return_counts=True)
     return ImageOrder(
         classes.to(device, copy=True),

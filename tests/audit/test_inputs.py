@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ntdne_kernels import MemoryBank, NTDNELoss
-from ntdne_kernels.audit import audit_bank, audit_labels, feature_bank, inputs
+from ntdne_kernels.audit import audit_bank, audit_labels, cut_class, feature_bank, inputs, nearest_neighbours
 from tests.audit.archives import blobs, same, small_pieces
 
 
@@ -144,7 +144,7 @@ def test_bank_with_rows_that_are_not_finite_is_refused():
     bank = feature_bank(*blobs()[:2])
     bank.storage[bank.position[77]] = torch.nan
     with pytest.raises(
-        ValueError, match="^bank: expected rows of a positive, finite norm, got others at 1 of 120: 77$"
+        RuntimeError, match="^memory: the row of image 77 has length nan instead of 1: something outside"
     ):
         audit_bank(bank)
 
@@ -174,3 +174,57 @@ def test_names_must_be_one_per_class():
     bank = MemoryBank(torch.tensor([0, 1]), 3)
     with pytest.raises(ValueError, match="classes: expected 2 names, got 1"):
         audit_bank(bank, classes=["a"])
+
+
+@pytest.mark.parametrize(
+    ("sparse", "found"),
+    [(torch.Tensor.to_sparse, "torch.sparse_coo"), (torch.Tensor.to_sparse_csr, "torch.sparse_csr")],
+)
+def test_sparse_features_are_refused(sparse, found):
+    features, labels, _ = blobs()
+    with pytest.raises(TypeError, match=f"^features: expected a dense tensor or array, got {found}$"):
+        audit_labels(sparse(features), labels)
+
+
+def test_sparse_matrices_of_scipy_are_refused():
+    scipy_sparse = pytest.importorskip("scipy.sparse")
+    features, labels, _ = blobs()
+    with pytest.raises(TypeError, match="^features: expected a dense tensor or array, got csr_matrix$"):
+        audit_labels(scipy_sparse.csr_matrix(features.numpy()), labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_audit_does_not_depend_on_the_default_dtype(dtype):
+    features, labels, _ = blobs()
+    expected = audit_labels(features, labels, near_copies=True)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = audit_labels(features, labels, near_copies=True)
+    finally:
+        torch.set_default_dtype(before)
+    assert same(found, expected)
+
+
+def test_an_audit_does_not_depend_on_the_default_device():
+    features, labels, _ = blobs()
+    checked = torch.arange(len(labels)) % 4 == 0
+    expected = audit_labels(features, labels, near_copies=True, checked=checked, given=labels)
+    with torch.device("meta"):
+        found = audit_labels(features, labels, near_copies=True, checked=checked, given=labels)
+        assert found.suspects().sum() == expected.suspects().sum()
+    assert same(found, expected)
+
+
+def test_neighbours_among_others_are_as_many_as_there_are(device):
+    bank = feature_bank(*blobs()[:2], device=device)
+    found, _ = nearest_neighbours(bank, [0], 3, among=[1, 2, 3])
+    assert sorted(found[0].tolist()) == [1, 2, 3]
+    assert nearest_neighbours(bank, [0], 3, among=[5])[0].tolist() == [[5]]
+    assert nearest_neighbours(bank, [0, 1], 3, among=[1, 2, 3])[0].size(1) == 2
+    assert nearest_neighbours(bank, [1], 3, among=[1])[0].size(1) == 0
+
+
+def test_a_class_of_one_row_is_not_cut():
+    with pytest.raises(ValueError, match="^rows: expected 2 or more, got 1$"):
+        cut_class(torch.ones(1, 4))
