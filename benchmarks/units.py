@@ -34,27 +34,27 @@ from ntdne_kernels.experiments.evaluation import knn_predict
 from ntdne_kernels.experiments.losses import Criterion
 from ntdne_kernels.experiments.noise import corrupt
 
-D, Q, BATCH, NEIGHBOURS = 32, 0.7, 128, 10
+D, BATCH, NEIGHBOURS = 32, 128, 10
 MEASURES = ("knn", "knn_classes", "pruned", "median_p", "steepest", "seconds")
 MOST = 30  # classes: with more of them a bounded unit is that of so many even ones
 
 
-def of_images(c: Tensor) -> Tensor:
+def of_images(c: Tensor, q: float) -> Tensor:
     """The mean of c^q over the images, from the shares c (C,) of the classes."""
-    return (c * c**Q).sum()
+    return (c * c**q).sum()
 
 
-UNITS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": torch.ones_like,
-    "images": lambda c: of_images(c).expand_as(c),
-    "classes": lambda c: (c**Q).mean().expand_as(c),
-    "root": lambda c: (c * c ** (Q / 2)).sum().expand_as(c),
-    "at least 30 classes": lambda c: of_images(c).clamp(min=MOST**-Q).expand_as(c),
-    "own": lambda c: c**Q,
-    "own, at least 30 classes": lambda c: c.clamp(min=1 / MOST) ** Q,
-    "own, mean of 30 classes": lambda c: c**Q * (MOST**-Q / of_images(c)).clamp(min=1),
+UNITS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "none": lambda c, q: torch.ones_like(c),
+    "images": lambda c, q: of_images(c, q).expand_as(c),
+    "classes": lambda c, q: (c**q).mean().expand_as(c),
+    "root": lambda c, q: (c * c ** (q / 2)).sum().expand_as(c),
+    "at least 30 classes": lambda c, q: of_images(c, q).clamp(min=MOST**-q).expand_as(c),
+    "own": lambda c, q: c**q,
+    "own, at least 30 classes": lambda c, q: c.clamp(min=1 / MOST) ** q,
+    "own, mean of 30 classes": lambda c, q: c**q * (MOST**-q / of_images(c, q)).clamp(min=1),
 }
-"""The unit of each class (C,), from the shares (C,) of the classes in the archive."""
+"""The unit of each class (C,), from the shares (C,) of the classes in the archive, and q."""
 
 
 class Run(NamedTuple):
@@ -67,6 +67,7 @@ class Run(NamedTuple):
     method: str = "NTDNE"
     lr: float = 0.01
     unit: str = "images"
+    q: float = 0.7
     k: str = "auto"  # or a number
     warmup: int = 0
     sigma: float = 0.1
@@ -190,7 +191,7 @@ def train(run: Run, archive: Archive) -> dict[str, float]:
             given,
             D,
             sigma=run.sigma,
-            q=Q,
+            q=run.q,
             k=run.k if run.k == "auto" else float(run.k),
             warmup_epochs=run.warmup,
             unit_slope=False,
@@ -198,7 +199,7 @@ def train(run: Run, archive: Archive) -> dict[str, float]:
             reduction="none",
         )
     shares = given.bincount(minlength=int(archive.labels.max()) + 1) / len(given)
-    unit = UNITS[run.unit](shares)[given]
+    unit = UNITS[run.unit](shares, run.q)[given]
     if run.start == "filled" and isinstance(criterion, NTDNELoss):
         criterion.memory.update_(encode(encoder, archive.train), torch.arange(len(given)), momentum=0.0)
     steps = len(given) // BATCH

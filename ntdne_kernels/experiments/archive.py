@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntdne_kernels.experiments.columns import has_column, read_values
+from ntdne_kernels.experiments.columns import column_names, has_column, has_names, read_values
 from ntdne_kernels.experiments.features import COLUMNS, as_utf8, read_features
 from ntdne_kernels.experiments.image_cache import decoded_images
 from ntdne_kernels.experiments.images import MAX_PIXELS
@@ -159,7 +159,8 @@ def relabelled(archive: Archive, labels: Path, column: str | None, classes: Sequ
     Args:
         archive: of N images.
         labels: .csv, .parquet, .json or .jsonl with a label beside the path of each image, as the archive has it; or
-            beside the number `image` of its row; or, as .npy and .txt too, a label for each of the N images in order.
+            beside the number `image` of its row; or, as .npy and .txt too, labels alone, one for each of the N images
+            in order.
         column: the name of that of the labels; None: a usual one, see `COLUMNS`.
         classes: the classes to keep; all by default. Images of others count as unlabelled.
 
@@ -176,6 +177,11 @@ def relabelled(archive: Archive, labels: Path, column: str | None, classes: Sequ
         position = {str(image): image for image in range(len(archive.files))}
         names = list(map(str, read_values(labels, "image", ("image",))))
     else:
+        if has_names(labels) and len(columns := column_names(labels)) > 1:
+            raise ArchiveError(
+                f"{labels}: expected a column {' or '.join(COLUMNS['path'])}, or image, that says whose labels these "
+                f"are, or labels alone, one for each image in order; got columns {', '.join(columns)}"
+            )
         position = {str(image): image for image in range(len(archive.files))}
         names = list(position)
         if len(values) != len(names):

@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +28,11 @@ USER_ERRORS = (ValueError, OSError)  # the person who gave the command can corre
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 2 after an error of the user's, which is said in one line, else 0."""
+    """Run the command.
+
+    Returns:
+        2 after an error of the user's, which is said in one line; 141 where nobody reads what is printed; else 0.
+    """
     arguments = parser().parse_args(argv)
     commands = {
         "train": _train,
@@ -40,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         commands[arguments.command](arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except USER_ERRORS as error:
         _print_error(error)
         return 2

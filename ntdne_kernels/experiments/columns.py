@@ -78,12 +78,12 @@ def read_values(path: Path, content: str, names: Sequence[str]) -> "list[Any] | 
 
 def has_column(path: Path, names: Iterable[str]) -> bool:
     """Whether the file has a column of one of the names; errors as `read_values`."""
-    return has_names(path) and not set(names).isdisjoint(_column_names(path))
+    return has_names(path) and not set(names).isdisjoint(column_names(path))
 
 
 def column_name(path: Path, content: str, names: Sequence[str]) -> str:
     """The first of the names that a column of the file has; arguments and errors as `read_values`."""
-    known = _column_names(path)
+    known = column_names(path)
     name = next((name for name in names if name in known), None)
     if name is None:
         raise ValueError(
@@ -126,7 +126,8 @@ def _column(path: Path, content: str, names: Sequence[str]) -> Any:
     return read[path.suffix](path, name)
 
 
-def _column_names(path: Path) -> list[str]:
+def column_names(path: Path) -> list[str]:
+    """The names of a file's columns, of one that `has_names`; errors as `read_values`."""
     if path.suffix == ".npz":
         try:
             with np.load(path, allow_pickle=False) as arrays:

@@ -46,7 +46,7 @@ DTYPES = ("float16", "float32")
 SAVE_SECONDS = 10  # between the moments when rows are brought to the disk and counted
 MAX_WORKERS = 8
 # What rows depend on: those of a folder are continued only where all of it is the same.
-IDENTITY = ("encoder", "weights_sha256", "image_size", "transform", "bands", "dtype", "archive_sha256")
+IDENTITY = ("encoder", "weights_sha256", "image_size", "transform", "bands", "dtype", "max_pixels", "archive_sha256")
 
 
 @dataclass(frozen=True)

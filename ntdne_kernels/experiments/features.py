@@ -5,6 +5,7 @@ Nothing is unpickled, and no file is written to.
 Shapes: N images, F features.
 """
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from ntdne_kernels.labels import read_labels
 COLUMNS = {  # ours; cleanlab's; FiftyOne's, in its JSON and its CSV
     "features": ("features", "embeddings"),
     "label": ("label", "labels", "given_label", "ground_truth", "ground_truth.label"),
-    "path": ("path", "paths", "filepath"),
+    "path": ("path", "paths", "filepath", "filename", "file_name", "file"),
     "split": ("split", "subset"),
 }
+IMAGES = {"path": COLUMNS["path"], "image": ("image",)}  # columns that say which image a label is of
 FOLDERS = ("features.npy", "samples.json")  # what is read of a folder: of `ntdne embed`, and of a FiftyOneDataset
 BESIDE = {"label": "labels.npy", "path": "files.txt"}  # found by themselves beside features without them
 
@@ -63,13 +65,15 @@ def read_features(
     Args:
         data: .npy or .pt, which are mapped into memory; .npz, .parquet or FiftyOne's samples.json, which are read; or
             a folder, see `FOLDERS`. A .pt file holds a tensor, or a dictionary with the columns.
-        labels: .npy, .npz, .parquet, .csv, .txt, .pt, .jsonl or samples.json; None: a column of the features' file, or,
-            where that has no columns, labels.npy beside it.
-        paths: names of the images' files, as labels; None: a column, or files.txt beside it, or none.
+        labels: .npy, .npz, .parquet, .csv, .txt, .pt, .jsonl or samples.json, in the order of the features; None: a
+            column of the features' file, or, where that has no columns, labels.npy beside it.
+        paths: names of the images' files, as labels; None: a column, or files.txt beside it, or a column of the
+            labels, or none.
         columns: names of the columns of "features", "label" and "path", or None for the usual ones, see `COLUMNS`.
 
     Raises:
-        ValueError: a file is not what its name says or lacks a column, or there are not as many labels as images.
+        ValueError: a file is not what its name says or lacks a column, there are not as many labels as images, or the
+            file of the labels says that they are of other images.
         OSError: a file cannot be read.
     """
     path = features_file(str(data)) or data
@@ -99,21 +103,59 @@ def read_features(
         if has_names(path):
             read_values(path, "label", wanted["label"])  # says which columns there are
         raise ValueError(f"{path} holds features alone; --labels names the file of their labels")
+    values = of_each_image("label", labels)
     paths = holding("path", paths)
+    if paths is None and has_column(labels, COLUMNS["path"]):
+        paths = labels
     files = [file for file in (path, labels, paths) if file is not None]
     split = next((file for file in files if has_column(file, COLUMNS["split"])), None)
     texts = {
         content: None if file is None else ["" if each is None else str(each) for each in of_each_image(content, file)]
         for content, file in (("path", paths), ("split", split))
     }
+    if labels != path:
+        _check_order(labels, texts["path"])
     return Features(
         data.resolve().name if data.is_dir() else path.stem,
         features,
-        _labels(labels, of_each_image("label", labels)),
+        _labels(labels, values),
         texts["path"],
         labels,
         texts["split"],
     )
+
+
+def _check_order(labels: Path, paths: list[str] | None) -> None:
+    """ValueError where a file of labels says of which images they are, and not in the order of the features.
+
+    Args:
+        labels: with a column of paths, or one `image`, as `ntdne relabel` writes it.
+        paths: names of the images' files in the order of the features, if they are known.
+    """
+    content = next((content for content, names in IMAGES.items() if has_column(labels, names)), None)
+    if content is None:
+        return
+    found = list(map(str, read_values(labels, content, IMAGES[content])))
+    numbered = content == "image" and all(name.isdecimal() for name in found)
+    expected = list(map(str, range(len(found)))) if numbered else paths or found
+    for row, (name, there) in enumerate(zip(found, expected, strict=True)):
+        if name != there if numbered else not _same_file(name, there):
+            raise ValueError(
+                f"{labels}: expected the images in the order of the features, got {name} in row {row}, where the "
+                f"features are those of {there}"
+            )
+
+
+def _same_file(one: str, other: str) -> bool:
+    """Whether two names may be those of one file, from different folders or by different systems."""
+    one, other = (f"/{unicodedata.normalize('NFC', name.replace(chr(92), '/'))}" for name in (one, other))
+    return one.endswith(other) or other.endswith(one)
+
+
+def archive_name(data: Path) -> str:
+    """What results of an archive are called: a folder's name, or a file's; of features.npy elsewhere its folder's."""
+    elsewhere = data.name in FOLDERS and data.resolve().parent != Path.cwd()
+    return data.resolve().parent.name if elsewhere else data.resolve().name if data.is_dir() else data.stem
 
 
 def as_utf8(name: str) -> str:

@@ -16,6 +16,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ntdne_kernels.experiments.images import MAX_PIXELS
 from ntdne_kernels.experiments.sources import ArchiveError, Decoding, Source
 
 CACHE_VERSION = 2  # to be raised whenever the same files would give other bytes
@@ -55,7 +56,8 @@ def decoded_images(source: Source, decoding: Decoding, cache: Path) -> tuple[Pat
 
 
 def _key(source: Source, decoding: Decoding) -> str:
-    key = hashlib.sha256(json.dumps([CACHE_VERSION, decoding.image_size, *decoding.bands]).encode())
+    limit = [] if decoding.max_pixels == MAX_PIXELS else [f"{decoding.max_pixels} pixels"]
+    key = hashlib.sha256(json.dumps([CACHE_VERSION, decoding.image_size, *decoding.bands, *limit]).encode())
     for each in source.identity:
         key.update(b"\0" + os.fsencode(each))
     return key.hexdigest()[:32]

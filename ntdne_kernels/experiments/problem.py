@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -21,6 +22,7 @@ from ntdne_kernels.experiments.settings import Settings
 from ntdne_kernels.experiments.splits import SMALLEST_CLASS, at_most, split
 
 AUTHORS_NOISE_SEED = 42
+FINGERPRINT_ROWS = 64  # of features, whose values tell the features of one network from those of another
 MAX_QUERIES, MAX_DATABASE = 10_000, 1_000_000  # that evaluation compares: more take time, and change little
 
 
@@ -61,7 +63,9 @@ class Problem:
     def fingerprint(self) -> str:
         """A hash of the training images and their given labels: it tells problems apart."""
         if self.archive.of_features:  # which may be too many for a list
+            some = self.train[:: max(len(self.train) // FINGERPRINT_ROWS, 1)].numpy()
             rows = self.train.numpy().tobytes() + self.noisy.labels.numpy().tobytes()
+            rows += np.ascontiguousarray(self.archive.images[some]).tobytes()
             return hashlib.sha256(repr((self.archive.images.shape, self.classes)).encode() + rows).hexdigest()
         files = [self.archive.files[image] for image in self.train.tolist()]
         return hashlib.sha256(repr((files, self.classes, self.noisy.labels.tolist())).encode()).hexdigest()

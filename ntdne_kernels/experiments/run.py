@@ -94,10 +94,13 @@ def evaluate(folder: Path, machine: Machine) -> dict[str, Any]:
     """Evaluate once more the encoder of a run, as far as it is trained.
 
     Raises:
-        ValueError: the folder holds no trained run.
+        ValueError: the folder holds no trained run, or the archive is not the one that it was trained on.
     """
     settings, variant, encoder, history, _ = trained(folder)
     problem = make_problem(settings, machine.cache, machine.download)
+    saved = torch.load(folder / CHECKPOINT, map_location="cpu", mmap=True, weights_only=True)
+    if saved["problem"] != problem.fingerprint:
+        raise ValueError(f"run: {folder} had other images or given labels than {settings.data} has now")
     return results.evaluate(
         encoder, settings, problem, history, folder, variant=variant, device=machine.evaluation_device
     )

@@ -3,6 +3,8 @@
 Shapes: n queries, k neighbours.
 """
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,10 @@ def search_files(
         ValueError: as `search`, or there is no folder for the page.
         OSError: a file cannot be read or written.
     """
-    if page is not None and not page.absolute().parent.is_dir():
+    if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
         raise ValueError(f"--page: expected a file in a folder that is there, got {page}")
+    if not archive.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(archive))
     items: list[dict[str, Any]]
     found = open_embeddings(archive) if archive.is_dir() else read_matrix(archive, ["features"])
     if len(queries) == 1 and Path(queries[0]).suffix in SUFFIXES:

@@ -19,9 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from torchvision.datasets import EuroSAT
 
+from ntdne_kernels.arguments import UNLABELLED
 from ntdne_kernels.experiments.images import MAX_PIXELS, PLUGINS, Unreadable, decode, resized, suffixes
+from ntdne_kernels.labels import read_labels
 
 DECODE_CHUNK = 256  # files handed to the threads at a time
 GRATINGS_CHUNK = 64  # images drawn from one generator
@@ -198,7 +201,22 @@ def image_files(folder: str | Path, classes: list[str] | None = None) -> ImageFi
         raise ArchiveError(f"{folder}: expected images, in class folders or beside them, got none")
     if classes is None:
         _check_levels(folder, found)
+    check_names(folder.name, found.classes)
     return found
+
+
+def check_names(archive: str, classes: list[str]) -> None:
+    """ArchiveError where names of class folders are read as something else, once labels are text: −1, or 1.0 as 1."""
+    found = read_labels(classes, "classes")
+    numbers = isinstance(found, Tensor)
+    read = list(map(str, found.tolist())) if isinstance(found, Tensor) else [name or "" for name in found]
+    for name, back in zip(classes, read, strict=True):
+        if name != back or (numbers and back.startswith("-")):
+            meaning = "unlabelled" if back == str(UNLABELLED) else repr(back)
+            raise ArchiveError(
+                f"class {name!r} of {archive} would be read as {meaning} where labels are written as text; rename its "
+                "folder"
+            )
 
 
 def _class_folders(folder: Path, name: str, classes: list[str] | None, decoding: Decoding, nested: bool) -> Source:

@@ -10,6 +10,7 @@ from PIL import Image
 from ntdne_kernels.experiments import sources
 from ntdne_kernels.experiments.archive import Archive, open_archive, relabelled
 from ntdne_kernels.experiments.images import suffixes
+from ntdne_kernels.experiments.sources import ArchiveError
 from tests.experiments.helpers import complaint, spoil, write_archive, write_bands, write_image
 
 # Folders
@@ -372,3 +373,12 @@ def test_labels_of_a_list_go_to_the_images_that_it_names(archive: Archive, tmp_p
     assert found.labels.tolist() == [0, -1, 0, 1, 1, 0, 1]
     assert found.images is archive.images
     assert relabelled(archive, tmp_path / name, None, ["wood"]).labels.tolist() == [-1, -1, -1, 0, 0, -1, 0]
+
+
+def test_a_list_whose_columns_name_no_image_is_refused(archive: Archive, tmp_path: Path):
+    path = tmp_path / "list.csv"
+    path.write_text("scene,label\n" + "".join(f"{file},wood\n" for file in archive.files))
+    with pytest.raises(ArchiveError, match="expected a column path or .* got columns scene, label$"):
+        relabelled(archive, path, None)
+    path.write_text(path.read_text().replace("scene", "filename"))
+    assert relabelled(archive, path, None).classes == ["wood"]

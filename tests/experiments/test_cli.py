@@ -1,6 +1,8 @@
 """The command `ntdne` from end to end on tiny archives."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +43,27 @@ def test_train_then_evaluate_then_report(ntdne, photos, capsys):
     assert ntdne("report", "run", "--output", "report") == 0
     page = (Path("report") / "report.html").read_text()
     assert f"{100 * first['metrics']['knn']:.1f}" in page
+
+
+def test_another_archive_than_was_trained_on_is_not_evaluated(ntdne, photos, capsys):
+    assert ntdne("train", photos, *QUICK, "--output", "run") == 0
+    before = results_of(Path("run"))
+    (photos / "bright" / "00.png").rename(photos / "dark" / "99.png")
+    capsys.readouterr()
+    assert ntdne("evaluate", "run") == 2
+    assert "run: run had other images or given labels than" in capsys.readouterr().err
+    assert results_of(Path("run")) == before
+
+
+def test_output_that_nobody_reads_is_no_error(tmp_path):
+    np.save(tmp_path / "features.npy", np.eye(4, dtype=np.float32))
+    main = "from ntdne_kernels.experiments.cli import main; raise SystemExit(main(['search', *['features.npy'] * 2]))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", main], cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 128 + signal.SIGPIPE, done.stderr
+    assert done.stderr == ""
 
 
 def test_reproduce_runs_what_is_missing(ntdne, photos, capsys, monkeypatch):

@@ -47,6 +47,22 @@ def test_a_flat_folder_gives_unlabelled_images_before_those_of_class_folders(tmp
     assert found.features.dtype == np.float16
 
 
+@pytest.mark.parametrize(
+    ("names", "meaning"), [(("-1", "1"), "unlabelled"), (("1", "1.0"), "'1'"), (("oak", "oak "), "'oak'")]
+)
+def test_class_folders_whose_names_are_read_as_others_are_refused(tmp_path, options, names, meaning):
+    for name in names:
+        write_image(tmp_path / "photos" / name / "1.png")
+    with pytest.raises(ValueError, match=f"of photos would be read as {meaning} where labels are written as text"):
+        embed(tmp_path / "photos", output=tmp_path / "out", **options)
+
+
+def test_features_with_another_limit_of_pixels_are_others(photos, options, tmp_path):
+    embed(photos, output=tmp_path / "out", **options)
+    with pytest.raises(ValueError, match="holds features of max_pixels"):
+        embed(photos, output=tmp_path / "out", **options, max_pixels=1000)
+
+
 def test_a_killed_run_goes_on_where_it_was_and_gives_the_same_bits(photos, options, tmp_path):
     whole = embed(photos, output=tmp_path / "whole", **options)
     script = f"""

@@ -38,6 +38,34 @@ def settings_of(data: str = "features.npy", **changes: object) -> Settings:
 # Reading
 
 
+SHUFFLED = list(reversed(range(60)))
+
+
+@pytest.mark.parametrize("column", ["path", "filename", "image"])
+def test_labels_of_images_in_another_order_are_refused(features, column):
+    Path("files.txt").write_text("\n".join(PATHS))
+    names = [str(image) for image in range(60)] if column == "image" else PATHS
+    table = pd.DataFrame({column: names, "label": NAMES})
+    table.to_csv("labels.csv", index=False)
+    assert read_features(Path("features.npy"), Path("labels.csv")).labels == NAMES
+    table.iloc[SHUFFLED].to_csv("labels.csv", index=False)
+    with pytest.raises(ValueError, match=f"in the order of the features, got {names[59]} in row 0, .* of {names[0]}$"):
+        read_features(Path("features.npy"), Path("labels.csv"))
+
+
+@pytest.mark.parametrize("name", ["/data/photos/{}", "{}", "C:\\photos\\{}"])
+def test_names_of_images_from_another_folder_are_the_same(features, name):
+    Path("files.txt").write_text("\n".join(PATHS))
+    names = [name.format(path.replace("/", "\\") if "\\" in name else path) for path in PATHS]
+    pd.DataFrame({"path": names, "label": NAMES}).to_csv("labels.csv", index=False)
+    assert read_features(Path("features.npy"), Path("labels.csv")).labels == NAMES
+
+
+def test_names_of_images_beside_labels_are_taken_where_there_are_no_others(features):
+    pd.DataFrame({"path": PATHS, "label": NAMES}).to_csv("labels.csv", index=False)
+    assert read_features(Path("features.npy"), Path("labels.csv")).paths == PATHS
+
+
 def write_fiftyone(folder: Path, features: np.ndarray, labels: list[str]) -> None:
     """samples.json byte for byte as FiftyOne 1.22 exports a FiftyOneDataset, with made up ids, times and _rand.
 
@@ -313,3 +341,10 @@ def test_an_audit_takes_a_folder_of_features_with_its_names(ntdne, tmp_path):
     Path("files.txt").write_text("\n".join(PATHS) + "\n")
     assert ntdne("audit", ".", "--output", "out") == 0
     assert pd.read_csv("out/audit.csv").path.tolist() == PATHS
+
+
+def test_features_of_another_network_are_another_problem(features):
+    before = make_problem(settings_of()).fingerprint
+    assert make_problem(settings_of()).fingerprint == before
+    np.save("features.npy", features[::-1])
+    assert make_problem(settings_of()).fingerprint != before

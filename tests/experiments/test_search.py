@@ -116,6 +116,8 @@ def test_k_is_a_count(k):
         (["photos", "photos/beside.png"], "expected a folder of ntdne embed"),
         (["out", "photos/beside.png", "--page", "nowhere/sheet.html"], "--page: expected a file in a folder"),
         (["nowhere.npy", "photos/beside.png"], "No such file or directory"),
+        (["nowhere", "photos/beside.png"], "No such file or directory"),
+        (["out", "photos/beside.png", "--page", "."], "--page: expected a file in a folder"),
     ],
 )
 def test_wrong_commands_are_said_in_one_line(ntdne, embedded, capsys, monkeypatch, arguments, message):

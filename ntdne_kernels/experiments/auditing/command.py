@@ -18,7 +18,7 @@ from ntdne_kernels.experiments.auditing import (
     read_source,
     write_audit,
 )
-from ntdne_kernels.experiments.features import features_file
+from ntdne_kernels.experiments.features import archive_name, features_file
 
 
 def audit(arguments: argparse.Namespace) -> None:
@@ -32,7 +32,7 @@ def audit(arguments: argparse.Namespace) -> None:
     images = data.is_dir() or arguments.data in WORDS or arguments.data.startswith("made:")
     images &= features_file(arguments.data) is None
     _check(arguments, data, images)
-    name = data.resolve().name if images or data.is_dir() else data.stem
+    name = data.resolve().name if images else archive_name(data)
     output = arguments.output or Path("audit") / name.replace(":", "-")
     inputs = [data, checkpoint, arguments.labels, arguments.paths, *arguments.decisions]
     inputs = [file for file in inputs if file is not None]

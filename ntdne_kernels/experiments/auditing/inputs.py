@@ -135,6 +135,7 @@ def encode_folder(
     from ntdne_kernels.experiments.results import embed
     from ntdne_kernels.experiments.run import trained
     from ntdne_kernels.experiments.samples import ImageDataset, transform
+    from ntdne_kernels.experiments.sources import check_names
 
     settings, _, encoder, _, normalisation = trained(run_folder(run))
     if settings.encoder in HEADS:
@@ -155,6 +156,7 @@ def encode_folder(
         print(archive.notes)
     if len(archive.files) == 0:
         raise ValueError(f"{data} has no image that can be read")
+    check_names(archive.name, archive.classes)
     found, expected = archive.images.shape[-1], len(normalisation.mean)
     if found != expected or normalisation.floats != (archive.images.dtype.kind == "f"):
         numbers = "floats" if normalisation.floats else "integers"

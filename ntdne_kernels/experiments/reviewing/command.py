@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ntdne_kernels.experiments.arguments import class_folders
 from ntdne_kernels.experiments.auditing.inputs import run_folder
+from ntdne_kernels.experiments.features import archive_name
 from ntdne_kernels.experiments.images import MAX_PIXELS
 from ntdne_kernels.experiments.reviewing.decisions import ConflictError, Decisions
 from ntdne_kernels.experiments.reviewing.exports import exports
@@ -22,8 +23,7 @@ def relabel_archive(arguments: argparse.Namespace) -> None:
         OSError: a file cannot be read or written.
     """
     data = Path(arguments.data).expanduser()
-    name = data.resolve().name if data.is_dir() else data.stem
-    output = arguments.output or Path("relabelled") / name.replace(":", "-")
+    output = arguments.output or Path("relabelled") / archive_name(data).replace(":", "-")
     folder = class_folders(arguments.data) or arguments.images
     inputs = [data, arguments.labels, arguments.paths, arguments.scores, *arguments.decisions]
     check_output(output, [file for file in inputs if file is not None and file.is_file()], folder)

@@ -284,6 +284,8 @@ def _rows(file: Path) -> list[_Row]:
                         f"{file}: expected {len(reader.fieldnames or ())} values in line {reader.line_num}"
                     )
                 values = {name: row[name] if name == "image" else row[name].strip() for name in COLUMNS}
+                if not any(values.values()):  # what a spreadsheet leaves of a row whose cells were emptied
+                    continue
                 rows.append(_Row(reader.line_num, **values))
             return rows
     except (csv.Error, UnicodeDecodeError) as error:

@@ -16,7 +16,7 @@ from ntdne_kernels.experiments.auditing.inputs import images_folder
 from ntdne_kernels.experiments.features import COLUMNS, as_utf8, features_file, read_features
 from ntdne_kernels.experiments.reviewing.decisions import Decisions, OtherArchiveError, read_decisions
 from ntdne_kernels.experiments.settings import SMALLEST_IMAGE
-from ntdne_kernels.experiments.sources import Decoding, find_source
+from ntdne_kernels.experiments.sources import Decoding, check_names, find_source
 
 AS_USUAL = Decoding(SMALLEST_IMAGE)  # any size will do: nothing is looked at
 
@@ -83,6 +83,7 @@ def read_labelled(
             raise ValueError("--labels, --paths and --images are for features; the labels of images are their folders")
         datasets = (cache or user_cache()).expanduser() / "datasets"
         found = find_source(data, decoding, datasets, download=False, classes=None, nested=True)
+        check_names(found.name, found.classes)
         classes = list(map(as_utf8, found.classes))
         return LabelledImages(
             found.name,

@@ -531,3 +531,30 @@ def test_a_column_that_cannot_hold_a_label_is_named(ntdne, capsys):
     assert ntdne("relabel", "features.npy", decide("0,1,relabel,300"), "--labels", "table.parquet") == 2
     assert "table.parquet: column label of uint8 cannot hold a label" in capsys.readouterr().err
     assert os.listdir("relabelled") == []
+
+
+def test_class_folders_whose_names_are_read_as_others_are_refused(ntdne, capsys):
+    write_archive(Path("signs"), {"-1": 3, "1": 3})
+    decide("1/0.png,1,exclude,")
+    assert ntdne("relabel", "signs", "decisions.csv") == 2
+    assert "class '-1' of signs would be read as unlabelled" in capsys.readouterr().err
+
+
+def test_rows_that_a_spreadsheet_emptied_are_passed_over(photos, ntdne):
+    path = decide("ash/0.png,ash,relabel,oak")
+    path.write_text(path.read_text() + ",,,,,\n")
+    assert ntdne("relabel", photos, path) == 0
+    assert labels_of()["ash/0.png"] == "oak"
+
+
+def test_features_in_folders_of_their_own_do_not_replace_each_others_results(ntdne):
+    for name in ("one", "other"):
+        write_features()
+        Path(name).mkdir()
+        for file in ("features.npy", "labels.npy"):
+            Path(file).rename(Path(name) / file)
+        decide("0,lake,exclude,", name=f"{name}.csv")
+        assert ntdne("relabel", f"{name}/features.npy", f"{name}.csv") == 0
+        assert ntdne("audit", f"{name}/features.npy", "--no-review") == 0
+    assert sorted(path.name for path in Path("relabelled").iterdir()) == ["one", "other"]
+    assert sorted(path.name for path in Path("audit").iterdir()) == ["one", "other"]
