@@ -128,16 +128,18 @@ def _labels_in_attributes(dataset: Any) -> Tensor | None:
 
 def _check_folder(dataset: Any) -> None:
     """ValueError where a torchvision folder gives other labels, those of its `samples`, than its `targets` say."""
-    if all(base.__name__ != "DatasetFolder" for base in type(dataset).__mro__):
+    owner = next((base for base in type(dataset).__mro__ if "__getitem__" in vars(base)), object)
+    targets, samples = getattr(dataset, "targets", None), getattr(dataset, "samples", None)
+    if owner.__name__ != "DatasetFolder" or not isinstance(targets, list) or not isinstance(samples, list):
         return
-    targets, samples = list(dataset.targets), [label for _, label in dataset.samples]
-    if len(targets) == len(samples) and targets != samples:
-        row = next(i for i, (target, label) in enumerate(zip(targets, samples, strict=True)) if target != label)
-        raise ValueError(
-            f"dataset: expected the same labels in `targets` and `samples`, got {targets[row]} and {samples[row]} for "
-            f"image {row}; the dataset gives those of `samples`: dataset.targets = [label for _, label in "
-            "dataset.samples]"
-        )
+    pairs = zip(targets, (sample[1] if isinstance(sample, tuple) else None for sample in samples), strict=False)
+    for row, (target, label) in enumerate(pairs):
+        if isinstance(target, int) and isinstance(label, int) and target != label:
+            raise ValueError(
+                f"dataset: expected the same labels in `targets` and `samples`, got {target} and {label} for image "
+                f"{row}; the dataset gives those of `samples`: dataset.targets = [label for _, label in "
+                "dataset.samples] takes them"
+            )
 
 
 def _labels_in_column(dataset: Any) -> Tensor:

@@ -91,14 +91,14 @@ class NeighbourhoodLoss(nn.Module):
             ValueError: a shape, device, label or number is not as described.
             IndexError: an index is no image of the archive. Values are looked at on a CPU, and on a GPU only with
                 validate=True, which synchronises; in compiled code nowhere.
-            RuntimeError: in training, it is run a second time by activation checkpointing.
+            RuntimeError: in training, it is called inside backward, as by activation checkpointing.
         """
         memory = self.memory
         if self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
-                "the criterion runs again in backward, by activation checkpointing, when the scores of its first run "
-                "are recorded and the bank may be updated; call it outside of what is checkpointed: it keeps nothing "
-                "of the bank for backward"
+                "the criterion is called inside backward, as by activation checkpointing, which runs again what it "
+                "wraps: the scores of the first run are recorded by then, and the bank may be updated; call it outside "
+                "of what is checkpointed: it keeps nothing of the bank for backward"
             )
         (images, own_labels, spec), reports = memory.processes.exchange(
             "forward", lambda: self._check_batch(features, index, labels)

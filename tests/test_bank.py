@@ -13,7 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntdne_kernels import MemoryBank, NTDNELoss
-from ntdne_kernels.bank import memory_bank
+from ntdne_kernels.audit import audit_bank
+from ntdne_kernels.bank import memory_bank, module
 from ntdne_kernels.bank.state import entries_of
 from ntdne_kernels.ops import bank_update
 from tests import formulas, ranks
@@ -629,11 +630,40 @@ def test_rows_that_are_written_as_unit_vectors_are_taken():
         bank.rows([0])
 
 
+@pytest.mark.parametrize("compiled", ["update_bank", "forward", "both", ""])
+def test_training_never_looks_at_the_rows(compiled, monkeypatch):
+    looks = []
+    monkeypatch.setattr(module, "check_unit_rows", looks.append)
+    criterion = NTDNELoss(LABELS, dim=6)
+    forward, update = criterion, criterion.update_bank
+    if compiled in ("forward", "both"):
+        forward = torch.compile(forward, backend="eager")
+    if compiled in ("update_bank", "both"):
+        update = torch.compile(update, backend="eager")
+    features, index = torch.randn(4, 6, requires_grad=True), torch.arange(4)
+    for _ in range(4):
+        forward(features, index).backward()
+        update(features, index)
+        criterion.memory.rows(index)
+    assert not looks
+    criterion.memory.storage.mul_(2)
+    criterion.memory.rows(index)
+    assert looks
+
+
+def test_an_audit_looks_at_rows_that_were_written_without_a_trace():
+    bank = bank_of()
+    bank.storage.numpy()[3] = 0
+    with pytest.raises(RuntimeError, match="has length 0 instead of 1"):
+        audit_bank(bank)
+
+
 def test_a_bank_of_inference_mode_can_be_trained():
     with torch.inference_mode():
         criterion = NTDNELoss(LABELS, dim=6)
         copied = copy.deepcopy(criterion)
-    for each in (criterion, copied):
+        halved = copy.deepcopy(criterion).half()
+    for each in (criterion, copied, halved, copy.deepcopy(halved)):
         features = torch.randn(4, 6, requires_grad=True)
         each(features, torch.arange(4)).backward()
         each.update_bank(features, torch.arange(4))

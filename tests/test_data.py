@@ -167,6 +167,16 @@ def test_a_folder_of_which_samples_alone_were_corrected_is_refused(tmp_path):
     folder.targets = [label for _, label in folder.samples]
     assert IndexedDataset(folder).labels.tolist() == [1, 1]
 
+    class Noisy(datasets.ImageFolder):  # type: ignore[name-defined]
+        def __getitem__(self, index):
+            return super().__getitem__(index)[0], self.targets[index]
+
+    noisy = Noisy(tmp_path)
+    noisy.targets = [1, 0]
+    assert IndexedDataset(noisy).labels.tolist() == [1, 0]
+    folder.targets, folder.samples = None, [(*sample, 7) for sample in folder.samples]
+    assert IndexedDataset(folder).labels.tolist() == [1, 1]
+
 
 def test_a_part_trains_on_its_own_labels():
     """Under the labels of the whole set most images would have those of others."""

@@ -499,7 +499,7 @@ def test_activation_checkpointing_of_a_training_criterion_is_refused(reentrant):
     features, index = batch()
     features.requires_grad_()
     loss = checkpoint(criterion, features, index, use_reentrant=reentrant)
-    with pytest.raises(RuntimeError, match="runs again in backward, by activation checkpointing"):
+    with pytest.raises(RuntimeError, match="called inside backward, as by activation checkpointing"):
         loss.backward()
     criterion.eval()
     again = checkpoint(criterion, features, index, use_reentrant=reentrant)

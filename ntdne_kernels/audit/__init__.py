@@ -50,6 +50,7 @@ from ntdne_kernels.audit.outliers import Outliers, find_outliers
 from ntdne_kernels.audit.result import METHODS, LabelAudit, otsu_threshold
 from ntdne_kernels.audit.ridge import Ridge, fit_ridge
 from ntdne_kernels.bank import MemoryBank
+from ntdne_kernels.bank.guard import check_unit_rows
 from ntdne_kernels.labels import as_labels, encode_labels
 from ntdne_kernels.ops.backends import BACKENDS
 from ntdne_kernels.progress import with_progress
@@ -226,6 +227,7 @@ def audit_bank(  # noqa: PLR0913 (options, given by name)
         raise ValueError(f"classes: expected {len(every)} names, got {len(classes)}")
     if bank.fresh:
         warn_user("bank: its rows are still the random ones of its start; fill_bank brings an encoder's")
+    check_unit_rows(bank.shard)  # a write through NumPy or .data leaves no trace that the bank's guard could see
     fit = fit_ridge(bank) if ridge and len(bank.classes) > 1 else None
     chosen = choose_sigma(bank) if isinstance(sigma, str) else float(sigma)
     N, C = len(bank), len(bank.classes)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntdne_kernels.arguments import accumulator_dtype, check_range
+from ntdne_kernels.arguments import NOT_IN_BANK, accumulator_dtype, check_range
 from ntdne_kernels.audit.inputs import rows_per_block
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.labels import as_index
@@ -53,6 +53,8 @@ def nearest_neighbours(bank: MemoryBank, images: Any, k: int, *, among: Any = No
     else:
         among = as_index(among, "among")
         check_range("among", among, len(bank))
+        if bool((among == NOT_IN_BANK).any()):
+            raise IndexError(f"among: expected images from 0 to {len(bank) - 1}, got -1")
         rows = bank.positions(among.to(bank.device)).sort().values  # in the order in which they lie
     queries = images.to(bank.device)
     others = len(rows) - int(torch.isin(bank.positions(queries), rows).any())

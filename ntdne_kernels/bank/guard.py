@@ -8,7 +8,7 @@ left:
   written to it, the copy takes its source's bank at the next use.
 - Code that writes into the tensors of state_dict() writes rows, and maybe labels and order. Each write raises a
   tensor's version counter, so it is noticed without reading values, which would synchronise; they are read where it
-  was raised. The bank's own updates seal it anew, but for those in compiled code: an eager use after them reads values.
+  was raised. The bank's own updates seal it anew, after those in compiled code at the next use.
 
 Shapes: n images of this process.
 """
@@ -43,15 +43,17 @@ class Guard:
         self._order: tuple[int, int] | None = None
         self._rows: tuple[int, int] | None = None
         self._mark = 0
+        self.updated_in_compiled_code = False
+        """Whether the bank itself has written into the rows since they were sealed, where that could not be sealed."""
 
     def seal(self, labels: Tensor, order: Tensor, rows: Tensor, average_mark: Tensor) -> None:
         """The tensors are right as they are."""
-        self._labels, self._order, self._rows = map(_identity, (labels, order, rows))
-        self._mark = _version(average_mark)
+        self._labels, self._order, self._mark = _identity(labels), _identity(order), _version(average_mark)
+        self.seal_rows(rows)
 
     def seal_rows(self, rows: Tensor) -> None:
         """The bank itself has written into the rows, which were right before."""
-        self._rows = _identity(rows)
+        self._rows, self.updated_in_compiled_code = _identity(rows), False
 
     def unseal(self) -> None:
         """Let the next use check the values."""

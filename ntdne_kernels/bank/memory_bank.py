@@ -154,7 +154,9 @@ class MemoryBank(BankModule):
         batch = self._begin("update_bank", lambda: self._check_update(features, index, momentum, look=look))
         batch.blend_(features, momentum)
         self.fresh, self._guard.source = False, None
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._guard.updated_in_compiled_code = True
+        else:
             self._guard.seal_rows(self._storage)
         return self
 

@@ -175,6 +175,8 @@ class BankModule(nn.Module):
         self._guard.seal(self.labels, self.order, self._storage, self.average_mark)
 
     def _is_sealed(self) -> bool:
+        if self._guard.updated_in_compiled_code:
+            self._guard.seal_rows(self._storage)
         return self._guard.is_sealed(self.labels, self.order, self._storage)
 
     def _follow(self) -> None:
@@ -184,7 +186,7 @@ class BankModule(nn.Module):
         if float(self.average_mark) != self._guard.generation:  # else others wrote, as DistributedDataParallel does
             source = self._guard.living_source()
             source.check_untouched()
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 for name, theirs in (source._all_but_rows() | {"_storage": source._storage}).items():
                     own = getattr(self, name)
                     if own.shape == theirs.shape:
@@ -194,6 +196,7 @@ class BankModule(nn.Module):
             self.fresh, self.class_sizes = source.fresh, source.class_sizes
         self._seal()
 
+    @torch.inference_mode(mode=False)  # what the bank keeps can be written outside of it too
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to()` and its like, applied to the rows; rows in host memory and on disk stay where they are.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ntdne_kernels.experiments.arguments import class_folders, parser
+from ntdne_kernels.experiments.features import archive_name
 from ntdne_kernels.experiments.files import check_folder
 from ntdne_kernels.experiments.grid import PlannedRun, planned_grid, planned_run
 from ntdne_kernels.experiments.settings import Settings
@@ -207,8 +208,7 @@ def _machine(arguments: argparse.Namespace) -> "Machine":
 def _runs_folder(data: str) -> Path:
     """Where the runs of an archive go by default."""
     path = Path(data)
-    name = path.resolve().stem if path.is_file() else path.resolve().name if path.exists() else data.replace(":", "-")
-    return Path("runs") / name
+    return Path("runs") / (archive_name(path) if path.exists() else data.replace(":", "-"))
 
 
 def _counted(number: int, noun: str) -> str:

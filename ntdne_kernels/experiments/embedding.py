@@ -287,7 +287,7 @@ class _Rows:
         if self.complete:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT), "r+b")
+        self.file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -23,7 +23,7 @@ COLUMNS = {  # ours; cleanlab's; FiftyOne's, in its JSON and its CSV
     "path": ("path", "paths", "filepath", "filename", "file_name", "file"),
     "split": ("split", "subset"),
 }
-IMAGES = {"path": COLUMNS["path"], "image": ("image",)}  # columns that say which image a label is of
+IMAGE = "image"  # a column of numbers or names of images, in what `ntdne relabel` writes and elsewhere
 FOLDERS = ("features.npy", "samples.json")  # what is read of a folder: of `ntdne embed`, and of a FiftyOneDataset
 BESIDE = {"label": "labels.npy", "path": "files.txt"}  # found by themselves beside features without them
 
@@ -105,7 +105,7 @@ def read_features(
         raise ValueError(f"{path} holds features alone; --labels names the file of their labels")
     values = of_each_image("label", labels)
     paths = holding("path", paths)
-    if paths is None and has_column(labels, COLUMNS["path"]):
+    if paths is None and _names_images(labels):
         paths = labels
     files = [file for file in (path, labels, paths) if file is not None]
     split = next((file for file in files if has_column(file, COLUMNS["split"])), None)
@@ -114,7 +114,7 @@ def read_features(
         for content, file in (("path", paths), ("split", split))
     }
     if labels != path:
-        _check_order(labels, texts["path"])
+        _check_order(labels, path, texts["path"])
     return Features(
         data.resolve().name if data.is_dir() else path.stem,
         features,
@@ -125,31 +125,64 @@ def read_features(
     )
 
 
-def _check_order(labels: Path, paths: list[str] | None) -> None:
+def _check_order(labels: Path, features: Path, paths: list[str] | None) -> None:
     """ValueError where a file of labels says of which images they are, and not in the order of the features.
 
     Args:
-        labels: with a column of paths, or one `image`, as `ntdne relabel` writes it.
+        labels: maybe with columns of paths, or one `image`, as `ntdne relabel` writes it.
+        features: of their file; it may have a column `image` too.
         paths: names of the images' files in the order of the features, if they are known.
     """
-    content = next((content for content, names in IMAGES.items() if has_column(labels, names)), None)
-    if content is None:
-        return
-    found = list(map(str, read_values(labels, content, IMAGES[content])))
-    numbered = content == "image" and all(name.isdecimal() for name in found)
-    expected = list(map(str, range(len(found)))) if numbered else paths or found
-    for row, (name, there) in enumerate(zip(found, expected, strict=True)):
-        if name != there if numbered else not _same_file(name, there):
+    for column in [*COLUMNS["path"], IMAGE]:
+        if not has_column(labels, [column]):
+            continue
+        found, there = _texts(labels, column), paths
+        if column == IMAGE and has_column(features, [IMAGE]):
+            there = _texts(features, IMAGE)
+        elif column == IMAGE and all(name.isdecimal() for name in found):  # numbers of rows, if they can be
+            rows = list(map(str, range(len(found))))
+            there = rows if sorted(found) == sorted(rows) else None
+        row = None if there is None else _displaced(found, there)
+        if there is not None and row is not None:
             raise ValueError(
-                f"{labels}: expected the images in the order of the features, got {name} in row {row}, where the "
-                f"features are those of {there}"
+                f"{labels}: expected the images in the order of the features, got {found[row]} in row {row}, where the "
+                f"features are those of {there[row]}"
             )
 
 
-def _same_file(one: str, other: str) -> bool:
-    """Whether two names may be those of one file, from different folders or by different systems."""
-    one, other = (f"/{unicodedata.normalize('NFC', name.replace(chr(92), '/'))}" for name in (one, other))
-    return one.endswith(other) or other.endswith(one)
+def _texts(file: Path, column: str) -> list[str]:
+    """A column of a file as text, "" where there is none."""
+    return ["" if value is None else str(value) for value in read_values(file, column, [column])]
+
+
+def _displaced(found: list[str], there: list[str]) -> int | None:
+    """The first row whose name is that of another row there; None where no name is, or they cannot be told apart.
+
+    Names are compared by as many of their last parts as any two have in common, with their suffixes or, where none is
+    the same so, without.
+    """
+    ours, theirs = (
+        [unicodedata.normalize("NFC", name.replace("\\", "/").strip()).casefold().split("/") for name in names]
+        for names in (found, there)
+    )
+    for with_suffix in (True, False):
+        if not with_suffix:
+            ours, theirs = ([[*parts[:-1], Path(parts[-1]).stem] for parts in names] for names in (ours, theirs))
+        for depth in range(max(map(len, theirs)), 0, -1):
+            own_keys, keys = ([tuple(parts[-depth:]) for parts in names] for names in (ours, theirs))
+            row_of = {key: row for row, key in enumerate(keys)}
+            if len(row_of) < len(keys) or len(set(own_keys)) < len(own_keys) or row_of.keys().isdisjoint(own_keys):
+                continue
+            return next((row for row, key in enumerate(own_keys) if row_of.get(key, row) != row), None)
+    return None
+
+
+def _names_images(labels: Path) -> bool:
+    """Whether a file of labels has another name for each image, as a path, and not that of a folder of all, say."""
+    if not has_column(labels, COLUMNS["path"]):
+        return False
+    names = list(map(str, read_values(labels, "path", COLUMNS["path"])))
+    return len(set(names)) == len(names)
 
 
 def archive_name(data: Path) -> str:

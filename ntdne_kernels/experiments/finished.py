@@ -103,7 +103,7 @@ def read_runs(root: Path) -> list[Run]:
     paths = sorted(root.rglob(RESULTS))
     if not paths:
         raise ValueError(f"runs: no {RESULTS} in {root} or its folders, so no run has finished there")
-    runs = _with_distinctions([_read(path) for path in paths])
+    runs = _with_distinctions(_with_archives_apart([_read(path) for path in paths]))
     for same in grouped(runs, lambda run: (run.cell, run.name, run.seed)).values():
         if len(same) > 1:
             raise ValueError(f"runs: {same[0].folder} and {same[1].folder} hold the same run; report on one of them")
@@ -178,6 +178,20 @@ def differing(settings: list[dict[str, str]]) -> list[str]:
     """Names of the settings that are not the same in all, in their order."""
     names = dict.fromkeys(name for each in settings for name in each)
     return [name for name in names if len({each.get(name) for each in settings}) > 1]
+
+
+def _with_archives_apart(runs: list[Run]) -> list[Run]:
+    """The runs, with where their images are in the name of an archive that shares its name with another."""
+
+    def place(run: Run) -> str:
+        return str(run.settings.get("data", ""))
+
+    def apart(same: list[Run]) -> list[Run]:
+        if len(set(map(place, same))) == 1:
+            return same
+        return [dataclasses.replace(run, dataset=f"{run.dataset} ({place(run)})") for run in same]
+
+    return [run for same in grouped(runs, lambda run: run.dataset).values() for run in apart(same)]
 
 
 def _with_distinctions(runs: list[Run]) -> list[Run]:

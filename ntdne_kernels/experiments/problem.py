@@ -149,9 +149,14 @@ def _matrix(settings: Settings, classes: list[str]) -> Tensor:
 
 def _read_targets(path: str) -> dict[str, str]:
     try:
-        targets = yaml.safe_load(Path(path).read_text())
+        text = Path(path).read_text()
+        targets = yaml.safe_load(text)
+        node = yaml.compose(text)
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"noise_file: cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(targets, dict):
         raise ValueError(f"noise_file: expected lines 'true class: wrong class' in {path}")
+    names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"noise_file: expected each true class once in {path}, got {twice[0]} more often")
     return {str(true): str(wrong) for true, wrong in targets.items()}

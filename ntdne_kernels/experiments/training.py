@@ -11,6 +11,7 @@ Shapes: b images of a batch in B bands, or b rows of F features; N training imag
 import dataclasses
 import logging
 import math
+import shutil
 import sys
 import time
 import warnings
@@ -292,7 +293,11 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write the checkpoint under another name, then rename it."""
-        write_whole(Path(path), lambda file: torch.save(checkpoint, file))
+        try:
+            write_whole(Path(path), lambda file: torch.save(checkpoint, file))
+        except RuntimeError as error:  # what torch.save makes of a full disk
+            free = shutil.disk_usage(Path(path).parent).free / 1e6
+            raise OSError(f"{path} cannot be written, with {free:.1f} MB free there: {error}") from None
 
 
 def make_criterion(settings: Settings, labels: Tensor, storage: str = "device", path: Path | None = None) -> Criterion:

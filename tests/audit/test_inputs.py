@@ -223,6 +223,8 @@ def test_neighbours_among_others_are_as_many_as_there_are(device):
     assert nearest_neighbours(bank, [0], 3, among=[5])[0].tolist() == [[5]]
     assert nearest_neighbours(bank, [0, 1], 3, among=[1, 2, 3])[0].size(1) == 2
     assert nearest_neighbours(bank, [1], 3, among=[1])[0].size(1) == 0
+    with pytest.raises(IndexError, match="^among: expected images from 0 to 119, got -1$"):
+        nearest_neighbours(bank, [0], 3, among=[-1, 2])
 
 
 def test_a_class_of_one_row_is_not_cut():

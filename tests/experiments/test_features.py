@@ -61,6 +61,49 @@ def test_names_of_images_from_another_folder_are_the_same(features, name):
     assert read_features(Path("features.npy"), Path("labels.csv")).labels == NAMES
 
 
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("path", [f"/mnt/c/{path}" for path in PATHS]),  # beside /home/me: the same files from another root
+        ("filename", [path.removesuffix(".png") for path in PATHS]),
+        ("file", ["shard-0"] * 60),
+        ("path", ["", *PATHS[1:]]),
+        ("image", [str(image + 1) for image in range(60)]),
+        ("image", [f"{image:04}" for image in range(60)]),
+        ("image", [str(7 * image % 1000) for image in range(60)]),  # ids of their own
+    ],
+)
+def test_what_does_not_speak_of_another_order_is_taken(features, column, values):
+    Path("files.txt").write_text("\n".join(f"/home/me/{path}" for path in PATHS))
+    pd.DataFrame({column: values, "label": NAMES}).to_csv("labels.csv", index=False)
+    assert read_features(Path("features.npy"), Path("labels.csv")).labels == NAMES
+
+
+@pytest.mark.parametrize("shown", ["/mnt/c/{}", "{}", "./{}"])
+def test_another_order_is_seen_from_another_root_too(features, shown):
+    Path("files.txt").write_text("\n".join(f"/home/me/{path}" for path in PATHS))
+    names = [shown.format(path) for path in PATHS]
+    names[3], names[7] = names[7], names[3]
+    pd.DataFrame({"path": names, "label": NAMES}).to_csv("labels.csv", index=False)
+    with pytest.raises(ValueError, match="in row 3, where the features are those of /home/me/lake/3.png"):
+        read_features(Path("features.npy"), Path("labels.csv"))
+
+
+def test_images_that_both_files_name_are_compared(features):
+    np.savez("named.npz", features=features, image=np.array(PATHS))
+    table = pd.DataFrame({"image": PATHS, "label": NAMES})
+    table.to_csv("labels.csv", index=False)
+    assert read_features(Path("named.npz"), Path("labels.csv")).labels == NAMES
+    table.iloc[SHUFFLED].to_csv("labels.csv", index=False)
+    with pytest.raises(ValueError, match="in the order of the features, got pond/59.png in row 0"):
+        read_features(Path("named.npz"), Path("labels.csv"))
+
+
+def test_a_column_that_is_the_same_for_all_images_names_none(features):
+    pd.DataFrame({"file": "batch1.zip", "label": NAMES}).to_csv("labels.csv", index=False)
+    assert read_features(Path("features.npy"), Path("labels.csv")).paths is None
+
+
 def test_names_of_images_beside_labels_are_taken_where_there_are_no_others(features):
     pd.DataFrame({"path": PATHS, "label": NAMES}).to_csv("labels.csv", index=False)
     assert read_features(Path("features.npy"), Path("labels.csv")).paths == PATHS

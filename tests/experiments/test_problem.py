@@ -108,3 +108,6 @@ def test_targets_that_are_no_lines_of_names_are_refused(tmp_path):
     (tmp_path / "targets.yaml").write_text("- one\n- two\n")
     with pytest.raises(ValueError, match="noise_file: expected lines 'true class: wrong class'"):
         problem_of(tmp_path, noise="label-dependent", noise_file=str(tmp_path / "targets.yaml"))
+    (tmp_path / "targets.yaml").write_text("ash: oak\nash: birch\n")
+    with pytest.raises(ValueError, match="noise_file: expected each true class once in .*, got ash more often"):
+        problem_of(tmp_path, noise="label-dependent", noise_file=str(tmp_path / "targets.yaml"))

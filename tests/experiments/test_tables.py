@@ -174,6 +174,13 @@ def test_the_table_of_runs_has_the_settings_that_differ_and_no_others(tmp_path):
     assert cells(table, 1)["options of the loss"] == "sigma=0.1"
 
 
+def test_archives_of_one_name_have_rows_of_their_own(tmp_path):
+    write_run(tmp_path, "NSL", settings={"data": "/one/features.npy"}, dataset="features")
+    write_run(tmp_path, "SNCA", settings={"data": "/other/features.npy"}, dataset="features")
+    found = {run.dataset: run.loss for run in read_runs(tmp_path)}
+    assert found == {"features (/one/features.npy)": "NSL", "features (/other/features.npy)": "SNCA"}
+
+
 def test_missing_cells_are_told_by_dataset_and_sweeps_of_k_are_not_missed(grid):
     assert missing_cells(read_runs(grid)) == [
         "AID, uniform, 0.1: NTDNE k=auto, NTDNE k=none",
