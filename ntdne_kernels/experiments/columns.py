@@ -81,6 +81,24 @@ def has_column(path: Path, names: Iterable[str]) -> bool:
     return has_names(path) and not set(names).isdisjoint(column_names(path))
 
 
+def read_names(path: Path, column: str) -> list[str] | None:
+    """A column of texts or integers as text, "" for what is missing; None where it holds anything else, as pictures."""
+    if not has_column(path, [column]):
+        return None
+    if path.suffix == ".parquet":  # where a column of pictures may be larger than memory
+        import pyarrow.types as types
+
+        kind = _parquet(path).schema_arrow.field(column).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind)):
+            return None
+    try:
+        values = read_values(path, column, [column])
+    except ValueError:
+        return None
+    return ["" if value is None else str(value) for value in values]
+
+
 def column_name(path: Path, content: str, names: Sequence[str]) -> str:
     """The first of the names that a column of the file has; arguments and errors as `read_values`."""
     known = column_names(path)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ntdne_kernels.experiments.columns import SUFFIXES, has_column, has_names, read_matrix, read_values
+from ntdne_kernels.experiments.columns import SUFFIXES, has_column, has_names, read_matrix, read_names, read_values
 from ntdne_kernels.labels import read_labels
 
 COLUMNS = {  # ours; cleanlab's; FiftyOne's, in its JSON and its CSV
@@ -134,11 +134,12 @@ def _check_order(labels: Path, features: Path, paths: list[str] | None) -> None:
         paths: names of the images' files in the order of the features, if they are known.
     """
     for column in [*COLUMNS["path"], IMAGE]:
-        if not has_column(labels, [column]):
+        found = read_names(labels, column)
+        if found is None:
             continue
-        found, there = _texts(labels, column), paths
-        if column == IMAGE and has_column(features, [IMAGE]):
-            there = _texts(features, IMAGE)
+        there = paths
+        if column == IMAGE and (own := read_names(features, IMAGE)) is not None:
+            there = own
         elif column == IMAGE and all(name.isdecimal() for name in found):  # numbers of rows, if they can be
             rows = list(map(str, range(len(found))))
             there = rows if sorted(found) == sorted(rows) else None
@@ -148,11 +149,6 @@ def _check_order(labels: Path, features: Path, paths: list[str] | None) -> None:
                 f"{labels}: expected the images in the order of the features, got {found[row]} in row {row}, where the "
                 f"features are those of {there[row]}"
             )
-
-
-def _texts(file: Path, column: str) -> list[str]:
-    """A column of a file as text, "" where there is none."""
-    return ["" if value is None else str(value) for value in read_values(file, column, [column])]
 
 
 def _displaced(found: list[str], there: list[str]) -> int | None:
@@ -179,10 +175,9 @@ def _displaced(found: list[str], there: list[str]) -> int | None:
 
 def _names_images(labels: Path) -> bool:
     """Whether a file of labels has another name for each image, as a path, and not that of a folder of all, say."""
-    if not has_column(labels, COLUMNS["path"]):
-        return False
-    names = list(map(str, read_values(labels, "path", COLUMNS["path"])))
-    return len(set(names)) == len(names)
+    column = next((name for name in COLUMNS["path"] if has_column(labels, [name])), "")
+    names = read_names(labels, column)
+    return names is not None and len(set(names)) == len(names)
 
 
 def archive_name(data: Path) -> str:

@@ -104,6 +104,15 @@ def test_a_column_that_is_the_same_for_all_images_names_none(features):
     assert read_features(Path("features.npy"), Path("labels.csv")).paths is None
 
 
+def test_pictures_in_a_column_are_not_names(features):
+    pictures = [{"bytes": b"P" * 9, "path": path} for path in reversed(PATHS)]
+    pd.DataFrame({"image": pictures, "label": NAMES}).to_parquet("labels.parquet")
+    assert read_features(Path("features.npy"), Path("labels.parquet")).labels == NAMES
+    lines = [json.dumps({"image": {"path": path}, "label": name}) for path, name in zip(PATHS, NAMES, strict=True)]
+    Path("labels.jsonl").write_text("\n".join(lines))
+    assert read_features(Path("features.npy"), Path("labels.jsonl")).labels == NAMES
+
+
 def test_names_of_images_beside_labels_are_taken_where_there_are_no_others(features):
     pd.DataFrame({"path": PATHS, "label": NAMES}).to_csv("labels.csv", index=False)
     assert read_features(Path("features.npy"), Path("labels.csv")).paths == PATHS
