@@ -13,7 +13,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntdne_kernels import MemoryBank, NTDNELoss
-from ntdne_kernels.audit import audit_bank
 from ntdne_kernels.bank import memory_bank, module
 from ntdne_kernels.bank.state import entries_of
 from ntdne_kernels.ops import bank_update
@@ -649,13 +648,6 @@ def test_training_never_looks_at_the_rows(compiled, monkeypatch):
     criterion.memory.storage.mul_(2)
     criterion.memory.rows(index)
     assert looks
-
-
-def test_an_audit_looks_at_rows_that_were_written_without_a_trace():
-    bank = bank_of()
-    bank.storage.numpy()[3] = 0
-    with pytest.raises(RuntimeError, match="has length 0 instead of 1"):
-        audit_bank(bank)
 
 
 def test_a_bank_of_inference_mode_can_be_trained():

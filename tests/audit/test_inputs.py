@@ -149,6 +149,13 @@ def test_bank_with_rows_that_are_not_finite_is_refused():
         audit_bank(bank)
 
 
+def test_rows_that_were_written_without_a_trace_are_looked_at():
+    bank = feature_bank(*blobs()[:2])
+    bank.storage.numpy()[3] = 0
+    with pytest.raises(RuntimeError, match="has length 0 instead of 1"):
+        audit_bank(bank)
+
+
 def test_criterion_in_place_of_its_bank_is_refused():
     criterion = NTDNELoss(torch.tensor([0, 1]), dim=3)
     with pytest.raises(
