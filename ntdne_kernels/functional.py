@@ -35,7 +35,7 @@ from ntdne_kernels.labels import as_index, as_labels
 from ntdne_kernels.ops.backends import BACKENDS
 from ntdne_kernels.ops.chunked import CHUNKED
 from ntdne_kernels.ops.layout import ClassLayout, PlainLabels
-from ntdne_kernels.ops.losses import LossSpec
+from ntdne_kernels.ops.losses import REDUCTIONS, LossSpec
 from ntdne_kernels.ops.schema import Archive, Batch
 from ntdne_kernels.user_warning import warn_user
 
@@ -84,7 +84,7 @@ def ntdne_loss(  # noqa: PLR0913  options by name
     check_number("q", q, 0, 1, upper_included=True)
     if k is not None:
         check_number("k", k, 0, 1)
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_choice("reduction", reduction, REDUCTIONS)
     spec = LossSpec(q, k, reduction)
     return loss_and_log_scores(features, bank, labels, bank_labels, index, spec, sigma=sigma, backend=backend)[0]
 
@@ -104,7 +104,7 @@ def snca_loss(
 
     Queries without a neighbour of their class are ignored: 0 under "none", and "mean" divides by the others.
     """
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_choice("reduction", reduction, REDUCTIONS)
     spec = LossSpec(None, None, reduction)
     return loss_and_log_scores(features, bank, labels, bank_labels, index, spec, sigma=sigma, backend=backend)[0]
 

@@ -28,11 +28,10 @@ from ntdne_kernels.bank.batch import score_rows
 from ntdne_kernels.distributed import Report
 from ntdne_kernels.fill import fill_bank
 from ntdne_kernels.labels import as_index, as_labels
-from ntdne_kernels.ops.losses import LossSpec
+from ntdne_kernels.ops.losses import REDUCTIONS, LossSpec
 from ntdne_kernels.user_warning import warn_user
 from ntdne_kernels.watch import Watch
 
-REDUCTIONS = ("mean", "sum", "none")
 REFRESH_CHUNK = 1024  # bank rows of each process that are scored at a time
 
 

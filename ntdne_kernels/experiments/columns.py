@@ -82,7 +82,7 @@ def has_column(path: Path, names: Iterable[str]) -> bool:
 
 
 def read_names(path: Path, column: str) -> list[str] | None:
-    """A column of texts or integers as text, "" for what is missing; None where it holds anything else, as pictures."""
+    """A column of texts or integers as text, "" for what is missing; None where there is none, or one of pictures."""
     if not has_column(path, [column]):
         return None
     if path.suffix == ".parquet":  # where a column of pictures may be larger than memory

@@ -14,7 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ntdne_kernels.experiments.columns import SUFFIXES, has_column, has_names, read_matrix, read_names, read_values
+from ntdne_kernels.experiments.columns import (
+    SUFFIXES,
+    column_name,
+    column_names,
+    has_column,
+    has_names,
+    read_matrix,
+    read_names,
+    read_values,
+)
 from ntdne_kernels.labels import read_labels
 
 COLUMNS = {  # ours; cleanlab's; FiftyOne's, in its JSON and its CSV
@@ -133,18 +142,20 @@ def _check_order(labels: Path, features: Path, paths: list[str] | None) -> None:
         features: of their file; it may have a column `image` too.
         paths: names of the images' files in the order of the features, if they are known.
     """
-    for column in [*COLUMNS["path"], IMAGE]:
-        found = read_names(labels, column)
+    known = column_names(labels) if has_names(labels) else []
+    for column in (name for name in (*COLUMNS["path"], IMAGE) if name in known):
+        found, there = read_names(labels, column), paths
         if found is None:
             continue
-        there = paths
         if column == IMAGE and (own := read_names(features, IMAGE)) is not None:
             there = own
         elif column == IMAGE and all(name.isdecimal() for name in found):  # numbers of rows, if they can be
             rows = list(map(str, range(len(found))))
             there = rows if sorted(found) == sorted(rows) else None
-        row = None if there is None else _displaced(found, there)
-        if there is not None and row is not None:
+        if there is None:
+            continue
+        row = _displaced(found, there)
+        if row is not None:
             raise ValueError(
                 f"{labels}: expected the images in the order of the features, got {found[row]} in row {row}, where the "
                 f"features are those of {there[row]}"
@@ -175,8 +186,9 @@ def _displaced(found: list[str], there: list[str]) -> int | None:
 
 def _names_images(labels: Path) -> bool:
     """Whether a file of labels has another name for each image, as a path, and not that of a folder of all, say."""
-    column = next((name for name in COLUMNS["path"] if has_column(labels, [name])), "")
-    names = read_names(labels, column)
+    if not has_column(labels, COLUMNS["path"]):
+        return False
+    names = read_names(labels, column_name(labels, "path", COLUMNS["path"]))
     return names is not None and len(set(names)) == len(names)
 
 

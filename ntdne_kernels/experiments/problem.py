@@ -7,7 +7,6 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -65,7 +64,7 @@ class Problem:
         if self.archive.of_features:  # which may be too many for a list
             some = self.train[:: max(len(self.train) // FINGERPRINT_ROWS, 1)].numpy()
             rows = self.train.numpy().tobytes() + self.noisy.labels.numpy().tobytes()
-            rows += np.ascontiguousarray(self.archive.images[some]).tobytes()
+            rows += self.archive.images[some].tobytes()
             return hashlib.sha256(repr((self.archive.images.shape, self.classes)).encode() + rows).hexdigest()
         files = [self.archive.files[image] for image in self.train.tolist()]
         return hashlib.sha256(repr((files, self.classes, self.noisy.labels.tolist())).encode()).hexdigest()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+REDUCTIONS = ("mean", "sum", "none")
 SMALLEST_CHANCE = 1e-3
 """A class of a smaller share has the unit of this one: else a single image could outweigh its batch."""
 EVEN_CLASSES = 30

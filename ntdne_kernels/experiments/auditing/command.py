@@ -32,8 +32,7 @@ def audit(arguments: argparse.Namespace) -> None:
     images = data.is_dir() or arguments.data in WORDS or arguments.data.startswith("made:")
     images &= features_file(arguments.data) is None
     _check(arguments, data, images)
-    name = data.resolve().name if images else archive_name(data)
-    output = arguments.output or Path("audit") / name.replace(":", "-")
+    output = arguments.output or Path("audit") / archive_name(data).replace(":", "-")
     inputs = [data, checkpoint, arguments.labels, arguments.paths, *arguments.decisions]
     inputs = [file for file in inputs if file is not None]
     check_output(output, inputs, class_folders(arguments.data), arguments.format)
