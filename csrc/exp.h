@@ -1,6 +1,6 @@
 // exp(x) in place of float32 values, to 2 units in the last place.
 // On 256 x 2048 logits and two threads PyTorch's exp_ took 0.22 to 0.27 ms, this 0.07 ms; a matrix product of the tile
-// takes 0.75 ms in float32 and 0.35 ms in bfloat16.
+// takes 0.75 ms in float32 and, with AVX-512 BF16, 0.35 ms in bfloat16.
 #pragma once
 
 #include "vector_width.h"

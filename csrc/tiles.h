@@ -5,6 +5,7 @@
 
 #include "exp.h"
 #include "float_type.h"
+#include "vector_width.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
@@ -79,7 +80,7 @@ void multiply(Tensor out, const Tensor& a, const Tensor& b, double alpha, double
 
 // Whether ntdne_kernels::bf16_mm_ has a kernel here: else bfloat16 is widened, and its products are those of float32.
 bool multiplies_bfloat16() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef BUILDS_BF16_MM
   return __builtin_cpu_supports("avx512bf16");
 #else
   return false;

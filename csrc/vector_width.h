@@ -6,3 +6,8 @@
 #else
 #define FOR_EACH_VECTOR_WIDTH
 #endif
+
+// The kernel of bf16_mm_ needs a compiler that knows AMX, and Linux for the leave to use it.
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define BUILDS_BF16_MM
+#endif

@@ -1,11 +1,16 @@
 """The matrix products of a tile against float64."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from ntdne_kernels.ops import products
 
 SHAPES = [(1, 1, 1), (6, 2, 64), (5, 3, 65), (13, 7, 1), (12, 130, 200), (67, 129, 63)]
+SHAPES += [(16, 32, 16), (17, 31, 33), (32, 33, 15), (33, 600, 97), (4, 0, 3)]  # tile registers: 16 rows, 32 values
 
 
 @pytest.mark.parametrize("multiply", [torch.ops.ntdne_kernels.bf16_mm_, products.bf16_mm_in_pytorch])
@@ -13,15 +18,49 @@ SHAPES = [(1, 1, 1), (6, 2, 64), (5, 3, 65), (13, 7, 1), (12, 130, 200), (67, 12
 def test_bf16_product_is_exact_to_float32(multiply, shape):
     M, K, L = shape
     source = torch.Generator().manual_seed(M * K * L)
-    a = torch.randn(M, K + 3, generator=source).bfloat16()[:, :K]
-    b = torch.randn(L, K, generator=source).bfloat16()
-    for right in (b.t(), b.t().contiguous()):
+
+    def inside_of_nan(rows: int, columns: int) -> torch.Tensor:  # a read beyond the matrix spoils the sums
+        around = torch.full((rows + 2, columns + 3), torch.nan, dtype=torch.bfloat16)
+        matrix = around[1:-1, 1 : 1 + columns]
+        return matrix.copy_(torch.randn(rows, columns, generator=source))
+
+    a, b = inside_of_nan(M, K), inside_of_nan(L, K)
+    rows, spread = inside_of_nan(K, L).copy_(b.t()), inside_of_nan(K, 2 * L)[:, ::2].copy_(b.t())
+    for right in (b.t(), rows, spread):
         whole = torch.randn(M, L + 5, generator=source)
         out, margin = whole[:, :L], whole[:, L:].clone()
         expected = 0.5 * (a.double() @ right.double())
         multiply(out, a, right, 0.5)
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6 * K**0.5)
         assert torch.equal(whole[:, L:], margin)
+
+
+# Linux lets no process use AMX whose alternate signal stack is too small for its registers.
+WITHOUT_AMX = """
+import ctypes, sys
+import pytest
+
+class Stack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+library, memory = ctypes.CDLL(None), ctypes.create_string_buffer(4096)
+assert library.sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, len(memory))), None) == 0
+options = ["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler"]  # which has a stack of its own
+failed = pytest.main([*options, sys.argv[1], "-k", "exact_to_float32"])
+permitted, ARCH_PRCTL, GET_PERMISSIONS, TILE_DATA = ctypes.c_uint64(), 158, 0x1022, 18
+assert library.syscall(ARCH_PRCTL, GET_PERMISSIONS, ctypes.byref(permitted)) == 0
+assert not permitted.value >> TILE_DATA & 1
+sys.exit(failed)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/cpuinfo").exists() or " amx_bf16" not in Path("/proc/cpuinfo").read_text(),
+    reason="needs a processor with AMX",
+)
+def test_bf16_product_where_amx_may_not_be_used():
+    run = subprocess.run([sys.executable, "-c", WITHOUT_AMX, __file__], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
