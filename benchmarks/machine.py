@@ -22,8 +22,7 @@ def describe(device: str) -> dict[str, str]:
         here = {"machine": torch.cuda.get_device_name(), "driver": _driver()}
         libraries = [f"cuDNN {torch.backends.cudnn.version()}"]
     else:
-        capability = torch.backends.cpu.get_cpu_capability()
-        here = {"machine": f"{cpu_model()}, {torch.get_num_threads()} threads, {capability}", "driver": ""}
+        here = {"machine": f"{cpu_model()}, {torch.get_num_threads()} threads, {vector_instructions()}", "driver": ""}
         libraries = []
     for distribution in metadata.distributions():
         if distribution.name in PEERS:
@@ -42,7 +41,7 @@ def describe_cpu() -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
-        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "vector_instructions": vector_instructions(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
@@ -54,6 +53,12 @@ def cpu_model() -> str:
     """As Linux names it."""
     model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     return model[1] if model else platform.machine()
+
+
+def vector_instructions() -> str:
+    """The widest that PyTorch uses here, and AMX where Linux lists it for bfloat16."""
+    capability = str(torch.backends.cpu.get_cpu_capability())
+    return f"{capability}, AMX" if " amx_bf16" in Path("/proc/cpuinfo").read_text() else capability
 
 
 def _driver() -> str:
