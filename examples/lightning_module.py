@@ -3,20 +3,21 @@
     python examples/lightning_module.py runs/lightning            # and again, after it was killed: it goes on
 
 Lines marked "new" are what NTDNELoss adds to an ordinary module. For your own images give `NeighbourhoodModule` your
-encoder, and return IndexedDataset(your dataset) from `digits`. For several GPUs make the criterion in Lightning's hook
-`configure_model`, where the process group exists, with process_group=torch.distributed.group.WORLD.
+encoder, and return IndexedDataset(your dataset) from `digits`. Several GPUs share the bank: each keeps a part of it.
 
 Shapes: B images of a batch, N training images, D features.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from ntdne_kernels import IndexedDataset, NTDNELoss
@@ -30,7 +31,14 @@ class NeighbourhoodModule(lightning.LightningModule):
     def __init__(self, encoder: nn.Module, labels: Tensor) -> None:
         super().__init__()
         self.encoder = encoder
-        self.criterion = NTDNELoss(labels, D)  # new: labels of the whole archive
+        self.labels = labels  # new: of the whole archive
+        self.criterion: NTDNELoss | None = None
+
+    def configure_model(self) -> None:
+        """Make the criterion where the processes of several GPUs know each other."""
+        if self.criterion is None:  # new
+            group = distributed.group.WORLD if distributed.is_initialized() else None
+            self.criterion = NTDNELoss(self.labels, D, process_group=group)
 
     def on_train_epoch_start(self) -> None:
         """Say which epoch begins."""
@@ -44,6 +52,11 @@ class NeighbourhoodModule(lightning.LightningModule):
         self.criterion.update_bank(features, index)  # new; the loss keeps nothing of the bank for its gradient
         self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
         return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Bring the parts of the bank together: Lightning's first process alone writes the file."""
+        state = checkpoint["state_dict"]  # new
+        state.update({name: part.full_tensor() for name, part in state.items() if isinstance(part, DTensor)})
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Of the encoder alone: the criterion has no parameters."""
@@ -66,13 +79,14 @@ def make_encoder() -> nn.Module:
     )
 
 
-def main(folder: Path, epochs: int = 15) -> None:
+def main(folder: Path, epochs: int = 15, devices: int | str = "auto") -> None:
     """Train, from the last checkpoint in the folder where there is one."""
     lightning.seed_everything(0)
     dataset = digits()
     module = NeighbourhoodModule(make_encoder(), dataset.labels)
     trainer = lightning.Trainer(
         max_epochs=epochs,
+        devices=devices,
         default_root_dir=folder,
         callbacks=ModelCheckpoint(folder, save_last=True),
         logger=False,
@@ -83,7 +97,9 @@ def main(folder: Path, epochs: int = 15) -> None:
         DataLoader(dataset, batch_size=128, shuffle=True),
         ckpt_path=last if last.exists() else None,
     )
-    print(f"mean score {module.criterion.memory.last_log_p.exp().mean():.3f} after epoch {trainer.current_epoch}")
+    if trainer.is_global_zero:
+        score = module.criterion.memory.last_log_p.exp().mean()  # of several GPUs over the images of the first
+        print(f"mean score {score:.3f} after epoch {trainer.current_epoch}")
 
 
 if __name__ == "__main__":

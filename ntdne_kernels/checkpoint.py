@@ -63,13 +63,15 @@ def save_checkpoint(
             same on all ranks: optimizers must be of replicated parameters.
         step: number of this checkpoint, larger than those before.
         keep: how many checkpoints to keep, this one included.
-        process_group: the ranks that save; None: all of them, or this process alone if there is no process group.
+        process_group: the ranks that save; None: all of them, or this process alone if there is no process group. They
+            must be the ranks that share the banks: where each group has a bank, each saves to a folder of its own.
         no_dist: this process saves alone, whatever other ranks do.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: an argument is not as described, or not the same on all ranks.
-        CheckpointError: a rank failed. The older checkpoints are whole, and nothing is left of this one.
+        CheckpointError: a rank failed, or a bank is shared by other ranks. The older checkpoints are whole, and nothing
+            is left of this one.
 
     Example:
         >>> import tempfile
@@ -90,6 +92,7 @@ def save_checkpoint(
     failed = f"cannot save {checkpoint}"
     try:
         with _together(processes, failed):
+            _check_banks(items, processes)
             if rank == 0:
                 _make_room(folder, step)
         with _together(processes, failed):
@@ -348,6 +351,18 @@ def _banks(modules: dict[str, nn.Module]) -> dict[str, MemoryBank]:
     }
 
 
+def _check_banks(items: dict[str, Any], processes: Processes) -> None:
+    """Refuse a bank of which other ranks than those that save have rows, or whose rows here would be another bank's."""
+    saving = processes.global_ranks()
+    for prefix, bank in _banks({name: item for name, item in items.items() if isinstance(item, nn.Module)}).items():
+        sharing = bank.processes.global_ranks()
+        if not isinstance(bank.processes, OneProcess) and sharing != saving:
+            raise ValueError(
+                f"{prefix.rstrip('.')}: expected a bank shared by the ranks that save, {saving}, got one of {sharing}; "
+                "save_checkpoint(..., process_group=...) of its group, with a folder for each group"
+            )
+
+
 def _read(reader: FileSystemReader, metadata: Metadata, entries: dict[str, Any]) -> None:
     """Fill the tensors of `entries` in place, and replace its other values."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -370,7 +385,7 @@ def _check_files(checkpoint: Path, metadata: Metadata) -> None:
 
 
 def _check_entries(entries: dict[str, Any], metadata: Metadata, names: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose entries have other names or shapes."""
+    """Refuse a checkpoint whose entries have other names or shapes, or of whose tensors a part was never written."""
     saved = {key: entry for key, entry in metadata.state_dict_metadata.items() if key.split(".")[0] in names}
     problems = [f"{key} is not in the checkpoint" for key in entries if key not in saved]
     problems += [f"{key} is in the checkpoint only" for key in saved if key not in entries]
@@ -379,9 +394,17 @@ def _check_entries(entries: dict[str, Any], metadata: Metadata, names: Mapping[s
         for key, entry in entries.items()
         if key in saved and _shape(saved[key]) != _shape(entry)
     ]
+    problems += [f"{key}: parts of it are missing" for key in entries if key in saved and not _is_whole(saved[key])]
     if problems:
         more = len(problems) - PROBLEMS_SHOWN
         raise ValueError("; ".join(problems[:PROBLEMS_SHOWN]) + (f"; and {more} more" if more > 0 else ""))
+
+
+def _is_whole(entry: Any) -> bool:
+    """Whether the parts of a saved tensor, which do not overlap, are all of it."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return True
+    return sum(chunk.sizes.numel() for chunk in entry.chunks) >= entry.size.numel()
 
 
 def _shape(entry: Any) -> str:

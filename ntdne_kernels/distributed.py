@@ -44,6 +44,10 @@ class OneProcess:
         """All of N things."""
         return range(N)
 
+    def global_ranks(self) -> list[int]:
+        """This process's rank, 0 where there are no others."""
+        return [distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0]
+
     def lengths(self, N: int) -> list[int]:
         """How many of N things each process holds: all."""
         return [N]
@@ -139,6 +143,10 @@ class Ranks:
         largest = -(-N // self.size)
         first = min(self.rank * largest, N)
         return range(first, min(first + largest, N))
+
+    def global_ranks(self) -> list[int]:
+        """The ranks of the group, as the default process group counts them."""
+        return sorted(distributed.get_process_group_ranks(self.group))
 
     def lengths(self, N: int) -> list[int]:
         """How many of N things each rank holds."""

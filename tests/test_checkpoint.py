@@ -102,10 +102,10 @@ def changed(found, expected):
     return False
 
 
-def error_of(action, *arguments):
+def error_of(action, *arguments, **options):
     """The message of the CheckpointError that the action raises."""
     with pytest.raises(CheckpointError) as caught:
-        action(*arguments)
+        action(*arguments, **options)
     return str(caught.value)
 
 
@@ -573,6 +573,44 @@ def test_a_group_of_some_of_the_ranks_can_save(tmp_path):
     bank = MemoryBank(LABELS, D)
     assert load_checkpoint(tmp_path, {"bank": bank}) == 1
     assert_same(bank.rows(torch.arange(len(LABELS))), rows)
+
+
+def save_banks_of_other_ranks(folder):
+    """Of a bank on each rank that both save, and one on both that a rank saves alone, after a whole checkpoint."""
+    group = [distributed.new_group([0]), distributed.new_group([1])][own_rank()]
+    shared, own = MemoryBank(LABELS, D, process_group=world()), MemoryBank(LABELS, D, process_group=group)
+    save_checkpoint(folder, {"bank": shared}, 1, keep=1)
+    together = error_of(save_checkpoint, folder, {"bank": own}, 2, keep=1)
+    alone = error_of(save_checkpoint, folder, {"bank": shared}, 3, keep=1, no_dist=True) if own_rank() == 0 else ""
+    apart = folder / str(own_rank())
+    save_checkpoint(apart, {"bank": own}, 1, process_group=group)
+    save_checkpoint(apart, {"bank": own}, 2, no_dist=True)
+    loaded = load_checkpoint(folder, {"bank": shared}), load_checkpoint(apart, {"bank": own}, no_dist=True)
+    return together, alone, *loaded
+
+
+def test_a_bank_is_saved_by_the_ranks_that_share_it(tmp_path):
+    """Else half of its rows would be lost, or be those of another bank, and the checkpoints before be removed."""
+    for rank, (together, alone, whole, apart) in enumerate(ranks.run(save_banks_of_other_ranks, 2, tmp_path)):
+        assert "bank: expected a bank shared by the ranks that save, [0, 1], got one of [0]" in together
+        assert rank or "bank: expected a bank shared by the ranks that save, [0], got one of [0, 1]" in alone
+        assert (whole, apart) == (1, 2)
+
+
+def test_a_checkpoint_without_a_rank_s_part_is_refused(tmp_path, monkeypatch):
+    bank = MemoryBank(LABELS, D)
+    monkeypatch.setattr(checkpoint, "PART", 64)
+    save_checkpoint(tmp_path, {"bank": bank}, 1)
+    read = checkpoint.FileSystemReader.read_metadata
+
+    def without_a_part(reader):
+        metadata = read(reader)
+        metadata.state_dict_metadata["bank.storage"].chunks.pop()
+        return metadata
+
+    monkeypatch.setattr(checkpoint.FileSystemReader, "read_metadata", without_a_part)
+    with pytest.raises(CheckpointError, match="nothing was changed: ValueError: bank.storage: parts of it are missing"):
+        load_checkpoint(tmp_path, {"bank": bank})
 
 
 class ShardedOptimizer:

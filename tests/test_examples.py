@@ -242,3 +242,20 @@ def test_the_lightning_script_takes_up_its_last_checkpoint(tmp_path):
         assert result.returncode == 0, result.stderr
         assert f"after epoch {epochs}" in result.stdout
     assert "Restored all states from the checkpoint" in result.stderr + result.stdout
+
+
+def test_the_lightning_module_s_checkpoint_has_the_bank_of_all_processes(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from examples.lightning_module import main\n"
+        "main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))\n"
+    )
+    folder = tmp_path / "run"
+    for epochs, devices in ((1, 2), (2, 2), (3, 1)):  # goes on with as many processes, and with another number
+        result = run(str(script), str(folder), str(epochs), str(devices))
+        assert result.returncode == 0, result.stderr
+        assert f"after epoch {epochs}" in result.stdout
+        state = torch.load(folder / "last.ckpt", weights_only=False)["state_dict"]
+        assert state["criterion.memory.storage"].shape == (1797, 64)
+        assert not bool(state["criterion.memory.scores"].isnan().any())
