@@ -127,19 +127,30 @@ def _labels_in_attributes(dataset: Any) -> Tensor | None:
 
 
 def _check_folder(dataset: Any) -> None:
-    """ValueError where a torchvision folder gives other labels, those of its `samples`, than its `targets` say."""
-    owner = next((base for base in type(dataset).__mro__ if "__getitem__" in vars(base)), object)
+    """ValueError where a torchvision folder gives other labels, those of its `samples`, than its `targets` say.
+
+    One with a `__getitem__` of its own may give either: there an image tells, the first for which they differ.
+    """
+    owners = [base.__name__ for base in type(dataset).__mro__ if "__getitem__" in vars(base)]
     targets, samples = getattr(dataset, "targets", None), getattr(dataset, "samples", None)
-    if owner.__name__ != "DatasetFolder" or not isinstance(targets, list) or not isinstance(samples, list):
+    if "DatasetFolder" not in owners or not isinstance(targets, list) or not isinstance(samples, list):
         return
     pairs = zip(targets, (sample[1] if isinstance(sample, tuple) else None for sample in samples), strict=False)
     for row, (target, label) in enumerate(pairs):
         if isinstance(target, int) and isinstance(label, int) and target != label:
+            if owners[0] != "DatasetFolder" and not _gives(dataset, row, label):
+                return
             raise ValueError(
                 f"dataset: expected the same labels in `targets` and `samples`, got {target} and {label} for image "
                 f"{row}; the dataset gives those of `samples`: dataset.targets = [label for _, label in "
                 "dataset.samples] takes them"
             )
+
+
+def _gives(dataset: Any, row: int, label: int) -> bool:
+    """Whether a sample has the label, as `target_transform` makes it, right after the image."""
+    transform, sample = getattr(dataset, "target_transform", None), dataset[row]
+    return isinstance(sample, tuple) and len(sample) > 1 and sample[1] == (transform(label) if transform else label)
 
 
 def _labels_in_column(dataset: Any) -> Tensor:

@@ -232,7 +232,8 @@ class NeighbourhoodLoss(nn.Module):
         """Warn, once each, of mistakes in the training loop; not from compiled code."""
         if torch.compiler.is_compiling():
             return
-        self._watch.trained(B, index, self.memory)
+        if torch.is_grad_enabled():
+            self._watch.trained(B, index, self.memory)
         first = self._images_seen == 0
         self._images_seen += B
         if 0 < self._images_seen - len(self.memory) <= B:

@@ -171,9 +171,19 @@ def test_a_folder_of_which_samples_alone_were_corrected_is_refused(tmp_path):
         def __getitem__(self, index):
             return super().__getitem__(index)[0], self.targets[index]
 
-    noisy = Noisy(tmp_path)
+    noisy = Noisy(tmp_path, loader=str)
     noisy.targets = [1, 0]
     assert IndexedDataset(noisy).labels.tolist() == [1, 0]
+
+    class WithPaths(datasets.ImageFolder):  # type: ignore[name-defined]
+        def __getitem__(self, index):
+            return *super().__getitem__(index), self.samples[index][0]
+
+    with_paths = WithPaths(tmp_path, loader=str, target_transform=lambda label: 7 - label)
+    assert IndexedDataset(with_paths).labels.tolist() == [7, 6]
+    with_paths.samples[1] = (with_paths.samples[1][0], 0)
+    with pytest.raises(ValueError, match="same labels in `targets` and `samples`, got 1 and 0 for image 1"):
+        _ = IndexedDataset(with_paths).labels
     folder.targets, folder.samples = None, [(*sample, 7) for sample in folder.samples]
     assert IndexedDataset(folder).labels.tolist() == [1, 1]
 

@@ -33,7 +33,7 @@ def nearest_neighbours(bank: MemoryBank, images: Any, k: int, *, among: Any = No
         bank: kept by one process.
         images: (n,) integers, as `IndexedDataset` numbers them.
         k: how many neighbours, from 1.
-        among: (M,) integers, each once: the images that are looked at; None: all.
+        among: (M,) integers: the images that are looked at, each once, however often it stands there; None: all.
 
     Returns:
         (n, k) images and their cosine similarities, on the CPU; fewer than k where one of the images has fewer than k
@@ -55,7 +55,7 @@ def nearest_neighbours(bank: MemoryBank, images: Any, k: int, *, among: Any = No
         check_range("among", among, len(bank))
         if bool((among == NOT_IN_BANK).any()):
             raise IndexError(f"among: expected images from 0 to {len(bank) - 1}, got -1")
-        rows = bank.positions(among.to(bank.device)).sort().values  # in the order in which they lie
+        rows = bank.positions(among.to(bank.device)).unique()  # in the order in which they lie
     queries = images.to(bank.device)
     others = len(rows) - int(torch.isin(bank.positions(queries), rows).any())
     found = [_nearest(bank, block, rows, min(k, others)) for block in queries.split(QUERY_BLOCK)]

@@ -229,6 +229,7 @@ def test_neighbours_among_others_are_as_many_as_there_are(device):
     assert sorted(found[0].tolist()) == [1, 2, 3]
     assert nearest_neighbours(bank, [0], 3, among=[5])[0].tolist() == [[5]]
     assert nearest_neighbours(bank, [0, 1], 3, among=[1, 2, 3])[0].size(1) == 2
+    assert sorted(nearest_neighbours(bank, [0], 3, among=[2, 2, 3, 3])[0][0].tolist()) == [2, 3]
     assert nearest_neighbours(bank, [1], 3, among=[1])[0].size(1) == 0
     with pytest.raises(IndexError, match="^among: expected images from 0 to 119, got -1$"):
         nearest_neighbours(bank, [0], 3, among=[-1, 2])
