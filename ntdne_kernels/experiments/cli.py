@@ -97,7 +97,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
-    from ntdne_kernels.experiments.run import finished_results
+    from ntdne_kernels.experiments.run import check_unchanged, finished_results
     from ntdne_kernels.experiments.training import make_criterion
 
     output = arguments.output or _runs_folder(arguments.data)
@@ -106,6 +106,8 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     for each in planned:  # names a bad option before hours are spent on the runs before it
         make_criterion(each.settings, torch.tensor([0, 1]))
     missing = [each for each in planned if finished_results(each.settings, output / each.subfolder) is None]
+    finished = [(each.settings, output / each.subfolder) for each in planned if each not in missing]
+    check_unchanged(finished, _machine(arguments))
     print(
         f"{output}: {_counted(len(planned), 'run')}, {len(planned) - len(missing)} of them finished before; "
         f"{_counted(len(missing), 'training')} to do",

@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,14 @@ from ntdne_kernels.arguments import check_choice
 from ntdne_kernels.experiments.files import check_folder, write_whole
 from ntdne_kernels.experiments.images import MAX_PIXELS, decode
 from ntdne_kernels.experiments.pretrained import DEFAULT, Extractor, make_extractor
-from ntdne_kernels.experiments.sources import UNREADABLE, ArchiveError, ImageFiles, image_files, reason_of
+from ntdne_kernels.experiments.sources import (
+    UNREADABLE,
+    ArchiveError,
+    ImageFiles,
+    image_files,
+    left_out_notes,
+    reason_of,
+)
 from ntdne_kernels.progress import with_progress
 
 FEATURES, LABELS, FILES, ABOUT = "features.npy", "labels.npy", "files.txt", "embed.json"
@@ -108,7 +116,7 @@ def embed(  # noqa: PLR0913 (independent settings, all but two with defaults)
         device: where the encoder runs; None: a GPU where there is one.
         workers: processes that decode; None: up to 8, one for each core beside a GPU, for four cores beside a CPU,
             which has the encoder to run as well.
-        progress: show it on standard error.
+        progress: show it on standard error, and which files are no images by their suffix or place.
 
     Raises:
         ValueError: there are no such images, encoder or weights; a file cannot be read; a feature is not finite in the
@@ -120,6 +128,8 @@ def embed(  # noqa: PLR0913 (independent settings, all but two with defaults)
     broken = next((file for file in images.files if "\n" in file), None)
     if broken is not None:
         raise ArchiveError(f"{images.folder / broken!r}: expected names without line breaks, as {FILES} has one a line")
+    if progress and images.left_out:
+        print(left_out_notes(images.folder.name, images.left_out), file=sys.stderr)
     output = Path("embeddings", images.folder.name) if output is None else Path(output)
     check_folder(output, images.folder)
     extractor = make_extractor(encoder, weights, image_size)

@@ -254,3 +254,8 @@ def _check_values(path: Path, found: dict[str, Any]) -> None:
             raise ValueError(f"{path}: expected {name} in counts, got {', '.join(found['counts']) or 'nothing'}")
     if not all(isinstance(row, dict) and "epoch" in row for row in found["history"]):
         raise ValueError(f"{path}: expected an epoch in each row of history")
+    if 0 < len(found["history"]) < found["epochs"]:
+        raise ValueError(
+            f"{path}: the run is trained for {len(found['history'])} of its {found['epochs']} epochs, and would be "
+            "averaged with finished ones; finish it with ntdne train, or move its folder away"
+        )

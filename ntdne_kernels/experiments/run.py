@@ -7,6 +7,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,12 +67,14 @@ def run(settings: Settings, variant: str, folder: Path, machine: Machine) -> dic
         The results; None in processes of devices other than the first.
 
     Raises:
-        ValueError: the folder holds another run, or a setting does not fit the archive.
+        ValueError: the folder holds another run, or one of other images or labels than the archive has now, or a
+            setting does not fit the archive.
     """
     finished = finished_results(settings, folder)
-    if finished is not None:
-        return finished
     problem = make_problem(settings, machine.cache, machine.download)
+    if finished is not None:
+        _check_problem(folder, settings, problem.fingerprint)
+        return finished
     _announce(settings, variant, folder)
     _print(problem.archive.notes)
     trained = train(
@@ -98,12 +101,33 @@ def evaluate(folder: Path, machine: Machine) -> dict[str, Any]:
     """
     settings, variant, encoder, history, _ = trained(folder)
     problem = make_problem(settings, machine.cache, machine.download)
-    saved = torch.load(folder / CHECKPOINT, map_location="cpu", mmap=True, weights_only=True)
-    if saved["problem"] != problem.fingerprint:
-        raise ValueError(f"run: {folder} had other images or given labels than {settings.data} has now")
+    _check_problem(folder, settings, problem.fingerprint)
     return results.evaluate(
         encoder, settings, problem, history, folder, variant=variant, device=machine.evaluation_device
     )
+
+
+def check_unchanged(finished: Iterable[tuple[Settings, Path]], machine: Machine) -> None:
+    """Check that finished runs, given with their folders, were trained on what their settings name now.
+
+    Raises:
+        ValueError: one was trained on other images or labels.
+    """
+    fingerprints: dict[str, str] = {}  # the losses of a table share a problem
+    for settings, folder in finished:
+        shared = repr(dataclasses.replace(settings, loss=Settings.loss, loss_options={}))
+        if shared not in fingerprints:
+            fingerprints[shared] = make_problem(settings, machine.cache, machine.download).fingerprint
+        _check_problem(folder, settings, fingerprints[shared])
+
+
+def _check_problem(folder: Path, settings: Settings, fingerprint: str) -> None:
+    """ValueError where the run in a folder was trained on another problem than the one with the fingerprint."""
+    saved = torch.load(folder / CHECKPOINT, map_location="cpu", mmap=True, weights_only=True)
+    if saved["problem"] != fingerprint:
+        raise ValueError(
+            f"run: {folder} had other images or given labels than {settings.data} has now; give another --output"
+        )
 
 
 class TrainedRun(NamedTuple):

@@ -291,8 +291,12 @@ def _files_of_classes(root: Path, classes: list[str]) -> list[list[str]]:
     owners: dict[str, str] = {}  # class of each real folder that was visited
     links: list[tuple[str, str]] = []
 
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # `_unlabeled` need not be there
+            raise ArchiveError(f"{root.name}: the folder {error.filename} cannot be read: {error.strerror}")
+
     def visit(top: str, owner: str) -> None:
-        for at, folders, files in os.walk(top):
+        for at, folders, files in os.walk(top, onerror=refuse):
             real = os.path.realpath(at)
             if real in owners:
                 if owners[real] != owner and (top == at or not Path(real).is_relative_to(root)):

@@ -1,5 +1,6 @@
 """The command `ntdne` from end to end on tiny archives."""
 
+import json
 import os
 import shutil
 import signal
@@ -45,14 +46,49 @@ def test_train_then_evaluate_then_report(ntdne, photos, capsys):
     assert f"{100 * first['metrics']['knn']:.1f}" in page
 
 
-def test_another_archive_than_was_trained_on_is_not_evaluated(ntdne, photos, capsys):
-    assert ntdne("train", photos, *QUICK, "--output", "run") == 0
-    before = results_of(Path("run"))
+@pytest.mark.parametrize("command", ["evaluate", "train", "reproduce"])
+def test_results_of_another_archive_than_there_is_now_are_not_given(ntdne, photos, capsys, command):
+    chosen = ("--losses", "NTDNE", "--rates", "0.5") if command == "reproduce" else ()
+    first = "train" if command == "evaluate" else command
+    assert ntdne(first, photos, *QUICK, *chosen, "--output", "run") == 0
+    [folder] = [path.parent for path in Path("run").rglob("results.json")]
+    before = results_of(folder)
+    assert ntdne(first, photos, *QUICK, *chosen, "--output", "run") == 0  # of the same archive they are
     (photos / "bright" / "00.png").rename(photos / "dark" / "99.png")
     capsys.readouterr()
-    assert ntdne("evaluate", "run") == 2
-    assert "run: run had other images or given labels than" in capsys.readouterr().err
-    assert results_of(Path("run")) == before
+    again = ("run",) if command == "evaluate" else (photos, *QUICK, *chosen, "--output", "run")
+    assert ntdne(command, *again) != 0
+    printed = capsys.readouterr()
+    assert f"run: {folder} had other images or given labels than" in printed.err + printed.out
+    assert results_of(folder) == before
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(ntdne, photos, capsys, monkeypatch):
+    def walk(top, onerror=None):
+        error = PermissionError(13, "Permission denied", f"{top}/2021")
+        onerror(error) if onerror is not None and Path(top).name == "bright" else None
+        return original(top)
+
+    original = os.walk
+    monkeypatch.setattr(os, "walk", walk)
+    for command in (("train", photos, *QUICK, "--output", "run"), ("embed", photos, "--encoder", "resnet18")):
+        assert ntdne(*command) == 2
+        assert "bright/2021 cannot be read: Permission denied" in capsys.readouterr().err
+
+
+def test_outputs_on_embeddings_do_not_lie_among_the_images(ntdne, photos, capsys):
+    embeddings = Path("embeddings")
+    embeddings.mkdir()
+    files = sorted(str(path.relative_to(photos)) for path in photos.rglob("*.png"))
+    np.save(embeddings / "features.npy", np.random.default_rng(0).normal(size=(len(files), 8)))
+    np.save(embeddings / "labels.npy", np.array([file.split("/")[0] for file in files]))
+    (embeddings / "files.txt").write_text("\n".join(files) + "\n")
+    (embeddings / "embed.json").write_text(json.dumps({"folder": str(photos)}))
+    Path("decisions.csv").write_text(f"path,given,verdict,label\n{files[0]},bright,exclude,\n")
+    for command in (("relabel", embeddings, "decisions.csv"), ("audit", embeddings)):
+        assert ntdne(*command, "--output", photos / "new") == 2
+        assert "lies in the archive" in capsys.readouterr().err
+    assert not (photos / "new").exists()
 
 
 def test_output_that_nobody_reads_is_no_error(tmp_path):

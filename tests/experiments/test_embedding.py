@@ -166,6 +166,13 @@ def test_two_runs_do_not_write_the_same_folder(photos, options, tmp_path, monkey
         embed(photos, output=tmp_path / "out", **options)
 
 
+def test_files_that_are_no_images_are_said(photos, options, tmp_path, capsys):
+    for name in ("a.mp4", "b.mp4", "c.NEF"):
+        (photos / name).write_text("")
+    embed(photos, output=tmp_path / "out", progress=True, **options)
+    assert "files that are no images by their suffix or place: 2 .mp4, 1 .nef" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

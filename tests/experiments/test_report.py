@@ -168,6 +168,7 @@ def test_a_broken_run_is_named(tmp_path):
         "expected a number as knn in metrics": json.dumps(good | {"metrics": {"knn": "high"}}),
         "expected flipped in counts": json.dumps(good | {"counts": {"train": 1, "validation": 1, "test": 1}}),
         "expected an epoch in each row of history": json.dumps(good | {"history": [{"loss": 1}]}),
+        "is trained for 1 of its 2 epochs": json.dumps(good | {"history": good["history"][:1]}),
         "expected noise to be one of": json.dumps(good | {"noise": "loud"}),
     }
     for message, text in broken.items():

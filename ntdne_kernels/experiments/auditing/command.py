@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ntdne_kernels.audit import LabelAudit
-from ntdne_kernels.experiments.arguments import WORDS, class_folders
+from ntdne_kernels.experiments.arguments import WORDS
 from ntdne_kernels.experiments.auditing import (
     AuditOptions,
     Source,
@@ -18,6 +18,7 @@ from ntdne_kernels.experiments.auditing import (
     read_source,
     write_audit,
 )
+from ntdne_kernels.experiments.auditing.inputs import archive_folder
 from ntdne_kernels.experiments.features import archive_name, features_file
 
 
@@ -35,7 +36,7 @@ def audit(arguments: argparse.Namespace) -> None:
     output = arguments.output or Path("audit") / archive_name(data).replace(":", "-")
     inputs = [data, checkpoint, arguments.labels, arguments.paths, *arguments.decisions]
     inputs = [file for file in inputs if file is not None]
-    check_output(output, inputs, class_folders(arguments.data), arguments.format)
+    check_output(output, inputs, archive_folder(arguments.data), arguments.format)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = _source(arguments, data, images, device)
     result, written = write_audit(

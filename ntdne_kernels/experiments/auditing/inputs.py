@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ntdne_kernels.experiments.arguments import class_folders
 from ntdne_kernels.experiments.features import as_utf8, read_features
 from ntdne_kernels.experiments.images import MAX_PIXELS, as_picture, decode
 
@@ -105,6 +106,15 @@ def images_folder(data: Path) -> Path:
     if about.is_file():
         return Path(json.loads(about.read_text(encoding="utf-8")).get("folder", ""))
     return folder if (folder / "samples.json").is_file() else Path()
+
+
+def archive_folder(data: str) -> Path | None:
+    """The folder of the images that an archive's name or features stand for, nothing for a file of features alone."""
+    folders = class_folders(data)
+    if folders is not None:
+        return folders
+    named = images_folder(Path(data).expanduser())
+    return named if named != Path() else None
 
 
 def _open_picture(names: list[str], folder: Path, max_pixels: int, image: int) -> Image.Image:

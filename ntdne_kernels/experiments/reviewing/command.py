@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ntdne_kernels.experiments.arguments import class_folders
-from ntdne_kernels.experiments.auditing.inputs import run_folder
+from ntdne_kernels.experiments.auditing.inputs import archive_folder, run_folder
 from ntdne_kernels.experiments.features import archive_name
 from ntdne_kernels.experiments.images import MAX_PIXELS
 from ntdne_kernels.experiments.reviewing.decisions import ConflictError, Decisions
@@ -24,7 +23,7 @@ def relabel_archive(arguments: argparse.Namespace) -> None:
     """
     data = Path(arguments.data).expanduser()
     output = arguments.output or Path("relabelled") / archive_name(data).replace(":", "-")
-    folder = class_folders(arguments.data) or arguments.images
+    folder = arguments.images or archive_folder(arguments.data)
     inputs = [data, arguments.labels, arguments.paths, arguments.scores, *arguments.decisions]
     check_output(output, [file for file in inputs if file is not None and file.is_file()], folder)
     columns = {content: getattr(arguments, f"{content}_column") for content in ("features", "label", "path")}
