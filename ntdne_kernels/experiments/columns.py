@@ -6,12 +6,12 @@ Shapes: N images, D features.
 """
 
 import base64
+import csv
 import io
 import json
-import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def has_column(path: Path, names: Iterable[str]) -> bool:
 
 
 def read_names(path: Path, column: str) -> list[str] | None:
-    """A column of texts or integers as text, "" for what is missing; None where there is none, or one of pictures."""
+    """A column of texts or numbers as text, "" for what is missing; None where there is none, or one of pictures."""
     if not has_column(path, [column]):
         return None
     if path.suffix == ".parquet":  # where a column of pictures may be larger than memory
@@ -90,7 +90,8 @@ def read_names(path: Path, column: str) -> list[str] | None:
 
         kind = _parquet(path).schema_arrow.field(column).type
         kind = kind.value_type if types.is_dictionary(kind) else kind
-        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind)):
+        known = types.is_string, types.is_large_string, types.is_integer, types.is_floating
+        if not any(is_known(kind) for is_known in known):
             return None
     try:
         values = read_values(path, column, [column])
@@ -105,7 +106,7 @@ def column_name(path: Path, content: str, names: Sequence[str]) -> str:
     name = next((name for name in names if name in known), None)
     if name is None:
         raise ValueError(
-            f"{path} has no column {' or '.join(names)}; it has {', '.join(known) or 'none'}; "
+            f"{path} has no column {' or '.join(names)}; it has {', '.join(filter(None, known)) or 'none'}; "
             f"--{content}-column names another"
         )
     return name
@@ -128,8 +129,7 @@ def _column(path: Path, content: str, names: Sequence[str]) -> Any:
         except NUMPY_ERRORS as error:
             raise _broken(path, error) from None
     if path.suffix == ".txt":
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")  # a file's name may be any bytes
-        return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+        return _text(path).replace("\r\n", "\n").removesuffix("\n").split("\n")
     if not has_names(path):
         return _array(_torch(path))
     name = column_name(path, content, names)
@@ -153,7 +153,7 @@ def column_names(path: Path) -> list[str]:
         except NUMPY_ERRORS as error:
             raise _broken(path, error) from None
     if path.suffix == ".csv":
-        return [str(name) for name in _csv(path, nrows=0).columns]
+        return next(_csv_rows(path))
     if path.suffix == ".pt":
         return list(map(str, _torch(path)))
     if path.suffix in (".json", ".jsonl"):
@@ -172,8 +172,9 @@ def _npz_array(path: Path, name: str) -> NDArray[Any]:
 
 
 def _csv_column(path: Path, name: str) -> list[str]:
-    texts: list[str] = _csv(path, usecols=[name])[name].tolist()
-    return texts
+    rows = _csv_rows(path)
+    column = next(rows).index(name)
+    return [row[column] if column < len(row) else "" for row in rows]
 
 
 def _parquet_column(path: Path, name: str) -> Any:
@@ -267,17 +268,41 @@ def _check_fits(path: Path, size: int) -> None:
         )
 
 
-def _csv(path: Path, **options: Any) -> Any:
-    import pandas as pd
+def _csv_rows(path: Path) -> Iterator[list[str]]:
+    """The header and then the cells of each row as text, since a class may be called NA or 007; [] for a blank line.
 
-    # All is read as text, since a class may be called NA or 007. A blank line is a row without a label.
-    text = {"dtype": object, "keep_default_na": False, "skip_blank_lines": False, "encoding_errors": "surrogateescape"}
+    Rows may be shorter than the header, or may all have an empty cell more, as some programs end lines with a comma.
+
+    Raises:
+        ValueError: a row is longer, as where a text with a comma has no quotes, so that other cells are under a name;
+            or quotes are wrong.
+    """
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    lines: dict[bool, int] = {}  # the first line that has an empty cell more, and the first that has not
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-            return pd.read_csv(path, index_col=False, **text, **options)
-    except (ValueError, pd.errors.ParserWarning) as error:
-        raise _broken(path, error) from None
+        header = next(reader, [])
+        yield header
+        for row in reader:
+            spare = len(row) == len(header) + 1 and not row[-1]
+            if row:
+                lines.setdefault(spare, reader.line_num)
+            if len(row) > len(header) + spare or len(lines) == 2:
+                line = reader.line_num if len(row) > len(header) else lines[True]
+                raise ValueError(
+                    f"{path}: expected at most {len(header)} cells in a row, as in the header, got more in line "
+                    f"{line}; a text with a comma needs quotes"
+                )
+            yield row
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read: line {reader.line_num}: {error}") from None
+
+
+def _text(path: Path) -> str:
+    """The text of a file in UTF-8, in which a file's name may be any bytes; ValueError where it is UTF-16."""
+    content = path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content:
+        raise ValueError(f"{path}: expected text in UTF-8, got UTF-16 or no text; save it as UTF-8")
+    return content.decode("utf-8-sig", "surrogateescape")
 
 
 def _parquet(path: Path) -> Any:

@@ -5,7 +5,10 @@ Nothing is unpickled, and no file is written to.
 Shapes: N images, F features.
 """
 
+import re
 import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,17 @@ COLUMNS = {  # ours; cleanlab's; FiftyOne's, in its JSON and its CSV
     "path": ("path", "paths", "filepath", "filename", "file_name", "file"),
     "split": ("split", "subset"),
 }
-IMAGE = "image"  # a column of numbers or names of images, in what `ntdne relabel` writes and elsewhere
+# Columns that say of which image a row is, in small letters and without "_": by its file's name; by an id or a name; by
+# its number or a name, as `ntdne relabel` writes; by the number that pandas writes beside each row.
+NAMED = (
+    *(name.replace("_", "") for name in COLUMNS["path"]),
+    *("imagepath", "imagepaths", "imagefilepath", "imagefilename", "imagefile", "imagename"),
+    *("imgpath", "imgpaths", "imgfile", "imgname"),
+)
+IDS = ("img", "imageid", "imgid")
+IMAGE = ("image",)
+INDEX = ("", "unnamed: 0", "index", "indexlevel0")
+WHOLE = re.compile(r"\s*(\d+)(\.0*)?\s*", re.ASCII)
 FOLDERS = ("features.npy", "samples.json")  # what is read of a folder: of `ntdne embed`, and of a FiftyOneDataset
 BESIDE = {"label": "labels.npy", "path": "files.txt"}  # found by themselves beside features without them
 
@@ -94,10 +107,7 @@ def read_features(
 
     def holding(content: str, file: Path | None) -> Path | None:
         """The file with the values of each image: the one given, that of the features, or one beside it."""
-        if file is not None or given.get(content) or has_column(path, wanted[content]):
-            return file or path
-        beside = path.with_name(BESIDE[content])
-        return beside if beside.is_file() and not has_names(path) else None
+        return file or (path if given.get(content) else _found(path, content, wanted[content]))
 
     def of_each_image(content: str, file: Path) -> Any:
         values = read_values(file, content, wanted[content])
@@ -123,7 +133,7 @@ def read_features(
         for content, file in (("path", paths), ("split", split))
     }
     if labels != path:
-        _check_order(labels, path, texts["path"])
+        _check_order(labels, path, (_found(path, "path", wanted["path"]), paths), wanted["path"])
     return Features(
         data.resolve().name if data.is_dir() else path.stem,
         features,
@@ -134,39 +144,88 @@ def read_features(
     )
 
 
-def _check_order(labels: Path, features: Path, paths: list[str] | None) -> None:
+def _found(features: Path, content: str, names: Sequence[str]) -> Path | None:
+    """Where values of each image are if no file is given: with the features, or beside those that have no names."""
+    if has_column(features, names):
+        return features
+    beside = features.with_name(BESIDE[content])
+    return beside if beside.is_file() and not has_names(features) else None
+
+
+def _check_order(labels: Path, features: Path, paths: Iterable[Path | None], names: Sequence[str]) -> None:
     """ValueError where a file of labels says of which images they are, and not in the order of the features.
 
+    Numbers of rows count only where no names say that the order is right: a table that was shuffled before the features
+    were made has them in another order.
+
     Args:
-        labels: maybe with columns of paths, or one `image`, as `ntdne relabel` writes it.
-        features: of their file; it may have a column `image` too.
-        paths: names of the images' files in the order of the features, if they are known.
+        labels: maybe with columns of names or numbers of images, see `NAMED`, `IDS`, `IMAGE` and `INDEX`.
+        features: of their file; it may have a column of `IMAGE` or `INDEX` too.
+        paths: files of names of the images' files in the order of the features; the labels' own is no evidence of it.
+        names: the column of those has one of these.
     """
-    known = column_names(labels) if has_names(labels) else []
-    for column in (name for name in (*COLUMNS["path"], IMAGE) if name in known):
-        found, there = read_names(labels, column), paths
-        if found is None:
-            continue
-        if column == IMAGE and (own := read_names(features, IMAGE)) is not None:
-            there = own
-        elif column == IMAGE and all(name.isdecimal() for name in found):  # numbers of rows, if they can be
-            rows = list(map(str, range(len(found))))
-            there = rows if sorted(found) == sorted(rows) else None
-        if there is None:
-            continue
-        row = _displaced(found, there)
-        if row is not None:
-            raise ValueError(
-                f"{labels}: expected the images in the order of the features, got {found[row]} in row {row}, where the "
-                f"features are those of {there[row]}"
-            )
+    columns = column_names(labels) if has_names(labels) else []
+    there = [
+        list(map(str, read_values(file, "path", names))) for file in dict.fromkeys(paths) if file and file != labels
+    ]
+    in_order = False
+    for kind in (NAMED, IDS, IMAGE, INDEX):
+        for column in _of_kind(columns, kind):
+            found = read_names(labels, column)
+            if found is None:
+                continue
+            expected = [each for each in there if len(each) == len(found)]
+            own = _own_names(features, kind)
+            whole = kind != NAMED and all(map(WHOLE.fullmatch, found))
+            if kind == IMAGE and own:
+                found, expected = _plain(found), own
+            elif whole:  # they may be names, as 12 of 12.png, but another order of such may be that of ids
+                found = _plain(found)
+                in_order = in_order or any(_displaced(found, each) == [] for each in (*expected, *own))
+                expected = [] if in_order or kind == IDS else _row_numbers(found)
+            elif kind == INDEX:
+                continue
+            for each in expected:
+                rows = _displaced(found, each)
+                if rows:
+                    raise ValueError(
+                        f"{labels}, column {column or 'without a name'}: expected the images in the order of the "
+                        f"features, got {found[rows[0]]} in row {rows[0]}, where the features are those of "
+                        f"{each[rows[0]]}"
+                    )
+                in_order = in_order or (rows is not None and not whole)
 
 
-def _displaced(found: list[str], there: list[str]) -> int | None:
-    """The first row whose name is that of another row there; None where no name is, or they cannot be told apart.
+def _of_kind(columns: Iterable[str], kind: Sequence[str]) -> list[str]:
+    return [column for column in columns if column.casefold().replace("_", "") in kind]
+
+
+def _own_names(features: Path, kind: Sequence[str]) -> list[list[str]]:
+    """Numbers or names of the images out of the features' own file."""
+    columns = _of_kind(column_names(features), kind) if kind in (IMAGE, INDEX) and has_names(features) else []
+    return [_plain(names) for column in columns if (names := read_names(features, column)) is not None]
+
+
+def _plain(names: list[str]) -> list[str]:
+    """Whole numbers, as 00012 or 12.0, without zeros around them; others as they are."""
+    return [str(int(whole[1])) if (whole := WHOLE.fullmatch(name)) else name for name in names]
+
+
+def _row_numbers(found: list[str]) -> list[list[str]]:
+    """The numbers of the rows, from 0 or 1, if those found are the same in any order; else none.
+
+    From 1 they may be in the order of texts, 1, 10, 2, which is that of files by their names, as features are.
+    """
+    numbers = sorted(map(int, found))
+    ids = numbers[0] == 1 and found == sorted(found)
+    return [list(map(str, numbers))] if not ids and numbers in (list(range(n, n + len(found))) for n in (0, 1)) else []
+
+
+def _displaced(found: list[str], there: list[str]) -> list[int] | None:
+    """The rows whose names are those of others there; None where no name is one there, or they cannot be told apart.
 
     Names are compared by as many of their last parts as any two have in common, with their suffixes or, where none is
-    the same so, without.
+    the same so, without. Names that stand more than once are compared where all of them are there, as often.
     """
     ours, theirs = (
         [unicodedata.normalize("NFC", name.replace("\\", "/").strip()).casefold().split("/") for name in names]
@@ -178,9 +237,12 @@ def _displaced(found: list[str], there: list[str]) -> int | None:
         for depth in range(max(map(len, theirs)), 0, -1):
             own_keys, keys = ([tuple(parts[-depth:]) for parts in names] for names in (ours, theirs))
             row_of = {key: row for row, key in enumerate(keys)}
-            if len(row_of) < len(keys) or len(set(own_keys)) < len(own_keys) or row_of.keys().isdisjoint(own_keys):
+            if row_of.keys().isdisjoint(own_keys):
                 continue
-            return next((row for row, key in enumerate(own_keys) if row_of.get(key, row) != row), None)
+            if len(row_of) == len(keys) and len(set(own_keys)) == len(own_keys):
+                return [row for row, key in enumerate(own_keys) if row_of.get(key, row) != row]
+            if Counter(own_keys) == Counter(keys):
+                return [row for row, key in enumerate(own_keys) if key != keys[row]]
     return None
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ntdne_kernels.experiments import problem as problems
 from ntdne_kernels.experiments import samples
+from ntdne_kernels.experiments.columns import read_values
 from ntdne_kernels.experiments.features import read_features
 from ntdne_kernels.experiments.problem import make_problem
 from ntdne_kernels.experiments.settings import Settings
@@ -39,6 +40,7 @@ def settings_of(data: str = "features.npy", **changes: object) -> Settings:
 
 
 SHUFFLED = list(reversed(range(60)))
+ROTATED = [59, *range(59)]  # of which pandas writes the index to Parquet, as it does not that of SHUFFLED
 
 
 @pytest.mark.parametrize("column", ["path", "filename", "image"])
@@ -71,12 +73,125 @@ def test_names_of_images_from_another_folder_are_the_same(features, name):
         ("image", [str(image + 1) for image in range(60)]),
         ("image", [f"{image:04}" for image in range(60)]),
         ("image", [str(7 * image % 1000) for image in range(60)]),  # ids of their own
+        ("image", sorted(str(image + 1) for image in range(60))),  # of files in the order of their names
+        ("image", [f"{image + 1}.0" for image in range(60)]),
+        ("", [str(image + 1) for image in range(60)]),
+        ("Unnamed: 0", [str(7 * image) for image in range(60)]),  # of rows that were kept
+        ("image_id", [str(59 - image) for image in range(60)]),  # ids
     ],
 )
 def test_what_does_not_speak_of_another_order_is_taken(features, column, values):
     Path("files.txt").write_text("\n".join(f"/home/me/{path}" for path in PATHS))
     pd.DataFrame({column: values, "label": NAMES}).to_csv("labels.csv", index=False)
     assert read_features(Path("features.npy"), Path("labels.csv")).labels == NAMES
+
+
+@pytest.mark.parametrize("column", ["File", "Filename", "fileName", "FilePath", "image_path", "img", "image_id"])
+def test_columns_of_names_are_known_however_they_are_written(features, column):
+    Path("files.txt").write_text("\n".join(PATHS))
+    table = pd.DataFrame({column: PATHS, "label": NAMES})
+    table.to_csv("labels.csv", index=False)
+    assert read_features(Path("features.npy"), Path("labels.csv")).labels == NAMES
+    table.iloc[SHUFFLED].to_csv("labels.csv", index=False)
+    with pytest.raises(ValueError, match=f"column {column}: .* in the order of the features, got pond/59.png in row 0"):
+        read_features(Path("features.npy"), Path("labels.csv"))
+
+
+@pytest.mark.parametrize("number", ["{}", "{:05}", "{}.0"])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("column", ["image", "", "Unnamed: 0", "index"])
+def test_numbers_of_images_in_another_order_are_refused(features, column, first, number):
+    numbers = [number.format(row + first) for row in SHUFFLED]
+    pd.DataFrame({column: numbers, "label": NAMES}).to_csv("labels.csv", index=False)
+    message = f"in the order of the features, got {59 + first} in row 0, .* of {first}$"
+    with pytest.raises(ValueError, match=message):
+        read_features(Path("features.npy"), Path("labels.csv"))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_sorted_table_with_the_index_of_pandas_is_refused_unless_names_are_in_order(features, suffix):
+    table = pd.DataFrame({"label": NAMES, "path": PATHS, "image": np.arange(60.0)}).iloc[ROTATED]
+    for columns in (["label"], ["label", "path"], ["label", "image"]):
+        getattr(table[columns], f"to_{suffix}")(f"labels.{suffix}")
+        with pytest.raises(ValueError, match=r"in the order of the features, got 59(\.0)? in row 0"):
+            read_features(Path("features.npy"), Path(f"labels.{suffix}"))
+    Path("files.txt").write_text("\n".join(table.path))  # it was shuffled, and then the features were made
+    table.to_csv("labels.csv")
+    assert read_features(Path("features.npy"), Path("labels.csv")).labels == table.label.tolist()
+
+
+def test_the_index_of_pandas_may_be_that_of_the_features(features):
+    table = pd.DataFrame({"features": list(features), "label": NAMES}).iloc[ROTATED]
+    table.to_parquet("features.parquet")
+    table[["label"]].to_csv("labels.csv")
+    assert read_features(Path("features.parquet"), Path("labels.csv")).labels == table.label.tolist()
+
+
+def test_names_that_stand_more_than_once_are_compared_row_by_row(features):
+    paths = [f"camera{i % 10}/IMG_{i // 10:04}.JPG" for i in range(60)]
+    Path("files.txt").write_text("\n".join(paths))
+    table = pd.DataFrame({"file": [Path(path).name.lower() for path in paths], "label": NAMES})
+    table.to_csv("labels.csv", index=False)
+    assert read_features(Path("features.npy"), Path("labels.csv")).labels == NAMES
+    table.iloc[SHUFFLED].to_csv("labels.csv", index=False)
+    with pytest.raises(ValueError, match="got img_0005.jpg in row 0, where the features are those of camera0/IMG_0000"):
+        read_features(Path("features.npy"), Path("labels.csv"))
+
+
+def test_names_beside_the_features_count_whatever_names_are_given(features):
+    Path("files.txt").write_text("\n".join(PATHS))
+    table = pd.DataFrame({"path": PATHS, "label": NAMES})
+    table.to_csv("labels.csv", index=False)
+    assert read_features(Path("features.npy"), Path("labels.csv"), Path("labels.csv")).paths == PATHS
+    table.iloc[SHUFFLED].to_csv("labels.csv", index=False)
+    with pytest.raises(ValueError, match="in the order of the features, got pond/59.png in row 0"):
+        read_features(Path("features.npy"), Path("labels.csv"), Path("labels.csv"))
+    Path("files.txt").write_text("\n".join(PATHS[:9]))  # of other images
+    assert read_features(Path("features.npy"), Path("labels.csv"), Path("labels.csv")).paths == PATHS[::-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("path,label\na,1.jpg,oak\nb.jpg,ash\n", 2),
+        ("path,label\na.jpg,oak\nb,2.jpg,ash\n", 3),
+        ("path,label\na,1.jpg,oak\nb,2.jpg,ash\n", 2),
+        ("path,label,note\na,1.jpg,oak,\nb.jpg,ash,\n", 2),  # an empty cell more, but not in all rows
+        ("path,label,note\na.jpg,oak,\nb,2.jpg,ash,\n", 3),
+    ],
+)
+def test_a_comma_without_quotes_in_a_table_is_refused(tmp_path, text, line):
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"cells in a row, as in the header, got more in line {line}; .* needs quotes"):
+        read_values(tmp_path / "labels.csv", "label", ["label"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'path,label\n"a,1.jpg",oak\n\nc.jpg,"NA"\n',
+        "path,label\na.jpg,oak,\n\nc.jpg,NA,\n",  # as spreadsheets write it
+        "path,label,\r\na.jpg,oak,\r\nb.jpg\r\nc.jpg,NA,",
+        "\ufeffpath,label,note\na.jpg,oak\nb.jpg,\nc.jpg,NA,1\n",
+    ],
+)
+def test_rows_of_a_table_may_be_short_or_end_with_a_comma(tmp_path, text):
+    (tmp_path / "labels.csv").write_bytes(text.encode())
+    assert read_values(tmp_path / "labels.csv", "label", ["label"]) == ["oak", "", "NA"]
+
+
+@pytest.mark.parametrize("name", ["labels.txt", "labels.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])  # with and without a byte-order mark
+def test_text_in_utf_16_is_refused(tmp_path, name, encoding):
+    (tmp_path / name).write_bytes("label\noak\nash".encode(encoding))
+    with pytest.raises(ValueError, match="got UTF-16 or no text; save it as UTF-8"):
+        read_values(tmp_path / name, "label", ["label"])
+
+
+def test_quotes_that_are_wrong_are_refused_with_their_line(tmp_path):
+    (tmp_path / "labels.csv").write_text('path,label\n"a.jpg,oak\n"b.jpg",ash\n')
+    with pytest.raises(ValueError, match="labels.csv cannot be read: line 3"):
+        read_values(tmp_path / "labels.csv", "label", ["label"])
 
 
 @pytest.mark.parametrize("shown", ["/mnt/c/{}", "{}", "./{}"])
