@@ -191,7 +191,7 @@ def _check_order(labels: Path, features: Path, paths: Iterable[Path | None], nam
                     raise ValueError(
                         f"{labels}, column {column or 'without a name'}: expected the images in the order of the "
                         f"features, got {found[rows[0]]} in row {rows[0]}, where the features are those of "
-                        f"{each[rows[0]]}"
+                        f"{each[rows[0]]}" + ("; leave the column out if it says something else" if whole else "")
                     )
                 in_order = in_order or (rows is not None and not whole)
 

@@ -106,10 +106,12 @@ def test_negative_labels_in_text_are_no_names(ntdne, files, capsys):
     assert "labels: expected -1 (unlabelled) or a class from 0, got -2 at row 0" in capsys.readouterr().err
 
 
-def test_csv_whose_rows_are_longer_than_its_header_is_read_by_column(ntdne, files):
-    Path("labels.csv").write_text("label\n" + "".join(f"{label},{10 + label}\n" for label in np.load("labels.npy")))
-    assert ntdne("audit", "features.npy", "--labels", "labels.csv", "--output", "out") == 0
-    assert set(pd.read_csv("out/audit.csv").given_label) == {0, 1}
+def test_csv_whose_rows_are_longer_than_its_header_is_refused(ntdne, files, capsys):
+    """R's write.table names no column of row names: the cells of all rows stand under the name before their own."""
+    rows = (f"{row},{label}\n" for row, label in enumerate(np.load("labels.npy"), start=1))
+    Path("labels.csv").write_text("label\n" + "".join(rows))
+    assert ntdne("audit", "features.npy", "--labels", "labels.csv", "--output", "out") == 2
+    assert "expected at most 1 cells in a row, as in the header, got more in line 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", ["list.npz", "list.parquet"])
