@@ -208,10 +208,11 @@ def test_other_images_may_be_trained_on_by_labels_alone():
             criterion(features, labels=labels[index])
             criterion(features, index)
             criterion.update_bank(features, index)
-        criterion = criterion_of().eval()
-        for index in shuffled(400, 40, 30):
-            criterion(torch.randn(40, D), labels=labels[index])
-            criterion.update_bank(torch.randn(40, D), index)
+        for criterion, training in ((criterion_of().eval(), True), (criterion_of(), False)):
+            for index in shuffled(400, 40, 30):
+                with torch.set_grad_enabled(training):
+                    criterion(torch.randn(40, D), labels=labels[index])
+                criterion.update_bank(torch.randn(40, D), index)
 
 
 def test_a_copy_is_watched_from_the_start():
