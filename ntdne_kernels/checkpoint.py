@@ -181,7 +181,7 @@ def load_checkpoint(
     # where one differs, only the rank that keeps it can say so, while the order differs on other ranks too.
     for key in ("labels", "order"):
         with _together(processes, refused):
-            banks = _banks(modules)
+            banks = _banks(items)
             copies = {prefix + key: torch.empty_like(entries[prefix + key]) for prefix in banks}
             _read(reader, metadata, copies)
             for prefix, bank in banks.items():
@@ -341,11 +341,12 @@ def _entries(states: dict[str, Any], items: dict[str, Any]) -> dict[str, Any]:
     return entries
 
 
-def _banks(modules: dict[str, nn.Module]) -> dict[str, MemoryBank]:
-    """The banks in the modules, by the prefix of their entries."""
+def _banks(items: dict[str, Any]) -> dict[str, MemoryBank]:
+    """The banks in the modules among the items, by the prefix of their entries."""
     return {
         ".".join(filter(None, (name, path))) + ".": module
-        for name, root in modules.items()
+        for name, root in items.items()
+        if isinstance(root, nn.Module)
         for path, module in root.named_modules()
         if isinstance(module, MemoryBank)
     }
@@ -354,7 +355,7 @@ def _banks(modules: dict[str, nn.Module]) -> dict[str, MemoryBank]:
 def _check_banks(items: dict[str, Any], processes: Processes) -> None:
     """Refuse a bank of which other ranks than those that save have rows, or whose rows here would be another bank's."""
     saving = processes.global_ranks()
-    for prefix, bank in _banks({name: item for name, item in items.items() if isinstance(item, nn.Module)}).items():
+    for prefix, bank in _banks(items).items():
         sharing = bank.processes.global_ranks()
         if not isinstance(bank.processes, OneProcess) and sharing != saving:
             raise ValueError(

@@ -71,10 +71,10 @@ def run(settings: Settings, variant: str, folder: Path, machine: Machine) -> dic
             setting does not fit the archive.
     """
     finished = finished_results(settings, folder)
-    problem = make_problem(settings, machine.cache, machine.download)
     if finished is not None:
-        _check_problem(folder, settings, problem.fingerprint)
+        check_unchanged([(settings, folder)], machine)
         return finished
+    problem = make_problem(settings, machine.cache, machine.download)
     _announce(settings, variant, folder)
     _print(problem.archive.notes)
     trained = train(

@@ -34,7 +34,7 @@ SUMS_ELEMENTS = 1 << 18
 # One after the other in float32, by class_log_sums: of 8192 equal terms the error passes 1e-4.
 ROWS_SUMMED = 1024
 # On a CPU for each thread. 256 x 512 float32 logits are 512 KB: twice as many took 20 % longer with AMX, beside copies
-# in bfloat16, and as long in float32.
+# in bfloat16, and as long in float32 (benchmarks measure, loss and gradient, B = 256, N = 10^6).
 TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 22}
 
 
