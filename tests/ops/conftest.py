@@ -6,8 +6,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from ntdne_kernels.ops.gpu.launches import INTERPRETED
+
 # They run the kernels over NumPy.
-collect_ignore = [] if find_spec("numpy") else ["test_hopper.py", "test_hopper_classes.py"]
+collect_ignore = [] if find_spec("numpy") else ["test_hopper.py", "test_hopper_classes.py", "test_memory_check.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +27,15 @@ def _uninitialized_memory_is_poisoned(request: pytest.FixtureRequest) -> Iterato
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_keep_to_their_memory() -> Iterator[None]:
+    """Interpreted kernels are checked as compute-sanitizer checks them on a GPU."""
+    if not INTERPRETED:
+        yield
+        return
+    from tests.ops.memory_check import checked  # needs NumPy, as the interpreter does
+
+    with checked():
+        yield
