@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ntdne_kernels.experiments.columns import column_names, has_column, has_names, read_values
+from ntdne_kernels.experiments.embedded import check_images
 from ntdne_kernels.experiments.features import COLUMNS, as_utf8, read_features
 from ntdne_kernels.experiments.image_cache import decoded_images
 from ntdne_kernels.experiments.images import MAX_PIXELS
@@ -144,9 +145,11 @@ def open_features(
 
     Raises:
         ArchiveError: there is no such class, fewer than 2 are left, or one of them has too few rows to split.
-        ValueError, OSError: as `read_features`.
+        ValueError, OSError: as `read_features`; or the labels are those of class folders that have changed since, see
+            `check_images`.
     """
     read = read_features(data, labels, None, columns)
+    check_images([read.label_file])
     archive = Archive(read.features, torch.empty(0), [], read.paths or [], read.name, [], {})
     return _with_labels(archive, read.labels, str(data), classes)
 

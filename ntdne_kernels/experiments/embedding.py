@@ -5,6 +5,7 @@ What it leaves in a folder:
     features.npy   (N, F), the rows in the order of files.txt
     labels.npy     (N,) the images' class folders as text, "" for images beside them
     files.txt      N file names relative to the folder of images, one a line
+    stamps.npy     (N, 2) their sizes and times, by which `embedded.check_images` tells whether they have changed
     embed.json     encoder, weights, transform, archive and versions; and how many rows are safely on the disk
 
 Rows are appended to features.npy.partial, which gets its name when all else is there. So a run may be killed at any
@@ -35,6 +36,19 @@ from torch.utils.data import DataLoader, Dataset
 
 import ntdne_kernels
 from ntdne_kernels.arguments import check_choice
+from ntdne_kernels.experiments.embedded import (
+    ABOUT,
+    FEATURES,
+    FILES,
+    FORMAT,
+    LABELS,
+    PARTIAL,
+    STAMPS,
+    check_finished,
+    check_images,
+    read_about,
+    read_files,
+)
 from ntdne_kernels.experiments.files import check_folder, write_whole
 from ntdne_kernels.experiments.images import MAX_PIXELS, decode
 from ntdne_kernels.experiments.pretrained import DEFAULT, Extractor, make_extractor
@@ -48,8 +62,6 @@ from ntdne_kernels.experiments.sources import (
 )
 from ntdne_kernels.progress import with_progress
 
-FEATURES, LABELS, FILES, ABOUT = "features.npy", "labels.npy", "files.txt", "embed.json"
-FORMAT = 1  # of embed.json
 DTYPES = ("float16", "float32")
 SAVE_SECONDS = 10  # between the moments when rows are brought to the disk and counted
 MAX_WORKERS = 8
@@ -145,6 +157,7 @@ def embed(  # noqa: PLR0913 (independent settings, all but two with defaults)
         "dtype": dtype,
         "values": extractor.F,
         "folder": str(images.folder),
+        "classes": classes,
         "images": len(images.files),
         "archive_sha256": hashlib.sha256("\0".join(images.versions()).encode()).hexdigest(),
         "versions": {module.__name__: module.__version__ for module in (ntdne_kernels, torch, torchvision, PIL)},
@@ -163,23 +176,26 @@ def embed(  # noqa: PLR0913 (independent settings, all but two with defaults)
                     )
                 rows.append(features, len(files), unreadable)
             rows.finish(images)
-    return open_embeddings(output)
+    return _opened(output)
 
 
 def open_embeddings(folder: str | Path) -> Embeddings:
     """The features in a folder that `embed` wrote.
 
     Raises:
-        ValueError: it wrote none there, or has not come to an end.
+        ValueError: it wrote none there, has not come to an end, or images have changed since, see `check_images`.
     """
-    folder = Path(folder)
-    about = _read_about(folder)
+    found = _opened(Path(folder))
+    check_images([found.folder / FEATURES])
+    return found
+
+
+def _opened(folder: Path) -> Embeddings:
+    about = read_about(folder)
     if about is None:
         raise ValueError(f"{folder}: expected a folder of ntdne embed, but there is no {ABOUT}")
-    if not (folder / FEATURES).exists():
-        raise ValueError(f"{folder}: not all images were encoded; the same ntdne embed once more goes on with them")
-    features, labels = np.load(folder / FEATURES, mmap_mode="r"), np.load(folder / LABELS)
-    files = os.fsdecode((folder / FILES).read_bytes()).removesuffix("\n").split("\n")
+    check_finished(folder)
+    features, labels, files = np.load(folder / FEATURES, mmap_mode="r"), np.load(folder / LABELS), read_files(folder)
     if not len(features) == len(labels) == len(files):
         raise ValueError(
             f"{folder}: expected as many features as labels and files, got {len(features)}, {len(labels)} and "
@@ -279,8 +295,8 @@ class _Rows:
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder, self.about = folder, about
         self.dtype = np.dtype(about["dtype"])
-        self.path = folder / f"{FEATURES}.partial"
-        found = _read_about(folder)
+        self.path = folder / PARTIAL
+        found = read_about(folder)
         if found is None and (folder / FEATURES).exists():
             raise ValueError(f"--output: {folder} holds a {FEATURES} of something else; give another folder")
         if found is not None:
@@ -350,6 +366,8 @@ class _Rows:
             raise ArchiveError(f"{images.folder}: none of {len(images.files)} images can be read")
         labels = np.array([images.classes[label] if label >= 0 else "" for _, label in kept])
         write_whole(self.folder / LABELS, lambda file: np.save(file, labels))
+        rows = [file not in unreadable for file in images.files]
+        write_whole(self.folder / STAMPS, lambda file: np.save(file, images.stamps[rows]))
         write_whole(self.folder / FILES, lambda file: file.writelines(os.fsencode(f"{name}\n") for name, _ in kept))
         self._write_header(len(kept))  # as long as the first: NumPy leaves room for the count
         self._save()
@@ -369,19 +387,6 @@ class _Rows:
         os.fsync(self.file.fileno())
         text = json.dumps(self.about | {"progress": self.progress}, indent=1) + "\n"
         write_whole(self.folder / ABOUT, lambda file: file.write(text.encode()))
-
-
-def _read_about(folder: Path) -> dict[str, Any] | None:
-    """What embed.json in the folder says; None where there is none."""
-    try:
-        about: dict[str, Any] = json.loads((folder / ABOUT).read_bytes())
-        if about["format"] != FORMAT:
-            raise ValueError(f"{folder / ABOUT}: expected format {FORMAT}, got {about['format']}")
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError):
-        raise ValueError(f"{folder / ABOUT} is none of ntdne embed") from None
-    return about
 
 
 def _check_same(folder: Path, found: dict[str, Any], about: dict[str, Any]) -> None:

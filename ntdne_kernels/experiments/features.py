@@ -27,6 +27,7 @@ from ntdne_kernels.experiments.columns import (
     read_names,
     read_values,
 )
+from ntdne_kernels.experiments.embedded import FEATURES, FILES, LABELS, check_finished
 from ntdne_kernels.labels import read_labels
 
 COLUMNS = {  # ours; cleanlab's; FiftyOne's, in its JSON and its CSV
@@ -46,8 +47,8 @@ IDS = ("img", "imageid", "imgid")
 IMAGE = ("image",)
 INDEX = ("", "unnamed: 0", "index", "indexlevel0")
 WHOLE = re.compile(r"\s*(\d+)(\.0*)?\s*", re.ASCII)
-FOLDERS = ("features.npy", "samples.json")  # what is read of a folder: of `ntdne embed`, and of a FiftyOneDataset
-BESIDE = {"label": "labels.npy", "path": "files.txt"}  # found by themselves beside features without them
+FOLDERS = (FEATURES, "samples.json")  # what is read of a folder: of `ntdne embed`, and of a FiftyOneDataset
+BESIDE = {"label": LABELS, "path": FILES}  # found by themselves beside features without them
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,14 @@ class Features:
 
 
 def features_file(data: str) -> Path | None:
-    """The file of features that `data` names, itself or in its folder; None where it names an archive of images."""
+    """The file of features that `data` names, itself or in its folder; None where it names an archive of images.
+
+    Raises:
+        ValueError: the folder is that of an `ntdne embed` that has not come to an end.
+    """
     path = Path(data).expanduser()
     if path.is_dir():
+        check_finished(path)
         return next((path / name for name in FOLDERS if (path / name).is_file()), None)
     return path if path.suffix in SUFFIXES else None
 

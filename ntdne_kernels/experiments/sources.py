@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from torchvision.datasets import EuroSAT
 
 from ntdne_kernels.arguments import UNLABELLED
+from ntdne_kernels.experiments.embedded import stamps_of
 from ntdne_kernels.experiments.images import MAX_PIXELS, PLUGINS, Unreadable, decode, resized, suffixes
 from ntdne_kernels.labels import read_labels
 
@@ -117,9 +118,14 @@ class ImageFiles:
         """The files' paths."""
         return [str(self.folder / file) for file in self.files]
 
+    @cached_property
+    def stamps(self) -> NDArray[np.int64]:
+        """(N, 2) sizes and times of the files, see `stamps_of`."""
+        return stamps_of(self.paths())
+
     def versions(self) -> list[str]:
         """A text for each image that differs wherever its file has another name, size or time."""
-        return [json.dumps([file, *_size_and_time(path)]) for file, path in zip(self.files, self.paths(), strict=True)]
+        return [json.dumps([file, *stamp]) for file, stamp in zip(self.files, self.stamps.tolist(), strict=True)]
 
 
 def left_out_notes(name: str, left_out: dict[str, int]) -> str:
@@ -346,14 +352,6 @@ def _check_levels(folder: Path, images: ImageFiles) -> None:
         f"part of the set, as {folder / wrong[0]}, or, if they are the classes, say so: --classes "
         f"{' '.join(classes)}"
     )
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except OSError:  # a dangling link, which decoding will report
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
 
 
 def _decode_all(paths: list[str], decoding: Decoding) -> Iterator[NDArray[Any] | str]:

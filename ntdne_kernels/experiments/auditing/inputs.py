@@ -5,7 +5,6 @@ Nothing is unpickled, and no file is written to.
 Shapes: N images, D features.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +16,8 @@ import torch
 from PIL import Image
 
 from ntdne_kernels.experiments.arguments import class_folders
-from ntdne_kernels.experiments.features import as_utf8, read_features
+from ntdne_kernels.experiments.embedded import check_images, read_about
+from ntdne_kernels.experiments.features import as_utf8, features_file, read_features
 from ntdne_kernels.experiments.images import MAX_PIXELS, as_picture, decode
 
 if TYPE_CHECKING:
@@ -74,12 +74,14 @@ def read_source(
         max_pixels: pictures of more pixels are not shown; None: as `images.decode`.
 
     Raises:
-        ValueError: a file is not what its name says or lacks a column, or there are not as many labels as images.
+        ValueError: a file is not what its name says or lacks a column, there are not as many labels as images, or
+            images have changed since `ntdne embed` made features of them.
         OSError: a file cannot be read.
     """
     if images is not None and not images.is_dir():
         raise ValueError(f"--images: expected a folder, got {images}")
     read = read_features(data, labels, paths, columns)
+    check_images([features_file(str(data)) or data, read.label_file], images)
     splits = read.splits or _split_folders(read.paths)
     if read.paths is None:
         if images is not None:
@@ -102,9 +104,9 @@ def _split_folders(paths: list[str] | None) -> list[str] | None:
 def images_folder(data: Path) -> Path:
     """What the names of images are relative to: the folder in embed.json, that of FiftyOne's export, or this one."""
     folder = data if data.is_dir() else data.parent
-    about = folder / "embed.json"
-    if about.is_file():
-        return Path(json.loads(about.read_text(encoding="utf-8")).get("folder", ""))
+    about = read_about(folder)
+    if about is not None:
+        return Path(about["folder"])
     return folder if (folder / "samples.json").is_file() else Path()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ntdne_kernels.experiments.archive import user_cache
 from ntdne_kernels.experiments.auditing.inputs import images_folder
+from ntdne_kernels.experiments.embedded import check_images
 from ntdne_kernels.experiments.features import COLUMNS, as_utf8, features_file, read_features
 from ntdne_kernels.experiments.reviewing.decisions import Decisions, OtherArchiveError, read_decisions
 from ntdne_kernels.experiments.settings import SMALLEST_IMAGE
@@ -75,10 +76,12 @@ def read_labelled(
         decoding: of class folders, see `LabelledImages`.
 
     Raises:
-        ValueError: there is no such archive, or a file is not what its name says.
+        ValueError: there is no such archive, a file is not what its name says, or images have changed since
+            `ntdne embed` made features of them.
         OSError: a file cannot be read.
     """
-    if features_file(data) is None:
+    file = features_file(data)
+    if file is None:
         if any([labels, paths, images]):
             raise ValueError("--labels, --paths and --images are for features; the labels of images are their folders")
         datasets = (cache or user_cache()).expanduser() / "datasets"
@@ -94,6 +97,7 @@ def read_labelled(
             decoding=decoding,
         )
     read = read_features(Path(data).expanduser(), labels, paths, columns)
+    check_images([file, read.label_file], images)
     folder = images_folder(Path(data).expanduser()) if images is None else images
     given = columns.get("label")
     return LabelledImages(
