@@ -14,7 +14,6 @@ moment, and goes on where it was.
 Shapes: N images, b of a batch, of S × S pixels; F features.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -49,7 +48,7 @@ from ntdne_kernels.experiments.embedded import (
     read_about,
     read_files,
 )
-from ntdne_kernels.experiments.files import check_folder, write_whole
+from ntdne_kernels.experiments.files import check_folder, locked, write_whole
 from ntdne_kernels.experiments.images import MAX_PIXELS, decode
 from ntdne_kernels.experiments.pretrained import DEFAULT, Extractor, make_extractor
 from ntdne_kernels.experiments.sources import (
@@ -132,7 +131,7 @@ def embed(  # noqa: PLR0913 (independent settings, all but two with defaults)
 
     Raises:
         ValueError: there are no such images, encoder or weights; a file cannot be read; a feature is not finite in the
-            dtype; or the folder holds features of other images or by another encoder.
+            dtype; the folder holds features of other images or by another encoder; or another process writes there.
         OSError: a file cannot be written.
     """
     check_choice("dtype", dtype, DTYPES)
@@ -162,7 +161,7 @@ def embed(  # noqa: PLR0913 (independent settings, all but two with defaults)
         "archive_sha256": hashlib.sha256("\0".join(images.versions()).encode()).hexdigest(),
         "versions": {module.__name__: module.__version__ for module in (ntdne_kernels, torch, torchvision, PIL)},
     }
-    with _Rows(output, about) as rows:
+    with locked(output), _Rows(output, about) as rows:
         if not rows.complete:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             batches = Batches(extractor, images.paths()[rows.seen :], bands, max_pixels, batch_size, device, workers)
@@ -289,7 +288,7 @@ class _Rows:
         about: what embed.json says, without how far it has come.
 
     Raises:
-        ValueError: the folder holds features of others, or another process writes there.
+        ValueError: the folder holds features of others.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
@@ -314,10 +313,6 @@ class _Rows:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--output: another process writes to {self.folder}") from None
         self._write_header(self.about["images"])
         end = self.file.tell() + self.progress["rows"] * self.about["values"] * self.dtype.itemsize
         if os.fstat(self.file.fileno()).st_size < end:
@@ -391,6 +386,10 @@ class _Rows:
 
 def _check_same(folder: Path, found: dict[str, Any], about: dict[str, Any]) -> None:
     """ValueError where the rows in a folder are of other images, or made otherwise."""
+    if found.get("archive_sha256") != about["archive_sha256"] and found.get("folder") != about["folder"]:
+        raise ValueError(
+            f"--output: {folder} holds features of {found.get('folder')}, not of {about['folder']}; give another folder"
+        )
     name = next((name for name in IDENTITY if found.get(name) != about[name]), None)
     if name == "archive_sha256":
         raise ValueError(

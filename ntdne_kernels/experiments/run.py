@@ -8,6 +8,7 @@
 import dataclasses
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch import nn
 
 from ntdne_kernels.experiments import results
 from ntdne_kernels.experiments.encoders import make_encoder
-from ntdne_kernels.experiments.files import write_whole
+from ntdne_kernels.experiments.files import locked, write_whole
 from ntdne_kernels.experiments.problem import make_problem
 from ntdne_kernels.experiments.samples import IMAGENET, Normalisation
 from ntdne_kernels.experiments.settings import RATELESS, Settings
@@ -67,30 +68,33 @@ def run(settings: Settings, variant: str, folder: Path, machine: Machine) -> dic
         The results; None in processes of devices other than the first.
 
     Raises:
-        ValueError: the folder holds another run, or one of other images or labels than the archive has now, or a
-            setting does not fit the archive.
+        ValueError: the folder holds another run, or one of other images or labels than the archive has now, a setting
+            does not fit the archive, or another process trains there.
     """
     finished = finished_results(settings, folder)
     if finished is not None:
         check_unchanged([(settings, folder)], machine)
         return finished
-    problem = make_problem(settings, machine.cache, machine.download)
-    _announce(settings, variant, folder)
-    _print(problem.archive.notes)
-    trained = train(
-        settings,
-        problem,
-        folder,
-        workers=machine.workers,
-        accelerator=machine.accelerator,
-        devices=machine.devices,
-        storage=machine.storage,
-    )
-    if trained is None:
-        return None
-    return results.evaluate(
-        trained.encoder, settings, problem, trained.history, folder, variant=variant, device=machine.evaluation_device
-    )
+    first = getattr(rank_zero_only, "rank", 0) == 0  # the other ranks are of the same run
+    with locked(folder) if first else nullcontext():
+        problem = make_problem(settings, machine.cache, machine.download)
+        _announce(settings, variant, folder)
+        _print(problem.archive.notes)
+        trained = train(
+            settings,
+            problem,
+            folder,
+            workers=machine.workers,
+            accelerator=machine.accelerator,
+            devices=machine.devices,
+            storage=machine.storage,
+        )
+        if trained is None:
+            return None
+        device = machine.evaluation_device
+        return results.evaluate(
+            trained.encoder, settings, problem, trained.history, folder, variant=variant, device=device
+        )
 
 
 def evaluate(folder: Path, machine: Machine) -> dict[str, Any]:

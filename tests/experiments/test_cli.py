@@ -17,7 +17,8 @@ from PIL import Image
 from ntdne_kernels.experiments import encoders
 from ntdne_kernels.experiments import run as runs
 from ntdne_kernels.experiments.arguments import class_folders
-from tests.experiments.helpers import QUICK, results_of
+from ntdne_kernels.experiments.files import locked
+from tests.experiments.helpers import QUICK, results_of, write_features
 
 
 def test_train_then_evaluate_then_report(ntdne, photos, capsys):
@@ -83,7 +84,7 @@ def test_outputs_on_embeddings_do_not_lie_among_the_images(ntdne, photos, capsys
     np.save(embeddings / "features.npy", np.random.default_rng(0).normal(size=(len(files), 8)))
     np.save(embeddings / "labels.npy", np.array([file.split("/")[0] for file in files]))
     (embeddings / "files.txt").write_text("\n".join(files) + "\n")
-    (embeddings / "embed.json").write_text(json.dumps({"folder": str(photos)}))
+    (embeddings / "embed.json").write_text(json.dumps({"format": 1, "folder": str(photos)}))
     Path("decisions.csv").write_text(f"path,given,verdict,label\n{files[0]},bright,exclude,\n")
     for command in (("relabel", embeddings, "decisions.csv"), ("audit", embeddings)):
         assert ntdne(*command, "--output", photos / "new") == 2
@@ -214,6 +215,27 @@ def test_a_mistaken_setting_does_not_take_the_folder(ntdne, photos):
     Path("no.pt").write_bytes(b"nothing")
     assert ntdne("train", photos, *QUICK, "--weights", "no.pt", "--output", "run") == 2
     assert ntdne("train", photos, *QUICK, "--output", "run") == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "{photos}", *QUICK],
+        ["reproduce", "{photos}", *QUICK, "--losses", "NSL", "--rates", 0.5],
+        ["embed", "{photos}", "--encoder", "resnet18", "--weights", "{weights}", "--image-size", 32],
+        ["audit", "features.npy", "--labels", "labels.npy"],
+        ["relabel", "{photos}", "decisions.csv"],
+    ],
+)
+def test_a_folder_that_another_process_writes_to_is_locked(ntdne, photos, resnet18_file, capsys, arguments):
+    write_features()
+    Path("decisions.csv").write_text("image,given,verdict,decided,when,archive\ndark/00.png,dark,keep,dark,,\n")
+    arguments = [str(each).format(photos=photos, weights=resnet18_file) for each in arguments]
+    folder = Path("out", "uniform-0.5", "NSL", "seed-0") if arguments[0] == "reproduce" else Path("out")
+    with locked(folder):
+        assert ntdne(*arguments, "--output", "out") == 2
+        assert f"--output: another process writes to {folder}; give another folder, or wait" in capsys.readouterr().err
+    assert not folder.exists()
 
 
 def test_a_run_is_the_same_from_another_folder(ntdne, photos, monkeypatch):

@@ -13,6 +13,7 @@ from torch import nn
 
 from ntdne_kernels.experiments import embed, embedding, search
 from ntdne_kernels.experiments.archive import open_features
+from ntdne_kernels.experiments.auditing import origin_of
 from ntdne_kernels.experiments.pretrained import Extractor, Transform
 from tests.experiments.helpers import write_image
 
@@ -78,16 +79,20 @@ CHANGES = {
 }
 
 
+def everything() -> set[Path]:
+    return {path for path in Path().rglob("[!.]*") if path.is_file()}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_refuses_features_whose_images_were_swapped(ntdne, photos, embedded, capsys, command):
     swap(photos)
     arguments = [str(each).format(photos=photos) for each in COMMANDS[command]]
-    before = {path.name for path in Path().iterdir()}
+    before = everything()
     assert ntdne(*arguments) == 2
     said = capsys.readouterr().err
     folder = embedded.resolve() if command in ("train", "reproduce") else embedded
     assert f"{photos}: of the 40 images that {folder} was made of {CHANGES[swap]}; put them back, or make" in said
-    assert {path.name for path in Path().iterdir()} == before
+    assert everything() == before
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -169,6 +174,13 @@ def test_unreadable_images_are_not_compared(photos):
     assert len(np.load("out/stamps.npy")) == 39
     (photos / "dark" / "00.png").unlink()
     assert len(search("out", np.ones((1, 48)), 1)[0]) == 1
+
+
+def test_embeddings_and_their_images_are_one_archive_to_outputs(photos, embedded):
+    for data in (photos, embedded, embedded / "features.npy"):
+        assert origin_of(str(data)) == str(photos)
+    assert origin_of("mine.npy") == str(Path("mine.npy").resolve())
+    assert origin_of("made:40x2") == "made:40x2"
 
 
 # An embedding that was not finished

@@ -127,6 +127,14 @@ def test_features_of_other_images_or_another_encoder_are_refused(photos, options
     assert (tmp_path / "out" / "features.npy").read_bytes() == before
 
 
+def test_the_features_of_another_archive_of_the_same_name_are_not_continued(photos, options, tmp_path):
+    embed(photos, output=tmp_path / "out", **options)
+    write_image(tmp_path / "b" / "photos" / "dark" / "1.png")
+    said = f"--output: {tmp_path}/out holds features of {photos}, not of {tmp_path}/b/photos; give another folder"
+    with pytest.raises(ValueError, match=said):
+        embed(tmp_path / "b" / "photos", output=tmp_path / "out", **options)
+
+
 def test_unreadable_files_are_named_or_left_out(photos, options, tmp_path):
     reason = spoil(photos / "bright" / "03.png", "text")
     with pytest.raises(ValueError, match=rf"03.png cannot be read: {reason}; --skip-unreadable"):

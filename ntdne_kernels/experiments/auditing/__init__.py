@@ -8,16 +8,18 @@ from torch import Tensor
 
 from ntdne_kernels.audit import LabelAudit, audit_bank, feature_bank
 from ntdne_kernels.experiments.auditing.findings import find_all
-from ntdne_kernels.experiments.auditing.inputs import Source, encode_features, encode_folder, read_source
+from ntdne_kernels.experiments.auditing.inputs import Source, encode_features, encode_folder, origin_of, read_source
 from ntdne_kernels.experiments.auditing.options import AuditOptions
 from ntdne_kernels.experiments.auditing.outputs import (
     CORRECTED,
     FINDINGS,
     PAGE,
+    SOURCE,
     check_output,
     earlier_outputs,
     write_corrected,
     write_findings,
+    write_source,
     write_table,
 )
 from ntdne_kernels.experiments.auditing.page import audit_page
@@ -27,12 +29,14 @@ from ntdne_kernels.experiments.reviewing.review import write_review
 from ntdne_kernels.labels import encode_labels
 
 __all__ = [
+    "SOURCE",
     "AuditOptions",
     "Source",
     "check_output",
     "earlier_outputs",
     "encode_features",
     "encode_folder",
+    "origin_of",
     "read_source",
     "write_audit",
 ]
@@ -90,6 +94,7 @@ def write_audit(source: Source, folder: Path, options: AuditOptions) -> tuple[La
     shown = {"worst": options.worst, "neighbours": options.neighbours}
     html = audit_page(audit, bank, source, tables, method=method, **shown)
     folder.mkdir(parents=True, exist_ok=True)
+    write_source(source, folder)
     table, corrected, page = (folder / name for name in (f"audit.{options.format}", CORRECTED, PAGE))
     write_table(audit, source, method, table)
     written = [page, table, *write_findings(tables, folder / FINDINGS, options.format)]

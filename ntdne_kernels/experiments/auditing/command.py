@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,17 +10,20 @@ import torch
 from ntdne_kernels.audit import LabelAudit
 from ntdne_kernels.experiments.arguments import WORDS
 from ntdne_kernels.experiments.auditing import (
+    SOURCE,
     AuditOptions,
     Source,
     check_output,
     earlier_outputs,
     encode_features,
     encode_folder,
+    origin_of,
     read_source,
     write_audit,
 )
 from ntdne_kernels.experiments.auditing.inputs import archive_folder
 from ntdne_kernels.experiments.features import archive_name, features_file
+from ntdne_kernels.experiments.files import check_source, locked
 
 
 def audit(arguments: argparse.Namespace) -> None:
@@ -37,8 +41,16 @@ def audit(arguments: argparse.Namespace) -> None:
     inputs = [data, checkpoint, arguments.labels, arguments.paths, *arguments.decisions]
     inputs = [file for file in inputs if file is not None]
     check_output(output, inputs, archive_folder(arguments.data), arguments.format)
+    with locked(output):
+        origin = origin_of(arguments.data)
+        check_source(output / SOURCE, origin)
+        _audit_into(output, arguments, data, images, origin)
+
+
+def _audit_into(output: Path, arguments: argparse.Namespace, data: Path, images: bool, origin: str) -> None:
+    """Write the audit, and print what it says."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    source = _source(arguments, data, images, device)
+    source = replace(_source(arguments, data, images, device), origin=origin)
     result, written = write_audit(
         source,
         output,

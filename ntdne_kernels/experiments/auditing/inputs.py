@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ntdne_kernels.experiments.arguments import class_folders
+from ntdne_kernels.experiments.arguments import WORDS, class_folders
 from ntdne_kernels.experiments.embedded import check_images, read_about
 from ntdne_kernels.experiments.features import as_utf8, features_file, read_features
 from ntdne_kernels.experiments.images import MAX_PIXELS, as_picture, decode
@@ -43,6 +43,7 @@ class Source:
         sigma: the temperature that the features were trained with; None: not known.
         unreadable: files of a folder that are no images and were left out.
         splits: the split of each image, as "train", or ""; None: there are none.
+        origin: the archive, see `origin_of`; "" where that is not known.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Source:
     sigma: float | None = None
     unreadable: list[str] = field(default_factory=list)
     splits: list[str] | None = None
+    origin: str = ""
 
 
 def read_source(
@@ -117,6 +119,15 @@ def archive_folder(data: str) -> Path | None:
         return folders
     named = images_folder(Path(data).expanduser())
     return named if named != Path() else None
+
+
+def origin_of(data: str) -> str:
+    """The archive that `data` names, by which outputs tell it from others: its images' folder, a file, or a word."""
+    folder = archive_folder(data)
+    path = Path(data).expanduser()
+    if folder is not None:
+        return str(folder.resolve())
+    return str(path.resolve()) if data not in WORDS and path.exists() else data
 
 
 def _open_picture(names: list[str], folder: Path, max_pixels: int, image: int) -> Image.Image:

@@ -6,6 +6,7 @@ Shapes: N images.
 """
 
 import importlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from ntdne_kernels.interchange import to_frame
 if TYPE_CHECKING:
     import pandas as pd
 
-PAGE, CORRECTED, FINDINGS = "audit.html", "corrected.csv", "findings"
+PAGE, CORRECTED, FINDINGS, SOURCE = "audit.html", "corrected.csv", "findings", "source.json"
 FORMATS = ("csv", "parquet")
 
 
@@ -56,6 +57,12 @@ def earlier_outputs(folder: Path, written: list[Path]) -> list[Path]:
     files = (*(f"{name}.{format}" for format in FORMATS for name in tables), CORRECTED, review.PAGE)
     paths = [folder / name for name in files]
     return [path for path in paths if path.exists() and path not in written]
+
+
+def write_source(source: Source, folder: Path) -> None:
+    """Write source.json, by which a later audit knows whether it would replace that of another archive."""
+    content = json.dumps({"source": source.origin}).encode()
+    write_whole(folder / SOURCE, lambda file: file.write(content))
 
 
 def write_table(audit: LabelAudit, source: Source, method: str | float | None, path: Path) -> None:

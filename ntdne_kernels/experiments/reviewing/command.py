@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ntdne_kernels.experiments.auditing.inputs import archive_folder, run_folder
+from ntdne_kernels.experiments.auditing.inputs import archive_folder, origin_of, run_folder
 from ntdne_kernels.experiments.features import archive_name
 from ntdne_kernels.experiments.images import MAX_PIXELS
 from ntdne_kernels.experiments.reviewing.decisions import ConflictError, Decisions
@@ -49,6 +49,7 @@ def relabel_archive(arguments: argparse.Namespace) -> None:
         links=arguments.links,
         drop_unsure=arguments.drop_unsure,
         exports=exports(archive, decisions, arguments.export, arguments.scores),
+        origin=origin_of(arguments.data),
     )
     _print_changes(found, decisions, archive.name)
     for path in found.written:

@@ -4,7 +4,7 @@
 {output}/NAME          the file that the labels were read from, by its name, with the cells changed; or labels.npy
 {output}/images/CLASS/ links to the images
 {output}/fiftyone/ ... what `exports.py` makes
-{output}/relabel.json  what was written, so that a later run replaces that and nothing else
+{output}/relabel.json  of what, and what was written, so that a later run replaces that and nothing else
 
 Shapes: N images.
 """
@@ -23,7 +23,7 @@ import numpy as np
 
 from ntdne_kernels.experiments.columns import read_values
 from ntdne_kernels.experiments.features import as_utf8
-from ntdne_kernels.experiments.files import check_folder, write_whole
+from ntdne_kernels.experiments.files import check_folder, check_source, locked, write_whole
 from ntdne_kernels.experiments.reviewing.cells import SUFFIXES, write_changed
 from ntdne_kernels.experiments.reviewing.decisions import Decisions, label_names
 from ntdne_kernels.experiments.reviewing.labelled import LabelledImages
@@ -88,6 +88,7 @@ def relabel(
     links: str | None = None,
     drop_unsure: bool = False,
     exports: Mapping[str, str] | None = None,
+    origin: str,
 ) -> Relabelled:
     """Write an archive's labels with the decisions on them; what is read stays as it is.
 
@@ -98,10 +99,11 @@ def relabel(
         links: make a tree of "symbolic" or "hard" links or "copies"; None: make none.
         drop_unsure: images of which people could not tell lose their label too.
         exports: texts of further files by their names.
+        origin: what the archive was read from, see `origin_of`.
 
     Raises:
-        ValueError: a folder or a column cannot have a class's name, an image's file is missing, or links cannot be
-            made.
+        ValueError: a folder or a column cannot have a class's name, an image's file is missing, links cannot be made,
+            the folder is of another origin, or another process writes there.
         OSError: a file cannot be read or written.
     """
     given = label_names(archive.labels)
@@ -109,26 +111,27 @@ def relabel(
     labels = [str(classes[code]) if code >= 0 else None for code in codes.tolist()]
     names = _tree_names(archive, given, labels) if links else []
     place = output.resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (place.with_name(f".{place.name}.{state}") for state in ("partial", "old"))
-    _clear(place, partial, old)  # of an earlier run that was killed
-    try:
-        partial.mkdir()
-        written = _write_labels(archive, given, labels, partial)
-        if links:
-            _write_tree(archive, names, partial / TREE, place / TREE, links)
-            written.append(partial / TREE)
-        for name, text in (exports or {}).items():
-            written.append(partial / name)
-            written[-1].parent.mkdir(exist_ok=True)
-            _write_text(text, written[-1])
-        record = {"version": RECORD_VERSION, "written": sorted(_files_in(partial))}
-        _write_text(json.dumps(record, indent=1), partial / RECORD)
-        if place.exists():
-            place.rename(old)
-        partial.rename(place)
-    finally:
-        _clear(place, partial, old)
+    with locked(output):
+        check_source(output / RECORD, origin)
+        _clear(place, partial, old)  # of an earlier run that was killed
+        try:
+            partial.mkdir()
+            written = _write_labels(archive, given, labels, partial)
+            if links:
+                _write_tree(archive, names, partial / TREE, place / TREE, links)
+                written.append(partial / TREE)
+            for name, text in (exports or {}).items():
+                written.append(partial / name)
+                written[-1].parent.mkdir(exist_ok=True)
+                _write_text(text, written[-1])
+            record = {"version": RECORD_VERSION, "source": origin, "written": sorted(_files_in(partial))}
+            _write_text(json.dumps(record, indent=1), partial / RECORD)
+            if place.exists():
+                place.rename(old)
+            partial.rename(place)
+        finally:
+            _clear(place, partial, old)
     renamed = sum(name is not None and Path(name).name != Path(path).name for name, path in _with_paths(names, archive))
     return Relabelled(given, labels, [output / each.relative_to(partial) for each in written], renamed)
 

@@ -41,9 +41,26 @@ def test_files_of_an_earlier_audit_are_named(ntdne, files, capsys):
     assert said == [f"ntdne: out/{name} is of an earlier audit" for name in ("audit.csv", *findings, "corrected.csv")]
 
 
+def test_outputs_of_another_archive_of_the_same_name_are_not_replaced(ntdne, files, capsys):
+    features, labels = clusters()
+    for place in ("a", "b"):
+        Path(place).mkdir()
+        np.savez(f"{place}/data.npz", features=features, labels=labels)
+    a, b = (Path(place, "data.npz").resolve() for place in ("a", "b"))
+    assert ntdne("audit", "a/data.npz", "--no-review") == 0
+    before = everything_in(Path("audit"))
+    assert ntdne("audit", "b/data.npz", "--no-review") == 2
+    said = f"audit/data holds what was made of {a}, and would be replaced by what is made of {b}; give another folder"
+    assert capsys.readouterr().err == f"ntdne: --output: {said}\n"
+    assert everything_in(Path("audit")) == before
+    assert ntdne("audit", a, "--no-review") == 0
+    Path("audit/data/source.json").unlink()  # as an earlier version left it
+    assert ntdne("audit", "b/data.npz", "--no-review") == 0
+
+
 def test_only_fix_writes_a_list(ntdne, files):
     assert ntdne("audit", "features.npy", "--labels", "labels.npy") == 0
-    written = ["audit.csv", "audit.html", "findings", "review"]
+    written = ["audit.csv", "audit.html", "findings", "review", "source.json"]
     assert sorted(path.name for path in Path("audit/features").iterdir()) == written
 
 

@@ -136,7 +136,7 @@ def test_where_links_cannot_be_made_another_kind_is_named(ntdne, photos, capsys,
     monkeypatch.setattr(Path, "symlink_to", refuse)
     assert ntdne("relabel", "photos", decide("ash/1.png,ash,keep,ash"), "--links") == 2
     assert "--links hard or copies may do" in capsys.readouterr().err
-    assert os.listdir("relabelled") == []
+    assert not Path("relabelled").exists()
 
 
 @pytest.mark.parametrize(
@@ -250,6 +250,26 @@ def test_an_output_in_the_archive_or_with_other_files_is_refused(ntdne, photos, 
     assert everything_in(Path()) == before
 
 
+def test_the_labels_of_another_archive_of_the_same_name_are_not_replaced(ntdne, photos, capsys):
+    Path("a").mkdir()
+    photos.rename("a/photos")
+    write_archive(Path("b/photos"), {"ash": 4, "elm": 4, "oak": 4})
+    decisions = decide("ash/1.png,ash,relabel,oak")
+    assert ntdne("relabel", "a/photos", decisions) == 0
+    before = everything_in(Path("relabelled"))
+    assert ntdne("relabel", "b/photos", decisions) == 2
+    a, b = (Path(place, "photos").resolve() for place in ("a", "b"))
+    assert f"relabelled/photos holds what was made of {a}, and would be replaced by what is made of {b};" in (
+        capsys.readouterr().err
+    )
+    assert everything_in(Path("relabelled")) == before
+    assert ntdne("relabel", a, decisions) == 0
+    record = json.loads(Path("relabelled/photos/relabel.json").read_text())
+    del record["source"]  # as an earlier version left it
+    Path("relabelled/photos/relabel.json").write_text(json.dumps(record))
+    assert ntdne("relabel", "b/photos", decisions) == 0
+
+
 def test_an_earlier_relabel_is_replaced_unless_someone_put_a_file_there(ntdne, photos, capsys):
     assert ntdne("relabel", "photos", decide("ash/1.png,ash,exclude,"), "--links") == 0
     assert ntdne("relabel", "photos", decide("ash/2.png,ash,relabel,elm")) == 0
@@ -290,7 +310,7 @@ def test_a_run_that_fails_leaves_the_earlier_one_or_nothing(ntdne, photos, monke
         with pytest.raises(KeyboardInterrupt):
             ntdne("relabel", "photos", decisions, "--links")
     assert everything_in(Path()) == before
-    assert not [name for name in os.listdir("relabelled") if name.startswith(".")]
+    assert not list(Path().glob("relabelled/.*"))
 
 
 def test_what_a_killed_run_left_behind_is_put_right_by_the_next(ntdne, photos):
@@ -443,7 +463,7 @@ def test_a_label_that_would_not_be_read_back_is_refused(ntdne, capsys):
     np.save("features.npy", np.eye(2, dtype=np.float32))
     assert ntdne("relabel", "features.npy", decide('0,oak,relabel,"b\nc"'), "--labels", "labels.txt") == 2
     assert "labels.txt: row 0 would not be read back as 'b\\nc'" in capsys.readouterr().err
-    assert os.listdir("relabelled") == []
+    assert not Path("relabelled").exists()
 
 
 @pytest.mark.parametrize(
@@ -530,7 +550,7 @@ def test_a_column_that_cannot_hold_a_label_is_named(ntdne, capsys):
     pq.write_table(pa.table({"label": pa.array([1, 2], pa.uint8())}), "table.parquet")
     assert ntdne("relabel", "features.npy", decide("0,1,relabel,300"), "--labels", "table.parquet") == 2
     assert "table.parquet: column label of uint8 cannot hold a label" in capsys.readouterr().err
-    assert os.listdir("relabelled") == []
+    assert not Path("relabelled").exists()
 
 
 def test_class_folders_whose_names_are_read_as_others_are_refused(ntdne, capsys):
