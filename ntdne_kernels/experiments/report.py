@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import matplotlib
 from tqdm import tqdm
 
 from ntdne_kernels.experiments.figures import FIGURE_KINDS, line_styles
+from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.finished import NOISES, Run, as_text, grouped, read_runs, row_labels
 from ntdne_kernels.experiments.page import render
 from ntdne_kernels.experiments.paper import published
@@ -70,9 +72,9 @@ def write_report(root: Path, output: Path) -> list[Path]:
         "versions": sorted({f"made with {as_text(run.versions)}" for run in runs if run.versions}),
         "sections": sections,
     }
-    page.write_text(render("report.html", content), encoding="utf-8")
-    tables.write_text(render("tables.md", content), encoding="utf-8")
-    _write_values(runs, values)
+    _write(render("tables.md", content).encode(), tables)
+    _write(_values(runs).encode(), values)
+    _write(render("report.html", content).encode(), page)
     return [page, tables, values, *pictures]
 
 
@@ -89,8 +91,10 @@ def _draw(runs: list[Run], output: Path) -> tuple[list[dict[str, Any]], list[Pat
                 if figure is None:
                     continue
                 path = output / f"{_file_name('-'.join([kind.slug, *where]))}.png"
-                figure.savefig(path, dpi=DPI)
-            data = base64.b64encode(path.read_bytes()).decode()
+                drawn = io.BytesIO()
+                figure.savefig(drawn, dpi=DPI)
+            _write(drawn.getvalue(), path)
+            data = base64.b64encode(drawn.getvalue()).decode()
             pictures.append({"data": data, "name": ", ".join(where), "file": path.name})
             paths.append(path)
         if pictures:
@@ -107,16 +111,20 @@ def _file_name(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in name)
 
 
-def _write_values(runs: list[Run], path: Path) -> None:
+def _write(content: bytes, path: Path) -> None:
+    write_whole(path, lambda file: file.write(content))
+
+
+def _values(runs: list[Run]) -> str:
+    """A CSV with a row for each run and metric."""
     paper = {metric.key: metric.paper for metric in METRICS}
     compared = beside_the_paper(runs)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["dataset", "noise", "rate", "loss", "variant", "seed", "epochs", "metric", "value", "paper_value"]
-        )
-        for run in runs:
-            variant = ", ".join(filter(None, [run.variant, run.distinction]))
-            for key, value in run.metrics.items():
-                theirs = published(paper.get(key, ""), *run.cell, run.loss) if run.name in compared else None
-                writer.writerow([*row_labels(run.cell), run.loss, variant, run.seed, run.epochs, key, value, theirs])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["dataset", "noise", "rate", "loss", "variant", "seed", "epochs", "metric", "value", "paper_value"])
+    for run in runs:
+        variant = ", ".join(filter(None, [run.variant, run.distinction]))
+        for key, value in run.metrics.items():
+            theirs = published(paper.get(key, ""), *run.cell, run.loss) if run.name in compared else None
+            writer.writerow([*row_labels(run.cell), run.loss, variant, run.seed, run.epochs, key, value, theirs])
+    return text.getvalue()

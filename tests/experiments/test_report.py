@@ -5,11 +5,16 @@ import csv
 import io
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 from PIL import Image
 
+from ntdne_kernels.experiments import report as made
+from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.finished import read_runs
 from ntdne_kernels.experiments.report import write_report
 from tests.experiments.helpers import write_run
@@ -35,6 +40,29 @@ def test_the_values_are_tidy(grid, report):
     assert float(found[*place, "SNCA", "", "0", "2", "map20_hits"]["paper_value"]) == pytest.approx(0.6892)
     assert found[*place, "SNCA", "", "0", "2", "map20_total"]["paper_value"] == ""
     assert found[*place, "NTDNE", "k=auto", "0", "2", "knn"]["paper_value"] == ""
+
+
+@pytest.mark.parametrize("full", ["report.html", "tables.md", "results.csv", ".png"])
+def test_a_full_disk_leaves_no_part_of_a_file_and_what_was_there(tmp_path, monkeypatch, full):
+    write_run(tmp_path / "runs")
+    output = tmp_path / "report"
+    output.mkdir()
+    for name in ("report.html", "tables.md", "results.csv"):
+        (output / name).write_text("earlier")
+
+    def fill(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def writing(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+        write_whole(path, fill if path.name.endswith(full) else write)
+
+    monkeypatch.setattr(made, "write_whole", writing)
+    monkeypatch.setattr(made, "FIGURE_KINDS", [kind for kind in made.FIGURE_KINDS if kind.slug == made.LEADING])
+    with pytest.raises(OSError, match=f"No space left on device: .*{re.escape(full)}"):
+        write_report(tmp_path / "runs", output)
+    assert (output / "report.html").read_text() == "earlier"  # the page, which holds all, is the last one
+    assert not list(output.glob("*.partial"))
+    assert full == ".png" or (output / full).read_text() == "earlier"
 
 
 def test_markdown_has_the_tables_with_the_best_in_bold(grid, report):
