@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,8 @@ def planned_run(
     names = {setting.name for setting in dataclasses.fields(Settings)}
     given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     merged = {"loss": "NTDNE"} | preset | given | (values or {})
+    if "rate" in given:
+        _check_rate("--rate", [merged.get("noise", Settings.noise)])
     merged["loss"] = loss_name(merged["loss"])
     merged["classes"] = tuple(map(str, merged.get("classes", ())))
     merged["bands"] = tuple(merged.get("bands", ()))
@@ -69,15 +72,23 @@ def planned_grid(arguments: argparse.Namespace) -> list[PlannedRun]:
     noises = arguments.noises or [preset.get("noise", "uniform")]
     rates = arguments.rates or ([preset["rate"]] if "rate" in preset else PAPER_RATES)
     seeds = [preset.get("seed", 0)] if arguments.seeds is None else arguments.seeds
+    if arguments.rates:
+        _check_rate("--rates", noises)
     if arguments.k and "NTDNE" not in losses:
         raise ValueError("--k: expected NTDNE among --losses, whose threshold it is")
     planned = {}
     for noise, rate, loss, seed in itertools.product(noises, rates, losses, seeds):
-        values = {"loss": loss, "noise": noise, "rate": 0.0 if noise in RATELESS else rate, "seed": seed}
+        values = {"loss": loss, "noise": noise, "rate": rate, "seed": seed}
         for options in [{"k": k} for k in arguments.k] if arguments.k and loss == "NTDNE" else [{}]:
             run = planned_run(arguments, values, options)
             planned[run.subfolder] = run
     return list(planned.values())
+
+
+def _check_rate(argument: str, noises: Sequence[str]) -> None:
+    """ValueError where a rate is given for noise that has none."""
+    if all(noise in RATELESS for noise in noises):
+        raise ValueError(f"{argument}: expected none with noise {' and '.join(noises)}, which has no rate")
 
 
 def _preset(arguments: argparse.Namespace) -> dict[str, Any]:

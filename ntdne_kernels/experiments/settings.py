@@ -59,7 +59,9 @@ class Settings:
     noise: str = _setting(
         "uniform", "how training labels are made wrong", ("none", "uniform", "label-dependent", "matrix")
     )
-    rate: float = _setting(0.5, "noise rate η, the share of wrong labels, from 0 to 1")
+    rate: float = _setting(
+        0.5, "noise rate η, the share of wrong labels, from 0 to 1, of uniform and label-dependent noise"
+    )
     noise_file: str = _setting(
         "",
         "for label-dependent noise a YAML file of true class: wrong class (AID and NWPU-RESISC45 have the authors' map "
@@ -112,6 +114,8 @@ class Settings:
         for name in ("lr", "lr_decay"):
             self._check(name, getattr(self, name) > 0, "a positive number")
         self._check("rate", 0 <= self.rate <= 1, "a number from 0 to 1")
+        if self.noise in RATELESS:
+            object.__setattr__(self, "rate", 0.0)  # that of a preset would be recorded as if it counted
         self._check("momentum", 0 < self.momentum < 1, "a number between 0 and 1")
 
     def _check(self, name: str, valid: bool, expected: str) -> None:

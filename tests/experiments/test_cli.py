@@ -164,6 +164,16 @@ def test_noise_without_a_rate_is_run_once(ntdne, photos):
     assert found == [("none", 0), ("uniform", 0.1), ("uniform", 0.3), ("uniform", 0.5), ("uniform", 0.7)]
 
 
+def test_a_matrix_is_recorded_without_the_rate_of_the_preset(ntdne, photos):
+    Path("matrix.csv").write_text("0.9,0.1\n0.4,0.6\n")
+    noise = ["--noise", "matrix", "--noise-file", "matrix.csv"]
+    assert ntdne("train", photos, *QUICK, *noise, "--loss", "NSL", "--epochs", 1, "--output", "run") == 0
+    assert results_of(Path("run"))["rate"] == results_of(Path("run"))["settings"]["rate"] == 0
+    settings = Path("run/settings.yaml")  # those of an earlier version are of the same run
+    settings.write_text(settings.read_text().replace("rate: 0.0", "rate: 0.5"))
+    assert runs.read_settings(Path("run"))[0].rate == 0
+
+
 def test_the_grid_is_the_presets_where_the_command_says_nothing(ntdne, photos):
     Path("mine.yaml").write_text("rate: 0.2\nseed: 3\nepochs: 1\nlosses: {ntdne: {k: 0.4}}\n")
     quick = [*QUICK[2:], "--preset", "mine.yaml", "--epochs", 1]
@@ -406,6 +416,13 @@ def other_run(photos: Path) -> None:
         (column_stochastic, ["train", "{photos}", "--noise", "matrix", "--noise-file", "matrix.csv"], "column"),
         (None, ["train", "{photos}", "--noise", "matrix", "--noise-file", "none.csv"], "none.csv"),
         (None, ["train", "{photos}", "--noise", "matrix"], "noise_file: expected a .npy or .csv"),
+        (None, ["train", "{photos}", "--noise", "matrix", "--rate", "0.3"], "--rate: expected none with noise matrix"),
+        (None, ["train", "{photos}", "--noise", "none", "--rate", "0"], "--rate: expected none with noise none"),
+        (
+            None,
+            ["reproduce", "{photos}", "--noises", "none", "--rates", "0.3"],
+            "--rates: expected none with noise none",
+        ),
         (None, ["train", "{photos}", "--weights", "none.pt"], "none.pt"),
         (None, ["train", "{photos}", "--output", "{photos}/dark/00.png"], "--output: expected a folder"),
         (None, ["train", "no/such/folder", "--loss-option", "k=7"], "k: expected"),
