@@ -80,14 +80,14 @@ def check_images(files: Iterable[Path], images: Path | None = None) -> None:
 
     Each image is looked up once, and none is read: its size and the time of its last change are compared. A copy of
     the archive may have other times altogether; then the sizes decide. Nothing is said where no image is to be found,
-    as on another machine, nor of folders of other kinds.
+    as on another machine, of images that were deleted or added, nor of folders of other kinds.
 
     Args:
         files: features and labels, in such folders or not.
         images: where the images are; None: where they were. Elsewhere some may be missing.
 
     Raises:
-        ValueError: some images have changed, or are gone from where they were.
+        ValueError: some images have changed, or were moved: into the folder of another class, say.
     """
     for folder in dict.fromkeys(file.parent for file in files):
         about = read_about(folder)
@@ -110,19 +110,28 @@ def _compare(folder: Path, place: Path, images: Path | None) -> None:
     # Archives as .tar keep times in whole seconds.
     same_time = (time == old) | ((time % SECOND == 0) & (time == old // SECOND * SECOND))
     changed = ~gone & ((size != old_size) | ~(same_time | copied))
-    missing = gone & (root.resolve() == place.resolve())
-    if not (changed | missing).any():
+    moved = gone & _elsewhere(root, names, before) if gone.any() else gone
+    if not (changed | moved).any():
         return
-    said = [_said(names, which, what) for which, what in ((changed, "changed"), (missing, "gone")) if which.any()]
+    said = [_said(names, which, what) for which, what in ((changed, "changed"), (moved, "moved")) if which.any()]
     raise ValueError(
         f"{root}: of the {len(names)} images that {folder} was made of {' and '.join(said)}; put them back, or make "
         "features of them as they are: ntdne embed with another --output"
     )
 
 
+def _elsewhere(root: Path, names: list[str], before: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(N,) whether a file that is none of the N names has an image's size and time: as one that was moved has."""
+    known = {os.path.join(root, name) for name in names}
+    paths = (os.path.join(folder, name) for folder, _, files in os.walk(root) for name in files)
+    others = set(map(tuple, stamps_of(path for path in paths if path not in known).tolist()))
+    return np.array([tuple(stamp) in others for stamp in before.tolist()])
+
+
 def _said(names: list[str], which: Any, what: str) -> str:
-    """As "2 are gone (oak/1.png, oak/2.png)", of those that `which` (N,) marks."""
+    """As "2 have moved (oak/1.png, oak/2.png)", of those that `which` (N,) marks."""
     rows = np.flatnonzero(which)
     first = ", ".join(names[row] for row in rows[:MAX_NAMED])
-    verb = {"changed": "has", "gone": "is"} if len(rows) == 1 else {"changed": "have", "gone": "are"}
-    return f"{len(rows)} {verb[what]} {what} ({first}{' ...' if len(rows) > MAX_NAMED else ''})"
+    return (
+        f"{len(rows)} {'has' if len(rows) == 1 else 'have'} {what} ({first}{' ...' if len(rows) > MAX_NAMED else ''})"
+    )

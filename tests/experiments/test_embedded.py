@@ -75,7 +75,7 @@ CHANGES = {
     swap: "2 have changed (bright/00.png, dark/00.png)",
     edit: "1 has changed (dark/00.png)",
     replace: "1 has changed (dark/00.png)",
-    move: "1 is gone (dark/00.png)",
+    move: "1 has moved (dark/00.png)",
 }
 
 
@@ -113,9 +113,16 @@ def test_images_that_were_put_back_will_do(photos, embedded, change):
 
 def test_many_are_counted_and_the_first_named(photos, embedded):
     for i in range(5):
-        (photos / "dark" / f"{i:02}.png").unlink()
-    with pytest.raises(ValueError, match=r"5 are gone \(dark/00.png, dark/01.png, dark/02.png \.\.\.\)"):
+        (photos / "dark" / f"{i:02}.png").rename(photos / "bright" / f"dark {i}.png")
+    with pytest.raises(ValueError, match=r"5 have moved \(dark/00.png, dark/01.png, dark/02.png \.\.\.\)"):
         search(embedded, np.ones((1, 48)), 1)
+
+
+def test_rows_of_deleted_images_serve(ntdne, photos, embedded):
+    (photos / "dark" / "00.png").unlink()
+    write_image(photos / "dark" / "new.png")  # and new ones do not matter
+    assert len(search(embedded, np.ones((1, 48)), 1)[0]) == 1
+    assert ntdne(*COMMANDS["relabel"]) == 0
 
 
 @pytest.mark.parametrize("place", ["moved", "empty"])
