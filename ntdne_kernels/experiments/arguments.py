@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ntdne_kernels.experiments.argument_types import bands, count, device, parse_value
+from ntdne_kernels.experiments.argument_types import bands, count, device, parse_value, positive
 from ntdne_kernels.experiments.features import features_file
 from ntdne_kernels.experiments.images import MAX_PIXELS
 from ntdne_kernels.experiments.loss_registry import LOSSES, loss_options
@@ -205,6 +205,12 @@ def _add_embed(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--image-size", type=count, metavar="INT", help="pixels a side (that of the weights)")
     command.add_argument("--bands", type=bands, default=(), metavar="B,B,B", help="three of each file, counted from 1")
+    command.add_argument(
+        "--white",
+        type=positive,
+        metavar="VALUE",
+        help="the stored value that becomes white in files of more than 8 bits, as 10000 (the largest of their bits)",
+    )
     command.add_argument("--classes", nargs="+", metavar="CLASS", help="class folders to keep (all)")
     command.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
     command.add_argument(

@@ -16,10 +16,12 @@ Shapes: N images, b of a batch, of S × S pixels; F features.
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -60,12 +62,18 @@ from ntdne_kernels.experiments.sources import (
     reason_of,
 )
 from ntdne_kernels.progress import with_progress
+from ntdne_kernels.user_warning import warn_user
 
 DTYPES = ("float16", "float32")
 SAVE_SECONDS = 10  # between the moments when rows are brought to the disk and counted
 MAX_WORKERS = 8
 # What rows depend on: those of a folder are continued only where all of it is the same.
-IDENTITY = ("encoder", "weights_sha256", "image_size", "transform", "bands", "dtype", "max_pixels", "archive_sha256")
+IDENTITY = (
+    *("encoder", "weights_sha256", "image_size", "transform", "bands", "white", "dtype", "max_pixels"),
+    "archive_sha256",
+)
+SAMPLED = 16  # images, over all the archive, that are looked at before
+DARK = 0.25  # of white: where hardly a pixel of an image of more than 8 bits is brighter, it was stored in other units
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ def embed(  # noqa: PLR0913 (independent settings, all but two with defaults)
     weights: str | Path = DEFAULT,
     image_size: int | None = None,
     bands: Sequence[int] = (),
+    white: float | None = None,
     classes: list[str] | None = None,
     max_pixels: int = MAX_PIXELS,
     skip_unreadable: bool = False,
@@ -119,6 +128,8 @@ def embed(  # noqa: PLR0913 (independent settings, all but two with defaults)
         weights: see `pretrained.make_extractor`.
         image_size: S; see `pretrained.make_extractor`.
         bands: three of each file, counted from 1; () for the colours of pictures. See `images.decode`.
+        white: the stored value that becomes white in files of more than 8 bits, as 10000; larger ones do too. None: the
+            largest of their bits, and a warning where that makes images nearly black. See `images.decode`.
         classes: class folders to keep; None: all, and the images beside them.
         max_pixels: files of more pixels count as unreadable.
         skip_unreadable: leave out files that cannot be read, instead of raising.
@@ -135,6 +146,8 @@ def embed(  # noqa: PLR0913 (independent settings, all but two with defaults)
         OSError: a file cannot be written.
     """
     check_choice("dtype", dtype, DTYPES)
+    if white is not None and not 0 < white < math.inf:
+        raise ValueError(f"white: expected a positive number, got {white}")
     images = image_files(photos, classes)
     broken = next((file for file in images.files if "\n" in file), None)
     if broken is not None:
@@ -152,6 +165,7 @@ def embed(  # noqa: PLR0913 (independent settings, all but two with defaults)
         "image_size": extractor.image_size,
         "transform": str(extractor.transform),
         "bands": list(bands),
+        "white": white,
         "max_pixels": max_pixels,
         "dtype": dtype,
         "values": extractor.F,
@@ -164,7 +178,10 @@ def embed(  # noqa: PLR0913 (independent settings, all but two with defaults)
     with locked(output), _Rows(output, about) as rows:
         if not rows.complete:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            batches = Batches(extractor, images.paths()[rows.seen :], bands, max_pixels, batch_size, device, workers)
+            paths = images.paths()
+            if white is None:
+                _warn_if_dark(paths[:: math.ceil(len(paths) / SAMPLED)], bands, max_pixels)
+            batches = Batches(extractor, paths[rows.seen :], bands, white, max_pixels, batch_size, device, workers)
             for features, reasons in with_progress(batches, "Encoding images") if progress else batches:
                 files = images.files[rows.seen : rows.seen + len(reasons)]
                 unreadable = {file: reason for file, reason in zip(files, reasons, strict=True) if reason}
@@ -212,6 +229,7 @@ class Batches:
         extractor: makes the features.
         paths: of the files.
         bands: see `embed`.
+        white: see `embed`.
         max_pixels: see `embed`.
         batch_size: b.
         device: where the encoder runs.
@@ -223,6 +241,7 @@ class Batches:
         extractor: Extractor,
         paths: Sequence[str],
         bands: Sequence[int] = (),
+        white: float | None = None,
         max_pixels: int = MAX_PIXELS,
         batch_size: int = 64,
         device: str = "cpu",
@@ -233,7 +252,7 @@ class Batches:
             cores = len(os.sched_getaffinity(0))
             workers = min(MAX_WORKERS, cores if self.device.type != "cpu" else cores // 4)
         self.loader = DataLoader(
-            _Images(paths, extractor, tuple(bands), max_pixels),
+            _Images(paths, extractor, tuple(bands), white, max_pixels),
             batch_size,
             num_workers=workers,
             collate_fn=_collate,
@@ -258,8 +277,10 @@ class Batches:
 class _Images(Dataset[Tensor | str]):
     """Image files as the encoder takes them; for one that cannot be read the reason."""
 
-    def __init__(self, paths: Sequence[str], extractor: Extractor, bands: tuple[int, ...], max_pixels: int) -> None:
-        self.paths, self.bands, self.max_pixels = paths, bands, max_pixels
+    def __init__(
+        self, paths: Sequence[str], extractor: Extractor, bands: tuple[int, ...], white: float | None, max_pixels: int
+    ) -> None:
+        self.paths, self.bands, self.white, self.max_pixels = paths, bands, white, max_pixels
         self.transform, self.smallest = extractor.transform, 2 * extractor.image_size
 
     def __len__(self) -> int:
@@ -268,9 +289,27 @@ class _Images(Dataset[Tensor | str]):
     def __getitem__(self, image: int) -> Tensor | str:
         try:
             # A large JPEG is decoded at a fraction of its size that is still large beside what the encoder sees.
-            return self.transform(decode(self.paths[image], self.bands, self.max_pixels, self.smallest))
+            return self.transform(decode(self.paths[image], self.bands, self.max_pixels, self.smallest, self.white))
         except (*UNREADABLE, ValueError) as error:  # the latter: bands that the encoder does not take
             return reason_of(error)
+
+
+def _warn_if_dark(paths: Sequence[str], bands: Sequence[int], max_pixels: int) -> None:
+    """Warn where these images are of 16 bits, of which they use a small part, as reflectance of 0 to 10,000 does."""
+    bright: dict[str, float] = {}  # 99 of 100 values of each image are darker, as a share of white
+    for path in paths:
+        with suppress(*UNREADABLE):
+            pixels = decode(path, bands, max_pixels, smallest=1)
+            if pixels.dtype == np.uint16 and pixels.shape[-1] == 3 and pixels.any():
+                bright[path] = float(np.percentile(pixels, 99)) / 65535
+    if bright and (usual := float(np.median(list(bright.values())))) < DARK:
+        # Of a file of 12 bits, say, decoding gives 16; with this white it gives what is stored.
+        largest = max(int(decode(path, bands, max_pixels, white=65535).max()) for path in bright)
+        warn_user(
+            f"images of more than 8 bits are nearly black as they are stored: in {len(bright)} of them, spread over "
+            f"the folder, the largest value is {largest}, and 99 of 100 are below {usual:.0%} of white, which is the "
+            "largest that their bits hold; --white 10000, or embed(..., white=10000), says which stored value is white"
+        )
 
 
 def _collate(items: list[Tensor | str]) -> tuple[Tensor, list[str]]:

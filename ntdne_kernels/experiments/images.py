@@ -75,7 +75,13 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in known.items() if name in Image.OPEN and name not in NEED_PLUGINS)
 
 
-def decode(path: str | Path, bands: Sequence[int] = (), max_pixels: int = MAX_PIXELS, smallest: int = 0) -> Pixels:
+def decode(
+    path: str | Path,
+    bands: Sequence[int] = (),
+    max_pixels: int = MAX_PIXELS,
+    smallest: int = 0,
+    white: float | None = None,
+) -> Pixels:
     """The pixels of an image file, (H, W, B), upright.
 
     Files of 8 bits give uint8, those of up to 16 bits uint16 in full range, all others float32 as stored (integers
@@ -90,6 +96,8 @@ def decode(path: str | Path, bands: Sequence[int] = (), max_pixels: int = MAX_PI
         max_pixels: files of more pixels H·W are not read.
         smallest: a JPEG may be decoded at a fraction of its size, but with at least this many pixels a side. 0: at full
             size.
+        white: of files of more than 8 bits, integers or floats, the stored value that becomes 65535 of uint16, as 0
+            becomes 0; values outside are clipped. Reflectance is often stored as 0 to 10,000. None: as said above.
 
     Raises:
         Unreadable: the file is no image, is broken, larger than max_pixels, has no such band, or has more depth than
@@ -115,14 +123,13 @@ def decode(path: str | Path, bands: Sequence[int] = (), max_pixels: int = MAX_PI
         raise Unreadable(f"{header}, to read which needs {error.name}: pip install 'ntdne_kernels[geo]'") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, and more
         raise Unreadable(f"{_reason(error)} ({header})") from None
-    B = pixels.shape[-1]
     if bands:
-        if max(bands) > B:
+        if max(bands) > pixels.shape[-1]:
             raise Unreadable(f"there is no band {max(bands)} ({header})")
-        return np.ascontiguousarray(pixels[..., [band - 1 for band in bands]])
-    if samples.alpha:
-        pixels = _over_black(pixels, samples.alpha)
-    return np.ascontiguousarray(pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels)
+        pixels = pixels[..., [band - 1 for band in bands]]
+    else:
+        pixels = _colours(pixels, samples.alpha)
+    return np.ascontiguousarray(pixels if white is None else _up_to(white, pixels, header.bits))
 
 
 def resized(pixels: Pixels, image_size: int) -> Pixels:
@@ -367,12 +374,29 @@ def _plain_type(pixels: Pixels) -> Pixels:
     return np.nan_to_num(pixels.astype(np.float32), nan=0, posinf=0, neginf=0)
 
 
+def _up_to(white: float, pixels: Pixels, bits: int) -> Pixels:
+    """uint16 in which 65535 is the stored value `white`, of uint16 of so many bits in full range, or of float32.
+
+    uint8 stays as it is.
+    """
+    if pixels.dtype == np.uint8:
+        return pixels
+    largest = np.float32(white * 65535 / (2**bits - 1) if pixels.dtype == np.uint16 else white)
+    return np.asarray((pixels.clip(0, largest) * (65535 / largest)).round(), np.uint16)
+
+
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
+
+
+def _colours(pixels: Pixels, alpha: int) -> Pixels:
+    """Pixels without opacity, grey as three equal bands."""
+    colours = _over_black(pixels, alpha) if alpha else pixels
+    return colours.repeat(3, axis=-1) if colours.shape[-1] == 1 else colours
 
 
 def _over_black(pixels: Pixels, alpha: int) -> Pixels:

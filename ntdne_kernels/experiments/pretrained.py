@@ -68,9 +68,8 @@ class Transform(NamedTuple):
             ValueError: the pixels have other bands or another type.
         """
         if pixels.shape[-1] != 3 or pixels.dtype.kind != "u":
-            raise ValueError(
-                f"expected 3 bands of 8 or 16 bits, got {pixels.shape[-1]} of {pixels.dtype}; --bands names three"
-            )
+            cure = "--bands names three" if pixels.shape[-1] != 3 else "--white names the value that becomes white"
+            raise ValueError(f"expected 3 bands of 8 or 16 bits, got {pixels.shape[-1]} of {pixels.dtype}; {cure}")
         if pixels.dtype.itemsize == 1:
             return self.library(Image.fromarray(pixels))
         return self.library(torch.from_numpy(pixels.astype("float32") / 65535).permute(2, 0, 1))

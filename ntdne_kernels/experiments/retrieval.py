@@ -106,7 +106,8 @@ def _encoded(archive: Any, files: Sequence[str], device: str) -> Tensor:
             f"they were made with {', '.join(f'{name} {version}' for name, version in about['versions'].items())}"
         )
     found, remaining = [], iter(files)
-    for features, reasons in Batches(extractor, files, about["bands"], about["max_pixels"], device=device):
+    pixels = about["bands"], about.get("white"), about["max_pixels"]  # no white in those of former versions
+    for features, reasons in Batches(extractor, files, *pixels, device=device):
         for reason, file in zip(reasons, remaining, strict=False):
             if reason:
                 raise ValueError(f"{file} cannot be read: {reason}")

@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
-from ntdne_kernels.experiments import embed, embedding
+from ntdne_kernels.experiments import embed, embedding, search
 from ntdne_kernels.experiments.embedding import open_embeddings
 from ntdne_kernels.experiments.images import decode
 from ntdne_kernels.experiments.pretrained import make_extractor
@@ -150,7 +152,60 @@ def test_unreadable_files_are_named_or_left_out(photos, options, tmp_path):
 def test_bands_that_the_encoder_does_not_take_are_said_and_three_can_be_chosen(scenes, options, tmp_path):
     with pytest.raises(ValueError, match="expected 3 bands of 8 or 16 bits, got 5 of uint16; --bands names three"):
         embed(scenes, output=tmp_path / "out", **options)
-    assert len(embed(scenes, output=tmp_path / "out2", **options, bands=(4, 2, 1)).features) == 40
+    with pytest.warns(UserWarning, match="nearly black"):
+        assert len(embed(scenes, output=tmp_path / "out2", **options, bands=(4, 2, 1)).features) == 40
+
+
+def write_reflectance(folder, dtype=np.uint16, scale=1, count=6):
+    """Scenes of reflectance from 0 to 9,000, and what they are with 10,000 as white, in 8 bits, beside them."""
+    source = np.random.default_rng(0)
+    for i in range(count):
+        pixels = source.integers(0, 9000, (32, 32, 3)) * (i + 1) // count
+        for name, values in (("deep", (pixels * scale).astype(dtype)), ("shallow", pixels * (255 / 10000))):
+            (folder / name / str(i % 2)).mkdir(parents=True, exist_ok=True)
+            values = values if name == "deep" else values.round().astype(np.uint8)
+            tifffile.imwrite(folder / name / str(i % 2) / f"{i:02}.tif", values, photometric="rgb")
+    return folder / "deep", folder / "shallow"
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(np.uint16, 1), (np.int16, 1), (np.float32, 1e-4)])
+def test_reflectance_is_embedded_as_bright_as_it_is_meant(tmp_path, options, dtype, scale):
+    deep, shallow = write_reflectance(tmp_path, dtype, scale)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = embed(deep, output=tmp_path / "out", **options, white=10000 * scale)
+        expected = embed(shallow, output=tmp_path / "expected", **options).features.astype(np.float32)
+    differences = np.linalg.norm(found.features.astype(np.float32) - expected, axis=1)
+    assert (differences < 0.1 * np.linalg.norm(expected, axis=1)).all()
+    neighbours, similarity = search(tmp_path / "out", [deep / file for file in found.files[:3]], k=1)
+    assert neighbours[:, 0].tolist() == [0, 1, 2]
+    assert similarity.min() > 0.9999
+    with pytest.raises(ValueError, match="holds features of white"):
+        embed(deep, output=tmp_path / "out", **options, white=9000 * scale)
+
+
+def test_images_that_would_be_nearly_black_are_warned_of(tmp_path, options):
+    deep, _ = write_reflectance(tmp_path, count=20)
+    with pytest.warns(UserWarning, match="nearly black") as caught:
+        embed(deep, output=tmp_path / "out", **options)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    text = str(caught[0].message)
+    largest = max(int(decode(file).max()) for file in sorted(deep.rglob("*.tif"))[::2])
+    assert f"in 10 of them, spread over the folder, the largest value is {largest}, and 99 of 100 are below 6%" in text
+    assert "--white 10000, or embed(..., white=10000)" in text
+
+
+def test_images_of_other_numbers_need_the_value_that_is_white(tmp_path, options):
+    deep, _ = write_reflectance(tmp_path, np.float32)
+    with pytest.raises(ValueError, match="expected 3 bands of 8 or 16 bits, got 3 of float32; --white names the value"):
+        embed(deep, output=tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("white", [0, -1, float("inf"), float("nan")])
+def test_white_is_a_positive_number(photos, options, tmp_path, white):
+    with pytest.raises(ValueError, match="white: expected a positive number"):
+        embed(photos, output=tmp_path / "out", **options, white=white)
 
 
 def test_workers_give_the_same_rows_and_leave_the_random_state(photos, options, tmp_path):

@@ -87,6 +87,39 @@ def test_12_bits_are_scaled_to_16(tmp_path):
     assert np.array_equal(found, (DEEP[:, :8, :3] * (65535 / 4095)).round())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(np.uint16, 16), (np.uint16, 12), (np.int16, 16), (np.uint32, 32), (np.float32, 32)]
+)
+def test_the_stored_value_that_is_white_can_be_named(tmp_path, dtype, bits):
+    path, pixels = tmp_path / "a.tif", DEEP[..., :3].astype(dtype)
+    pixels[0, 0, 1] = 0 if dtype in (np.uint16, np.uint32) else -5
+    tifffile.imwrite(path, pixels, photometric="rgb", bitspersample=bits)
+    found = decode(path, white=2000)
+    assert found.dtype == np.uint16
+    assert np.abs(found - pixels.clip(0, 2000) * (65535 / 2000)).max() < 2  # 12 bits are rounded twice
+    assert np.array_equal(decode(path, (3, 1), white=2000), found[..., [2, 0]])
+
+
+def test_jpeg_2000_of_15_bits_counts_what_is_stored(tmp_path):
+    for bands in (1, 3):
+        jp2 = imagecodecs.jpeg2k_encode(DEEP[..., :bands].squeeze(), level=0, reversible=True, bitspersample=15)
+        (tmp_path / "a.jp2").write_bytes(jp2)
+        found = decode(tmp_path / "a.jp2", white=2000)
+        expected = (DEEP[..., :bands].clip(0, 2000) * (65535 / 2000)).round().repeat(3 // bands, axis=-1)
+        assert np.abs(found.astype(int) - expected).max() <= 16  # of 65535, a half of a stored step; 15 bits in 16
+
+
+def test_white_leaves_opacity_no_data_and_8_bits_as_they_are(tmp_path):
+    colours = np.array([[[1000, 500, 7], [2000, 9, 7]]], np.uint16)
+    opacity = np.array([[[65535], [0]]], np.uint16)
+    png16(tmp_path / "a.png", np.concatenate([colours, opacity], axis=-1))
+    assert decode(tmp_path / "a.png", white=1000).tolist() == [[[65535, 32768, 459], [0, 0, 0]]]
+    tiff(tmp_path / "a.tif", colours, photometric="rgb", extratags=[(NO_DATA, "s", 0, "7", True)])
+    assert decode(tmp_path / "a.tif", white=1000).tolist() == [[[65535, 32768, 0], [65535, 590, 0]]]
+    Image.fromarray(SHALLOW[..., :3]).save(tmp_path / "b.png")
+    assert np.array_equal(decode(tmp_path / "b.png", white=1000), SHALLOW[..., :3])
+
+
 def test_white_may_be_0(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", DEEP[..., 0], photometric="miniswhite")
     assert np.array_equal(decode(tmp_path / "a.tif")[..., 0], 65535 - DEEP[..., 0])
