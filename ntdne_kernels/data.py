@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -81,8 +82,8 @@ class IndexedDataset(Dataset[Any]):
         Raises:
             TypeError: there is no such place, or it holds no integers. For names, the message has the line that numbers
                 them in the whole dataset, so that all of its parts have the same numbers.
-            ValueError: labels have not one dimension, or those of a torchvision folder were changed in one of `targets`
-                and `samples` alone.
+            ValueError: labels have not one dimension, `targets` and `labels` differ, or those of a torchvision folder
+                were changed in one of `targets` and `samples` alone.
         """
         return _labels_of(self.dataset)
 
@@ -111,9 +112,10 @@ def _labels_of(dataset: Any) -> Tensor:
 def _labels_in_attributes(dataset: Any) -> Tensor | None:
     """Labels that a dataset keeps in an attribute, one for each sample, after its `target_transform`."""
     _check_folder(dataset)
+    _check_public(dataset)
     for name in LABEL_ATTRIBUTES + SAMPLE_ATTRIBUTES:
-        labels: Any = getattr(dataset, name, None)
-        if not hasattr(labels, "__len__") or len(labels) != len(dataset):  # names of classes, say
+        labels = _of_each_image(dataset, name)
+        if labels is None:
             continue
         if name in SAMPLE_ATTRIBUTES:
             if not all(isinstance(sample, tuple | list) and len(sample) > 1 for sample in labels):
@@ -124,6 +126,28 @@ def _labels_in_attributes(dataset: Any) -> Tensor | None:
             labels = [transform(label) for label in (labels.tolist() if hasattr(labels, "tolist") else labels)]
         return as_labels(labels, "labels" if name in SAMPLE_ATTRIBUTES else f"dataset.{name}").to("cpu", torch.int64)
     return None
+
+
+def _of_each_image(dataset: Any, name: str) -> Any:
+    """An attribute with a value for each image; None where it has others, as names of classes, or there is none."""
+    values: Any = getattr(dataset, name, None)
+    return values if hasattr(values, "__len__") and len(values) == len(dataset) else None
+
+
+def _check_public(dataset: Any) -> None:
+    """ValueError where `targets` and `labels` are both labels and differ: samples may carry either, or others."""
+    found: list[Tensor] = []
+    for name in ("targets", "labels"):
+        values = _of_each_image(dataset, name)
+        with suppress(TypeError, ValueError):  # names of the classes of `targets`, say, or several numbers an image
+            found += [] if values is None else [as_labels(values).to("cpu", torch.int64)]
+    if len(found) == 2 and not found[0].equal(found[1]):
+        row = int((found[0] != found[1]).nonzero()[0, 0])
+        raise ValueError(
+            f"dataset: expected the same labels in `targets` and `labels` of {type(dataset).__name__}, got "
+            f"{int(found[0][row])} and {int(found[1][row])} for image {row}; remove those that its samples do not "
+            "carry, or give the criterion labels in the order of the dataset"
+        )
 
 
 def _check_folder(dataset: Any) -> None:

@@ -107,6 +107,9 @@ PAIRS = [(f"{image}.png", label) for image, label in enumerate(LABELS)]
         {"_labels": LABELS},
         {"_samples": PAIRS, "samples": [f"{image}.png" for image in range(7)]},
         {"targets": [str(label) for label in LABELS]},
+        {"targets": LABELS, "labels": np.array(LABELS, np.int16)},
+        {"targets": LABELS, "labels": [f"class {label}" for label in LABELS]},
+        {"targets": LABELS, "labels": torch.zeros(len(LABELS), 3, dtype=torch.int64)},  # of several kinds
         {"targets": [label + 1 for label in LABELS], "target_transform": lambda label: label - 1},
         {"samples": [(file, label + 1) for file, label in PAIRS], "target_transform": lambda label: label - 1},
     ],
@@ -114,6 +117,14 @@ PAIRS = [(f"{image}.png", label) for image, label in enumerate(LABELS)]
 def test_labels_are_found_where_datasets_keep_them(attributes):
     labels = IndexedDataset(Images(**attributes)).labels
     assert (labels.tolist(), labels.dtype) == (LABELS, torch.int64)
+
+
+def test_targets_and_labels_that_differ_are_refused():
+    others = [*LABELS[:4], 1 + LABELS[4], *LABELS[5:]]
+    for dataset in (Images(targets=LABELS, labels=others), Subset(Images(targets=LABELS, labels=others), [0, 1])):
+        with pytest.raises(ValueError, match="expected the same labels in `targets` and `labels` of Images") as caught:
+            _ = IndexedDataset(dataset).labels
+        assert f"got {LABELS[4]} and {others[4]} for image 4" in str(caught.value)
 
 
 def test_labels_of_parts_are_those_of_the_images_they_hold():
