@@ -7,6 +7,7 @@ Shapes: N images, n values.
 
 import operator
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Set
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,7 @@ def encode_labels(labels: Any) -> tuple[Tensor, tuple[Any, ...]]:
 
     Args:
         labels: (N,) as `as_labels` takes them; or names in a list, array, Series and the like, of which blanks at both
-            ends are dropped.
+            ends are dropped; those that differ in Unicode form alone become one, in NFC.
 
     Returns:
         The code (N,) of each image's class, −1 for unlabelled, and the C classes by code: integers or names, ascending.
@@ -141,7 +142,8 @@ def read_labels(labels: Any, name: str) -> "Tensor | list[str | None]":
     if types == {str}:
         integer_of = {text: _parse_integer(text) for text in set(known)}
         if None in integer_of.values():
-            return plain
+            one = {name: form for form, same in unicode_forms(known).items() if len(same) > 1 for name in same}
+            return [one.get(text, text) for text in plain] if one else plain
         plain = [None if text is None else integer_of[text] for text in plain]
     elif not types <= {int, float}:
         found_types = " and ".join(sorted(found.__name__ for found in types))
@@ -150,6 +152,14 @@ def read_labels(labels: Any, name: str) -> "Tensor | list[str | None]":
     if wrong is not None:
         raise _no_integer(name, wrong)
     return _from_integers([UNLABELLED if value is None else int(value) for value in plain], name)
+
+
+def unicode_forms(names: Iterable[str]) -> dict[str, list[str]]:
+    """The different names of each class by its name in Unicode's form NFC; macOS writes names of files in NFD."""
+    forms: dict[str, list[str]] = {}
+    for name in sorted(set(names)):
+        forms.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    return forms
 
 
 def _check_tensor(values: Tensor, name: str) -> Tensor:

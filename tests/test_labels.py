@@ -134,6 +134,13 @@ def test_encode_labels_numbers_integers_or_names(given, codes, classes):
     assert (found.tolist(), found.dtype, names) == (codes, torch.int64, classes)
 
 
+def test_names_in_two_forms_of_unicode_are_one_class():
+    nfc, nfd = "For\u00eat", "Fore\u0302t"
+    assert encode_labels([nfd, "lac", nfc, None])[1] == (nfc, "lac")
+    assert encode_labels([nfd, "lac", nfc, None])[0].tolist() == [0, 1, 0, -1]
+    assert encode_labels([nfd, "lac"])[1] == (nfd, "lac")  # of one form names stay as they are
+
+
 @pytest.mark.parametrize("take", [NTDNELoss, MemoryBank, lambda labels, dim: LabelIndex.from_labels(labels)])
 def test_names_are_refused_with_the_line_that_numbers_them(take):
     labels = ["oak", "ash", None, "oak"]

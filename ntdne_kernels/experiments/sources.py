@@ -25,7 +25,7 @@ from torchvision.datasets import EuroSAT
 from ntdne_kernels.arguments import UNLABELLED
 from ntdne_kernels.experiments.embedded import stamps_of
 from ntdne_kernels.experiments.images import MAX_PIXELS, PLUGINS, Unreadable, decode, resized, suffixes
-from ntdne_kernels.labels import read_labels
+from ntdne_kernels.labels import read_labels, unicode_forms
 
 DECODE_CHUNK = 256  # files handed to the threads at a time
 GRATINGS_CHUNK = 64  # images drawn from one generator
@@ -250,7 +250,7 @@ def _entries(folder: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise ArchiveError(f"{folder}: {error.strerror}; {KNOWN_SOURCES}") from None
-    return entries, [
+    classes = [
         entry.name
         for entry in entries
         if entry.is_dir()
@@ -258,6 +258,10 @@ def _entries(folder: Path) -> tuple[list[os.DirEntry[str]], list[str]]:
         and not is_technical(entry.name)
         and not folder.is_relative_to(os.path.realpath(entry.path))
     ]
+    twice = next((name for name, same in unicode_forms(classes).items() if len(same) > 1), None)
+    if twice is not None:
+        raise ArchiveError(f"{folder}: two folders are called {twice!r}, in two forms of Unicode; merge them")
+    return entries, classes
 
 
 def _listed(folder: Path, entries: list[os.DirEntry[str]], classes: list[str], beside: bool) -> ImageFiles:

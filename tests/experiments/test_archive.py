@@ -156,6 +156,12 @@ def test_what_is_left_out_is_counted_by_suffix(folder, cache):
     assert len(archive.files) == 7
 
 
+def test_two_folders_of_one_name_in_two_forms_of_unicode_are_refused(tmp_path, cache):
+    write_archive(tmp_path / "photos", {"for\u00eat": 3, "fore\u0302t": 3, "lac": 3})
+    message = complaint(str(tmp_path / "photos"), 4, cache=cache)
+    assert "two folders are called 'for\u00eat', in two forms of Unicode" in message
+
+
 def test_fiftyones_folder_of_unlabelled_images_is_no_class(folder, cache):
     write_image(folder / "_unlabeled" / "2019" / "0.png")
     archive = open_archive(str(folder), 4, cache=cache)

@@ -5,7 +5,8 @@ A file is UTF-8 with a header and a row for each decision; further columns are p
     image    name of the image's file, or its row from 0 where names are missing or not unique, see `image_names`
     given    the label that it had, empty for unlabelled
     verdict  keep, relabel, unsure (cannot tell) or exclude
-    decided  the class, of keep the given one; empty for unsure and exclude
+    decided  the class, of keep the given one; empty for unsure and exclude. A name in another form of Unicode is the
+             archive's class; in other letters, large or small, it is refused
     when     UTC, as 2026-01-31T12:34:56.789Z; empty counts as before all others
     archive  see `archive_id`; empty, as in a list written by hand, is checked by image and given alone
 
@@ -14,6 +15,7 @@ Shapes: N images of the archive, n decisions.
 
 import csv
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from ntdne_kernels.arguments import UNLABELLED, check_choice
 from ntdne_kernels.experiments.features import as_utf8
-from ntdne_kernels.labels import encode_labels
+from ntdne_kernels.labels import encode_labels, unicode_forms
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -203,7 +205,7 @@ def read_decisions(
     Raises:
         ConflictError: a ValueError, for "error": files decide differently.
         OtherArchiveError: a ValueError: a file is of another archive; the message names the first rows.
-        ValueError: a file holds no decisions, or wrong ones.
+        ValueError: a file holds no decisions, or wrong ones; or a new class differs from another in letter case alone.
         OSError: a file cannot be read.
     """
     check_choice("on_conflict", on_conflict, ON_CONFLICT)
@@ -211,7 +213,9 @@ def read_decisions(
     given, identity = label_names(labels), archive_id(paths, labels)
     names = image_names(paths, len(given))
     position = {name: image for image, name in enumerate(names)}
-    said = [_of_one_file(file, _rows(file), position, given, identity) for file in sources]
+    forms = {form: same[0] for form, same in unicode_forms(given).items()}
+    said = [_of_one_file(file, _rows(file, forms), position, given, identity) for file in sources]
+    _check_case(sources, said, given)
     chosen, conflicts = _merged(said, on_conflict)
     if conflicts:
         raise ConflictError(
@@ -268,7 +272,13 @@ class _Row(NamedTuple):
         return ""
 
 
-def _rows(file: Path) -> list[_Row]:
+def _rows(file: Path, forms: dict[str, str]) -> list[_Row]:
+    """The rows of a file, with the archive's names of its classes, by their Unicode form NFC, and NFC of others."""
+
+    def known(name: str) -> str:
+        form = unicodedata.normalize("NFC", name)
+        return forms.get(form, form)
+
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, strict=True)
@@ -284,6 +294,7 @@ def _rows(file: Path) -> list[_Row]:
                         f"{file}: expected {len(reader.fieldnames or ())} values in line {reader.line_num}"
                     )
                 values = {name: row[name] if name == "image" else row[name].strip() for name in COLUMNS}
+                values |= {name: known(values[name]) for name in ("given", "decided")}
                 if not any(values.values()):  # what a spreadsheet leaves of a row whose cells were emptied
                     continue
                 rows.append(_Row(reader.line_num, **values))
@@ -313,6 +324,20 @@ def _of_one_file(
     for row in sorted(rows, key=lambda row: row.time):  # stable, so that of equal times the last row counts
         found[position[row.image]] = row
     return found
+
+
+def _check_case(files: Sequence[Path], said: list[dict[int, _Row]], given: list[str]) -> None:
+    """ValueError where a new class differs in letter case alone from one of the archive or another new one."""
+    classes = set(given)
+    known = {name.casefold(): name for name in sorted(classes)}
+    for file, rows in zip(files, said, strict=True):
+        for row in rows.values():
+            name = known.setdefault(row.decided.casefold(), row.decided)
+            if row.decided not in classes and row.decided != name:
+                raise ValueError(
+                    f"{file}: line {row.line}: decided: {row.decided!r} differs from the class {name!r} in letter case "
+                    "alone; write one of them everywhere"
+                )
 
 
 def _merged(said: list[dict[int, _Row]], on_conflict: str) -> tuple[dict[int, _Row], list[int]]:

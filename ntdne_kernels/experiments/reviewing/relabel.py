@@ -14,6 +14,7 @@ import io
 import json
 import os
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -193,11 +194,17 @@ def _write_labels(
 def _check_copy(copy: Path, archive: LabelledImages, labels: Sequence[str | None]) -> None:
     """ValueError unless the copy of a table says what it should, as ours and other programs read it."""
     found = label_names(read_values(copy, "label", archive.label_names))
-    wrong = [i for i, (label, said) in enumerate(zip(labels, found, strict=False)) if as_utf8(said) != (label or "")]
+    pairs = enumerate(zip(labels, found, strict=False))
+    wrong = [i for i, (label, said) in pairs if _nfc(as_utf8(said)) != _nfc(label or "")]
     if wrong or len(found) != len(labels):
         row = wrong[0] if wrong else min(len(found), len(labels))
         expected = (labels[row] if row < len(labels) else None) or "no label"
         raise ValueError(f"{archive.label_file}: row {row} would not be read back as {expected!r}; nothing was written")
+
+
+def _nfc(name: str) -> str:
+    """A class's name in one form of Unicode: of several in a file, which are one class, a copy may have one left."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _label_array(

@@ -1,3 +1,5 @@
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,31 @@ def test_of_two_rows_for_one_image_the_later_counts(archive, decide, order, deci
     first, second = order
     file = decide(("ash/1.png", "ash", "relabel", "elm", first), ("ash/1.png", "ash", "relabel", "oak", second))
     assert read_decisions(file, *archive).decided == [decided]
+
+
+@pytest.mark.parametrize(("of_archive", "said"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_class_in_another_form_of_unicode_is_the_archives(tmp_path, of_archive, said):
+    name, other = (unicodedata.normalize(form, "forêt") for form in (of_archive, said))
+    new, again = (unicodedata.normalize(form, "rivière") for form in ("NFC", "NFD"))
+    file = tmp_path / "decisions.csv"
+    rows = f"1,lac,relabel,{other} ,,\n2,{other},keep,{other},,\n3,lac,relabel,{new},,\n4,lac,relabel,{again},,\n"
+    file.write_text(f"image,given,verdict,decided,when,archive\n{rows}", encoding="utf-8")
+    decisions = read_decisions(file, ["1", "2", "3", "4"], ["lac", name, "lac", "lac"])
+    assert decisions.decided == [name, name, new, new]
+    assert decisions.apply(["lac", name, "lac", "lac"])[1] == (*sorted([name, "lac"]), new)
+
+
+def test_a_new_class_that_differs_in_letter_case_alone_is_refused(archive, decide):
+    first = decide(("ash/1.png", "ash", "relabel", "Birch"), ("ash/2.png", "ash", "relabel", "Oak"))
+    with pytest.raises(ValueError, match="line 3: decided: 'Oak' differs from the class 'oak' in letter case alone"):
+        read_decisions(first, *archive)
+    first = decide(("ash/1.png", "ash", "relabel", "Birch"), name="first.csv")
+    second = decide(("ash/2.png", "ash", "relabel", "birch"), name="second.csv")
+    with pytest.raises(ValueError, match="second.csv: line 2: decided: 'birch' differs from the class 'Birch'"):
+        read_decisions([first, second], *archive)
+    labels = ["oak", "Oak", "ash"]  # an archive that has both keeps both
+    file = decide(("a", "ash", "relabel", "Oak"), name="third.csv", archive="")
+    assert read_decisions(file, ["b", "c", "a"], labels).decided == ["Oak"]
 
 
 def test_an_image_whose_name_is_not_unique_is_named_by_its_row(tmp_path):

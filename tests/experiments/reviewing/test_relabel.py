@@ -14,6 +14,7 @@ from PIL import Image
 from ntdne_kernels.experiments import files
 from ntdne_kernels.experiments.reviewing import archive_id, relabel
 from ntdne_kernels.experiments.reviewing.cells import write_changed
+from ntdne_kernels.experiments.reviewing.tree import check_class_names
 from ntdne_kernels.experiments.settings import Settings
 from tests.experiments.auditing.helpers import everything_in
 from tests.experiments.helpers import QUICK, results_of, spoil, write_archive, write_features
@@ -148,7 +149,6 @@ def test_where_links_cannot_be_made_another_kind_is_named(ntdne, photos, capsys,
         ("con.fused", "got one that Windows keeps for itself"),
         (".hidden", "got one of a hidden or technical folder"),
         ("oak.", "got blanks or a dot at its end"),
-        ("Oak", "'Oak' differs from 'oak' by case alone"),
         ("é" * 128, "got one of more than 255 bytes"),
     ],
 )
@@ -159,6 +159,11 @@ def test_a_class_that_no_folder_can_have_is_refused_for_links_alone(ntdne, photo
     assert not Path("relabelled").exists()
     assert ntdne("relabel", "photos", decisions) == 0
     assert labels_of()["ash/1.png"] == name
+
+
+def test_classes_of_a_table_that_differ_by_case_alone_get_no_folders():
+    with pytest.raises(ValueError, match="class 'oak' differs from 'Oak' by case alone"):
+        check_class_names(["oak", "Oak"])
 
 
 def test_a_file_that_the_audit_could_not_read_does_not_make_another_archive(ntdne, photos):
@@ -447,6 +452,20 @@ def test_a_csv_keeps_all_bytes_but_the_changed_cells(ntdne, before, after):
     copy = relabel_table(ntdne, path, "0,oak,relabel,elm", "1,oak,exclude,", "2,ash,keep,ash", '3,,relabel,"b, c"')
     assert copy.read_bytes().decode() == after
     assert path.read_bytes().decode() == before
+
+
+def test_a_class_keeps_the_form_of_unicode_that_its_table_has(ntdne):
+    nfc, nfd = "for\u00eat", "fore\u0302t"
+    Path("table.csv").write_text(f"label\n{nfd}\nash\nash\nash\n", encoding="utf-8")
+    copy = relabel_table(ntdne, Path("table.csv"), f"1,ash,relabel,{nfc}")
+    assert copy.read_text(encoding="utf-8") == f"label\n{nfd}\n{nfd}\nash\nash\n"
+
+
+def test_of_two_forms_of_unicode_a_table_may_have_one_left(ntdne):
+    nfc, nfd = "for\u00eat", "fore\u0302t"
+    Path("table.csv").write_text(f"label\n{nfd}\n{nfc}\nash\nash\n", encoding="utf-8")
+    copy = relabel_table(ntdne, Path("table.csv"), f"1,{nfc},relabel,ash")
+    assert copy.read_text(encoding="utf-8") == f"label\n{nfd}\nash\nash\nash\n"
 
 
 def test_a_text_file_keeps_all_other_lines(ntdne):
