@@ -49,7 +49,7 @@ def normalisation(archive: Archive, index: Tensor, bands: Sequence[int] = ()) ->
         bands: those chosen of the files; they may be others than red, green and blue.
 
     Raises:
-        ValueError: a feature of these images is not finite.
+        ValueError: a feature of these images is not finite in float32, or the features are all alike there.
     """
     images = archive.images
     B = images.shape[-1]
@@ -65,12 +65,14 @@ def normalisation(archive: Archive, index: Tensor, bands: Sequence[int] = ()) ->
         squares += np.square(values).sum(axis=0)
         count += len(values)
     mean = total / max(count, 1)
-    deviation = np.sqrt(squares / max(count, 1) - mean**2)
+    deviation = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0))  # rounding may make it negative
     if archive.of_features:
         # Not each by its own: that gives directions in which features hardly differ the weight of those that tell
         # classes apart. AID, EfficientNet-Lite0, half of the labels wrong, without noise on the features: K-NN of the
         # trained head 74.3 against 76.3 %.
         deviation = np.full(B, np.sqrt(np.square(deviation).mean()))
+        if not deviation[0] >= np.finfo(np.float32).tiny:  # float64 has room for smaller ones, which would become 0
+            raise ValueError(f"features: expected rows that differ in float32, got {len(index)} alike")
     deviation = np.where(deviation > 0, deviation, largest)  # a band that is the same everywhere
     return Normalisation(
         tuple(map(float, (mean + offset) / largest)),
@@ -132,11 +134,13 @@ class Normalise(nn.Module):
 
 
 def read_rows(features: NDArray[Any], index: Tensor) -> NDArray[np.float32]:
-    """Rows (b, F) of features (N, F), float32; ValueError where a value is not finite, naming the row."""
-    rows: NDArray[np.float32] = np.asarray(features[index.numpy()], np.float32)
-    if not np.isfinite(rows.sum(dtype=np.float64)):  # a NaN or infinity stays one in the sum, and float64 has room
+    """Rows (b, F) of features (N, F), float32; ValueError where a value is not finite in it, naming the row."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows: NDArray[np.float32] = np.asarray(features[index.numpy()], np.float32)
+        total = rows.sum(dtype=np.float64)
+    if not np.isfinite(total):  # a NaN or infinity stays one in the sum, and float64 has room
         row = int(index[np.flatnonzero(~np.isfinite(rows).all(axis=1))[0]])
-        raise ValueError(f"features: expected finite numbers, got others in row {row}")
+        raise ValueError(f"features: expected finite numbers of float32, got others in row {row}")
     return rows
 
 

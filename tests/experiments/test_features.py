@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import warnings
 import zlib
 from pathlib import Path
 
@@ -376,12 +377,30 @@ def test_a_row_that_is_not_finite_is_named_when_it_is_read(features, value):
     features[tested, 3] = value
     np.save("features.npy", features)
     found = make_problem(settings_of())
-    with pytest.raises(ValueError, match=f"expected finite numbers, got others in row {tested}$"):
+    with pytest.raises(ValueError, match=f"expected finite numbers of float32, got others in row {tested}$"):
         found.dataset(found.test).__getitems__([0, 1])
     features[trained_on, 3] = value
     np.save("features.npy", features)
-    with pytest.raises(ValueError, match=f"expected finite numbers, got others in row {trained_on}$"):
+    with pytest.raises(ValueError, match=f"expected finite numbers of float32, got others in row {trained_on}$"):
         make_problem(settings_of())
+
+
+def test_features_are_refused_where_float32_has_no_room_and_right_where_it_has(features):
+    expected = make_problem(settings_of()).dataset(torch.arange(9)).__getitems__(list(range(9)))[0]
+    wide = features.astype(np.float64)
+    for scale in (1e-30, 1e30):
+        np.save("features.npy", wide * scale)
+        found = make_problem(settings_of()).dataset(torch.arange(9)).__getitems__(list(range(9)))[0]
+        assert torch.allclose(found, expected, atol=1e-4)
+    np.save("features.npy", wide * 1e-50)
+    with pytest.raises(ValueError, match="features: expected rows that differ in float32, got 42 alike"):
+        make_problem(settings_of())
+    wide[7] = 1e300
+    np.save("features.npy", wide)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="expected finite numbers of float32, got others in row 7"):
+            make_problem(settings_of()).dataset(torch.arange(60)).__getitems__([7])
 
 
 def test_features_are_centred_and_divided_by_one_number(features):
