@@ -18,7 +18,8 @@ from ntdne_kernels.experiments.images import MAX_PIXELS
 FEATURES, LABELS, FILES, STAMPS, ABOUT = "features.npy", "labels.npy", "files.txt", "stamps.npy", "embed.json"
 PARTIAL = f"{FEATURES}.partial"  # until all rows are there
 FORMAT = 1  # of embed.json
-DEFAULTS = {"weights": "default", "dtype": "float16", "max_pixels": MAX_PIXELS}  # what the command need not say
+# What the command need not say.
+DEFAULTS = {"weights": "default", "white": None, "dtype": "float16", "max_pixels": MAX_PIXELS}
 MAX_NAMED = 3  # files in a message
 SECOND = 10**9  # nanoseconds
 
@@ -55,7 +56,8 @@ def _command(folder: Path, about: dict[str, Any]) -> str:
     """The command that goes on with the rows in a folder."""
     words = ["ntdne", "embed", about["folder"], "--encoder", about["encoder"], "--image-size", about["image_size"]]
     for name, default in DEFAULTS.items():
-        words += [] if about[name] == default else [f"--{name.replace('_', '-')}", about[name]]
+        value = about.get(name, default)
+        words += [] if value == default else [f"--{name.replace('_', '-')}", value]
     words += ["--bands", ",".join(map(str, about["bands"]))] if about["bands"] else []
     words += ["--classes", *about["classes"]] if about.get("classes") else []
     words += ["--skip-unreadable"] if about["progress"]["unreadable"] else []

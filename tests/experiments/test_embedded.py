@@ -228,9 +228,9 @@ def test_every_command_says_what_finishes_an_embedding(ntdne, photos, unfinished
 
 def test_the_command_that_finishes_an_embedding_has_all_its_options(unfinished):
     about = json.loads((unfinished / "embed.json").read_text())
-    about |= {"bands": [4, 3, 2], "max_pixels": 100, "weights": "/a b.pth", "classes": None}
+    about |= {"bands": [4, 3, 2], "white": 1e4, "max_pixels": 100, "weights": "/a b.pth", "classes": None}
     about["progress"]["unreadable"] = {"x.png": "not an image"}
     (unfinished / "embed.json").write_text(json.dumps(about))
-    expected = "--weights '/a b.pth' --dtype float32 --max-pixels 100 --bands 4,3,2 --skip-unreadable --output out"
-    with pytest.raises(ValueError, match=f"{expected}$"):
+    expected = "--weights '/a b.pth' --white 10000.0 --dtype float32 --max-pixels 100 --bands 4,3,2 --skip-unreadable"
+    with pytest.raises(ValueError, match=f"{expected} --output out$"):
         embedding.open_embeddings(unfinished)
