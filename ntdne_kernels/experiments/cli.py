@@ -1,7 +1,9 @@
 """The command `ntdne`: train, evaluate, reproduce, report, embed, search, audit, relabel."""
 
 import argparse
+import codecs
 import dataclasses
+import io
 import os
 import shlex
 import signal
@@ -34,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         2 after an error of the user's, which is said in one line; 141 where nobody reads what is printed; else 0.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # no work fails because what it made cannot be printed
+        codecs.register_error("ntdne", _escaped)
+        sys.stdout.reconfigure(errors="ntdne")
     arguments = parser().parse_args(argv)
     commands = {
         "train": _train,
@@ -55,6 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_error(error)
         return 2
     return 0
+
+
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What is printed where the output's encoding fails: the bytes of a file's name that are no text, else escapes."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
 
 
 def _print_error(error: Exception | str) -> None:

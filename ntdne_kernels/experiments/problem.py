@@ -148,7 +148,7 @@ def _matrix(settings: Settings, classes: list[str]) -> Tensor:
 
 def _read_targets(path: str) -> dict[str, str]:
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_bytes()  # UTF-8, whatever the locale says
         targets = yaml.safe_load(text)
         node = yaml.compose(text)
     except (OSError, yaml.YAMLError) as error:

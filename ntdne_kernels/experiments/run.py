@@ -213,7 +213,7 @@ def read_settings(folder: Path) -> tuple[Settings, str]:
         ValueError: there is no run, or its file of settings is broken.
     """
     try:
-        values = yaml.safe_load((folder / SETTINGS).read_text())
+        values = yaml.safe_load((folder / SETTINGS).read_bytes())
         variant = values.pop("variant")
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return Settings(**values | lists), variant

@@ -131,7 +131,7 @@ def read_preset(name: str) -> dict[str, Any]:
     """
     path = Path(str(resources.files(__package__) / "presets" / f"{name}.yaml")) if name in PRESETS else Path(name)
     try:
-        preset = yaml.safe_load(path.read_text())
+        preset = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise ValueError(
             f"preset: expected one of {', '.join(PRESETS)} or a YAML file, got {name!r} ({error.strerror})"

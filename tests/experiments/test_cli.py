@@ -1,5 +1,6 @@
 """The command `ntdne` from end to end on tiny archives."""
 
+import io
 import json
 import os
 import shutil
@@ -18,7 +19,9 @@ from ntdne_kernels.experiments import encoders
 from ntdne_kernels.experiments import run as runs
 from ntdne_kernels.experiments.arguments import class_folders
 from ntdne_kernels.experiments.files import locked
-from tests.experiments.helpers import QUICK, results_of, write_features
+from ntdne_kernels.experiments.problem import make_problem
+from ntdne_kernels.experiments.settings import Settings
+from tests.experiments.helpers import QUICK, results_of, write_archive, write_features
 
 
 def test_train_then_evaluate_then_report(ntdne, photos, capsys):
@@ -470,6 +473,31 @@ def test_help_names_every_argument(ntdne, capsys, command):
     said = capsys.readouterr().out
     assert said.startswith(f"usage: {' '.join(['ntdne', *command])} ")
     assert "None" not in said
+
+
+@pytest.mark.parametrize(("encoding", "errors"), [("ascii", "surrogateescape"), ("utf-8", "strict")])
+def test_what_the_output_has_no_letter_for_is_escaped(ntdne, tmp_path, monkeypatch, encoding, errors):
+    folder = tmp_path / os.fsdecode(b"photos-\xea")
+    write_archive(folder, {"lac": 1, "forêt": 1})
+    Path("decisions.csv").write_text(
+        "image,given,verdict,decided,when,archive\nlac/0.png,lac,relabel,forêt,,\n", "utf-8"
+    )
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding, errors))
+    assert ntdne("relabel", folder, "decisions.csv") == 0
+    arrow = "→ forêt" if encoding == "utf-8" else "\\u2192 for\\xeat"
+    assert f"lac {arrow}  1\n".encode() in printed.getvalue()
+    assert printed.getvalue().endswith(b"relabelled/photos-\xea/labels.csv\n")
+
+
+def test_files_of_settings_are_utf8_whatever_the_locale(tmp_path, monkeypatch):
+    write_archive(tmp_path / "photos", {"lac": 3, "forêt": 3})
+    (tmp_path / "noise.yaml").write_bytes("lac: forêt\nforêt: lac\n".encode())
+    monkeypatch.setattr("io.text_encoding", lambda *_: "ascii")
+    settings = Settings(
+        str(tmp_path / "photos"), image_size=4, noise="label-dependent", noise_file=str(tmp_path / "noise.yaml")
+    )
+    assert make_problem(settings, tmp_path / "cache").classes == ["forêt", "lac"]
 
 
 def test_the_installed_command_exits_with_2():
