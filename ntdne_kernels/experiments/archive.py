@@ -124,9 +124,9 @@ def open_archive(  # noqa: PLR0913 (independent settings, all but two with defau
     return Archive(
         np.load(path, mmap_mode="r"),
         torch.tensor(labels),
-        found.classes,
+        list(map(as_utf8, found.classes)),
         [found.files[i] for i in kept],
-        found.name,
+        as_utf8(found.name),
         list(reasons),
         found.left_out,
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ntdne_kernels.experiments.arguments import class_folders, parser
-from ntdne_kernels.experiments.features import archive_name
+from ntdne_kernels.experiments.features import archive_name, as_utf8
 from ntdne_kernels.experiments.files import check_folder
 from ntdne_kernels.experiments.grid import PlannedRun, planned_grid, planned_run
 from ntdne_kernels.experiments.settings import Settings
@@ -223,7 +223,7 @@ def _machine(arguments: argparse.Namespace) -> "Machine":
 def _runs_folder(data: str) -> Path:
     """Where the runs of an archive go by default."""
     path = Path(data)
-    return Path("runs") / (archive_name(path) if path.exists() else data.replace(":", "-"))
+    return Path("runs") / as_utf8(archive_name(path) if path.exists() else data.replace(":", "-"))  # for TensorBoard
 
 
 def _counted(number: int, noun: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 from tqdm import tqdm
 
+from ntdne_kernels.experiments.features import as_utf8
 from ntdne_kernels.experiments.figures import FIGURE_KINDS, line_styles
 from ntdne_kernels.experiments.files import write_whole
 from ntdne_kernels.experiments.finished import NOISES, Run, as_text, grouped, read_runs, row_labels
@@ -72,9 +73,9 @@ def write_report(root: Path, output: Path) -> list[Path]:
         "versions": sorted({f"made with {as_text(run.versions)}" for run in runs if run.versions}),
         "sections": sections,
     }
-    _write(render("tables.md", content).encode(), tables)
+    _write(as_utf8(render("tables.md", content)).encode(), tables)
     _write(_values(runs).encode(), values)
-    _write(render("report.html", content).encode(), page)
+    _write(as_utf8(render("report.html", content)).encode(), page)
     return [page, tables, values, *pictures]
 
 

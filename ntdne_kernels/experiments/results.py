@@ -174,7 +174,7 @@ def evaluate(
     }
     arrays: dict[str, Any] = {name: np.asarray(array) for name, array in figures.items()}
     write_whole(folder / FIGURES, lambda file: np.savez_compressed(file, **arrays))
-    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(results, indent=1) + "\n"  # in ASCII: a path may be any bytes
     write_whole(folder / RESULTS, lambda file: file.write(text.encode()))
     return results
 

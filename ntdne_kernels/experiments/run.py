@@ -183,7 +183,7 @@ def finished_results(settings: Settings, folder: Path) -> dict[str, Any] | None:
     path = folder / results.RESULTS
     if not path.exists():
         return None
-    found: dict[str, Any] = json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_bytes())
     return found if len(found["history"]) == settings.epochs else None
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ntdne_kernels.experiments import encoders
+from ntdne_kernels.experiments import encoders, load_encoder
 from ntdne_kernels.experiments import run as runs
 from ntdne_kernels.experiments.arguments import class_folders
 from ntdne_kernels.experiments.files import locked
@@ -488,6 +488,17 @@ def test_what_the_output_has_no_letter_for_is_escaped(ntdne, tmp_path, monkeypat
     arrow = "→ forêt" if encoding == "utf-8" else "\\u2192 for\\xeat"
     assert f"lac {arrow}  1\n".encode() in printed.getvalue()
     assert printed.getvalue().endswith(b"relabelled/photos-\xea/labels.csv\n")
+
+
+def test_an_archive_whose_names_are_not_utf8_is_trained_on(ntdne, tmp_path):
+    folder, forest = tmp_path / os.fsdecode(b"photos-\xea"), os.fsdecode(b"for\xeat")
+    write_archive(folder, {"lac": 4, forest: 4})
+    for _ in range(2):  # the second finds a finished run
+        assert ntdne("train", folder, *QUICK, "--epochs", 1, "--classes", "lac", forest) == 0
+    (run,) = Path("runs").glob("*/*/*/*")
+    assert run.parts[1] == "photos-\\xea"
+    assert "for\\xeat" in load_encoder(run).classes
+    assert ntdne("report", run) == 0
 
 
 def test_files_of_settings_are_utf8_whatever_the_locale(tmp_path, monkeypatch):
