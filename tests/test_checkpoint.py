@@ -13,6 +13,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -557,6 +558,23 @@ def test_a_checkpoint_of_something_else_is_refused_and_nothing_is_changed(count,
             assert f"cannot load {tmp_path}/step-00000001; nothing was changed" in message
             assert all(part in message for part in expected), message
             assert not was_changed
+
+
+def load_from_rank_0():
+    """What PyTorch leaves on each rank of a state dict that it is to pass on, and whether the bank was changed."""
+    criterion = NTDNELoss(LABELS, D, process_group=world())
+    before = criterion.memory.storage.clone()
+    whole = get_model_state_dict(criterion, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    with pytest.raises(RuntimeError) as caught:
+        set_model_state_dict(criterion, whole, options=options)
+    return str(caught.value), torch.equal(criterion.memory.storage, before)
+
+
+def test_a_state_dict_that_rank_0_alone_has_is_refused_on_all_ranks():
+    for said, unchanged in ranks.run(load_from_rank_0, 2):
+        assert "entries of the bank are on rank 0 and not on all ranks; broadcast_from_rank0 of PyTorch" in said
+        assert unchanged
 
 
 def save_on_two_of_three_ranks(folder):

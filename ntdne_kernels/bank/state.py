@@ -32,6 +32,13 @@ def entries_of(shard: Shard) -> dict[str, Tensor]:
 def disagreement(shard: Shard, state_dict: dict[str, Any], prefix: str) -> str | None:
     """Why a checkpoint's entries under `prefix` do not fit this bank, on any process; or None. All call it together."""
     problem = own_disagreement(shard, state_dict, prefix)
+    there = shard.processes.gather_objects(f"{prefix}storage" in state_dict)
+    holding = [rank for rank, holds in enumerate(there) if holds]
+    if 0 < len(holding) < shard.processes.size:
+        problem = (
+            f"the checkpoint's entries of the bank are on rank {holding[0]} and not on all ranks; broadcast_from_rank0 "
+            "of PyTorch passes on parameters and buffers alone, so load the whole checkpoint on every rank"
+        )
     storage = state_dict.get(f"{prefix}storage")
     found = None if problem or storage is None else first_not_unit(shard.processes.from_state(storage))
     if found is not None:
