@@ -139,6 +139,23 @@ def test_a_whole_pass_over_few_images_is_warned_of():
     ]
 
 
+def test_sparse_labels_as_the_index_are_found_after_a_whole_pass():
+    labels = torch.tensor([3, 17, 30])[labels_of(40, 3)]
+    criterion = SNCALoss(labels, D, generator=draw())
+    said = train(criterion, shuffled(40, 1, 45), lambda index: labels[index])  # one alone repeats in no batch
+    assert ["they were the same 3" in text for text in said] == [True]
+
+
+def test_a_curriculum_and_relabel_in_the_first_pass_are_no_mistakes():
+    criterion = criterion_of(400, 10)
+    easy = torch.randperm(400, generator=draw(7))[:80]
+    assert train(criterion, shuffled(80, 16, 30), lambda index: easy[index]) == []
+    criterion = criterion_of(400, 10)
+    assert train(criterion, shuffled(400, 16, 24), lambda index: index) == []
+    criterion.memory.relabel((criterion.memory.labels + 1) % 10)  # all scores are forgotten
+    assert train(criterion, shuffled(400, 16, 3, seed=1), lambda index: index) == []
+
+
 def test_labels_that_differ_from_the_archives_are_warned_of_once():
     criterion = criterion_of()
     whole, index = labels_of(400, 10), torch.arange(0, 400, 10)
