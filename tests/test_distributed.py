@@ -595,3 +595,18 @@ def test_a_group_of_some_ranks_shares_a_bank_among_these():
         expected = alone()(torch.ones(3, D, dtype=torch.float64), torch.tensor([first, first + 1, first + 2]))
         assert found[pair][1] == found[pair + 1][1]
         torch.testing.assert_close(found[pair][1], expected)
+
+
+def update_with_other_momentum():
+    """The error of an update whose momentum differs on the ranks, and whether a row was changed."""
+    bank = MemoryBank(LABELS["mixed"], D, process_group=distributed.group.WORLD)
+    before, rank = bank.storage.clone(), distributed.get_rank()
+    with pytest.raises(ValueError, match="momentum") as caught:
+        bank.update_(torch.ones(1, D), torch.tensor([rank]), momentum=0.5 + 0.1 * rank)
+    return str(caught.value), torch.equal(bank.storage, before)
+
+
+def test_another_momentum_on_a_rank_is_refused_by_the_update_itself():
+    for said, unchanged in ranks.run(update_with_other_momentum, 2):
+        assert said == "momentum: expected the same on all ranks; those of ranks [1] differ from rank 0's"
+        assert unchanged

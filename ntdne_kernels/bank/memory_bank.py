@@ -151,7 +151,7 @@ class MemoryBank(BankModule):
         """
         # One process finds a bad value when it writes. Ranks look first: by then another one may have written.
         look = validate or (self.processes.size > 1 and can_look_inside(self.labels))
-        batch = self._begin("update_bank", lambda: self._check_update(features, index, momentum, look=look))
+        batch = self._begin("update_bank", lambda: self._check_update(features, index, momentum, look=look), momentum)
         batch.blend_(features, momentum)
         self.fresh, self._guard.source = False, None
         if torch.compiler.is_compiling():
@@ -222,14 +222,21 @@ class MemoryBank(BankModule):
         """
         return int(skipped_counter(self.device)) + int(torch.ops.ntdne_kernels.skipped_rows(self._storage))
 
-    def _begin(self, call: str, check: Callable[[], Tensor]) -> LocalBatch | ShardedBatch:
-        """The batch of all processes, given the images (b,) that each one's check returns."""
+    def _begin(
+        self, call: str, check: Callable[[], Tensor], momentum: float | None = None
+    ) -> LocalBatch | ShardedBatch:
+        """The batch of all processes, given the images (b,) that each one's check returns, and the same momentum."""
 
         def report() -> tuple[Tensor, Report]:
             images = check()
-            return images, Report(len(images))
+            return images, Report(len(images), settings=self.processes.checksum((momentum,)))
 
         images, reports = self.processes.exchange(call, report)
+        differing = [rank for rank, each in enumerate(reports) if each.settings != reports[0].settings]
+        if differing:
+            raise ValueError(
+                f"momentum: expected the same on all ranks; those of ranks {differing} differ from rank 0's"
+            )
         return self.batch(images, None, reports)
 
     def _check_index(self, index: Any) -> Tensor:
