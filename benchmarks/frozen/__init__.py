@@ -9,5 +9,6 @@ names of an archive that the authors have a map for, AID or NWPU-RESISC45; other
 
 Images are split 70/10/20, their features projected on 256 principal components, and a head of two layers trained for
 30 epochs. Each loss has the learning rate that is best on held-out images with wrong labels, and then all have the
-same. A row for each finished run is appended to the file at once; what is there is not run again.
+same; three also train after an audit, its suspects left out or corrected (`--stages audited`). A row for each finished
+run is appended to the file at once; what is there is not run again.
 """

@@ -29,6 +29,11 @@ TUNED: dict[str, Method] = {
     for k, warmup in product((0.3, "auto"), (0, 20))
 }
 """The settings of NTDNE without division that one would try by hand."""
+AUDITED = {
+    f"{method}, suspects {treatment}": (method, treatment)
+    for method, treatment in product(("cross-entropy", "SNCA", OURS), ("left out", "corrected"))
+}
+"""Losses that train after an audit of the training images, and what is done with its suspects: `problem.audited`."""
 
 
 def make_criterion(method: str, labels: Tensor, dim: int) -> Criterion:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from benchmarks.frozen.losses import COMPARED, OURS, TUNED
+from benchmarks.frozen.losses import AUDITED, COMPARED, OURS, TUNED
 from benchmarks.frozen.problem import Column
 from benchmarks.frozen.results import Run
 
@@ -88,9 +88,20 @@ def by_hand(scope: Scope, rows: pd.DataFrame) -> Iterator[Run]:
                     yield Run(*column, seed, method, lr)
 
 
+def audited(scope: Scope, rows: pd.DataFrame) -> Iterator[Run]:
+    """Losses after an audit, beside the same with the labels as they are given; all with the common learning rate."""
+    for seed in scope.seeds:
+        for column in scope.columns:
+            for after, (method, _) in AUDITED.items():
+                if method in scope.methods:
+                    yield Run(*column, seed, method, COMMON)
+                    yield Run(*column, seed, after, COMMON)
+
+
 STAGES: dict[str, list[Callable[[Scope, pd.DataFrame], Iterator[Run]]]] = {
     "rates": [learning_rates, beyond],
     "grid": [grid],
     "by-hand": [by_hand],
+    "audited": [audited],
 }
 """What is run one after the other, since a stage needs the rows of those before."""

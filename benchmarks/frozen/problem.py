@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntdne_kernels.audit import audit_labels
 from ntdne_kernels.experiments import noise
 from ntdne_kernels.experiments.splits import Split, split
 
@@ -116,3 +117,15 @@ def make_problem(source: Source, column: Column, seed: int) -> Problem:
         train_given=noise.corrupt(labels[parts.train], matrix, seed).labels,
         validation_given=noise.corrupt(labels[parts.validation], matrix, seed).labels,
     )
+
+
+def audited(problem: Problem, treatment: str) -> tuple[Tensor, Tensor]:
+    """Rows (n, P) to train on and their labels (n,), after an audit of the training images by both.
+
+    Suspects are "left out", or "corrected": they get the class that the audit suggests.
+    """
+    audit = audit_labels(problem.train, problem.train_given)
+    if treatment == "corrected":
+        return problem.train, torch.tensor(audit.classes)[audit.corrected()]
+    kept = ~audit.suspects()
+    return problem.train[kept], problem.train_given[kept]

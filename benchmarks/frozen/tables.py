@@ -6,12 +6,13 @@ split, wrong labels and batches of a seed are the same for all.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.frozen.losses import COMPARED, OURS, TUNED
+from benchmarks.frozen.losses import AUDITED, COMPARED, OURS, TUNED
 from benchmarks.frozen.plan import CHOSEN_AT, COLUMNS, COMMON, chosen
 from benchmarks.frozen.problem import Column
 from benchmarks.frozen.results import read
@@ -56,6 +57,8 @@ def print_tables(path: Path) -> None:
             print_metric(cells_of(found, metric, lr), f"{title}, {way}", kept=metric == "knn")
         print_pruned(cells_of(found, "pruned", lr), way)
     print_by_hand(found)
+    for metric in ("knn", "map20_hits"):
+        print_audited(found, metric)
     print_seconds(rows)
 
 
@@ -210,6 +213,21 @@ def print_by_hand(found: Found) -> None:
             ours, theirs = default[seeds], settings[method, lr][seeds]
             how = f"{method.removeprefix('NTDNE, ')}, lr {lr:g}"
             print_row([name(column), written(ours), written(theirs), how, written(ours - theirs, "+")])
+
+
+def print_audited(found: Found, metric: str) -> None:
+    """What an audit of the training images changes: each loss as the labels are given, and differences from that."""
+    columns = [column for column in ORDER if any((*column, after, COMMON) in found for after in AUDITED)]
+    if not columns:
+        return
+    print(f"\n**{TITLES[metric]}, learning rate {COMMON:g}; after an audit the difference, seed by seed, in points**\n")
+    print_head(["", *map(name, columns)])
+    for method, treated in groupby(AUDITED, key=lambda after: AUDITED[after][0]):
+        of_method = {column: by_seed(found, column, method, COMMON, metric) for column in columns}
+        print_row([method, *(written(values) if len(values) else "–" for values in of_method.values())])
+        for after in treated:
+            changes = [by_seed(found, column, after, COMMON, metric) - of_method[column] for column in columns]
+            print_row([after, *(written(change, "+") if len(change := each.dropna()) else "–" for each in changes)])
 
 
 def print_seconds(rows: pd.DataFrame) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from benchmarks.aerial.training import NEIGHBOURS, pruned_share
-from benchmarks.frozen.losses import make_criterion
-from benchmarks.frozen.problem import Column, Problem, Source, make_problem
+from benchmarks.frozen.losses import AUDITED, make_criterion
+from benchmarks.frozen.problem import Column, Problem, Source, audited, make_problem
 from benchmarks.frozen.results import Run
 from ntdne_kernels.experiments import evaluation
 
@@ -41,13 +41,16 @@ def train(problem: Problem, method: str, lr: float, epochs: int, seed: int) -> d
     Raises:
         ValueError: The loss is not finite.
     """
+    loss_name, treatment = AUDITED.get(method, (method, None))
+    given = problem.train, problem.train_given
+    train_rows, labels = given if treatment is None else audited(problem, treatment)
     torch.manual_seed(seed)
-    N, P = problem.train.shape
+    N, P = train_rows.shape
     head = nn.Sequential(
         *(nn.Linear(P, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Dropout(0.2), nn.Linear(HIDDEN, D))
     )
     order = torch.Generator().manual_seed(seed)  # of its own, so that all losses see the same batches and noise
-    criterion = make_criterion(method, problem.train_given, D)
+    criterion = make_criterion(loss_name, labels, D)
     parameters = [*head.parameters(), *criterion.parameters()]
     optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4, nesterov=True, fused=True)
     steps = max(N // B, 1)
@@ -58,7 +61,7 @@ def train(problem: Problem, method: str, lr: float, epochs: int, seed: int) -> d
         criterion.set_epoch(epoch)
         losses = []
         for index in torch.randperm(N, generator=order)[: steps * B].split(B):
-            rows = problem.train[index]
+            rows = train_rows[index]
             features = head(rows + NOISE * torch.randn(rows.shape, generator=order))
             loss = criterion(features, index)
             optimizer.zero_grad()

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.frozen import plan, training
 from benchmarks.frozen.__main__ import main
-from benchmarks.frozen.losses import COMPARED, TUNED
-from benchmarks.frozen.problem import Column, Source, make_problem
+from benchmarks.frozen.losses import AUDITED, COMPARED, TUNED
+from benchmarks.frozen.problem import Column, Source, audited, make_problem
 from benchmarks.frozen.results import COLUMNS, Run, append, read
 from ntdne_kernels.experiments import noise
 from ntdne_kernels.experiments.splits import split
@@ -95,10 +95,23 @@ def test_training_and_validation_labels_are_wrong_and_test_labels_right(source, 
         assert bool((matrix[LABELS[part], given] > 0).all())
 
 
+def test_an_audit_leaves_out_or_corrects_wrong_labels(source):
+    problem = make_problem(source, Column("uniform", 0.3), seed=0)
+    wrong = problem.train_given != problem.train_labels
+    assert 0.2 < float(wrong.float().mean()) < 0.4
+    (rows, labels), (all_rows, corrected) = (audited(problem, treatment) for treatment in ("left out", "corrected"))
+    assert all_rows is problem.train
+    assert float((corrected == problem.train_labels).float().mean()) > 0.9
+    places = (problem.train[:, None] == rows).all(dim=2).float().argmax(dim=0)  # of the rows that are left
+    assert torch.equal(labels, problem.train_given[places])
+    assert torch.equal(labels, corrected[places])
+    assert float(wrong[places].float().mean()) < 0.05
+
+
 # Training
 
 
-@pytest.mark.parametrize("method", [*COMPARED, *TUNED])
+@pytest.mark.parametrize("method", [*COMPARED, *TUNED, *AUDITED])
 def test_every_loss_trains_a_head_that_separates_the_classes(method, source):
     problem = make_problem(source, Column("uniform", 0.0), seed=0)
     found = training.train(problem, method, 0.03, epochs=30, seed=0)
@@ -150,6 +163,12 @@ def test_own_and_common_learning_rates_make_all_cells_seed_by_seed():
         for loss in losses
     ]
     assert list(plan.grid(scope, rows)) == expected
+
+
+def test_after_an_audit_each_loss_trains_beside_itself_without_one():
+    scope = plan.Scope(["GCE", "NTDNE"], [Column("uniform", 0.5)], range(1))
+    methods = ["NTDNE", "NTDNE, suspects left out", "NTDNE", "NTDNE, suspects corrected"]
+    assert list(plan.audited(scope, pd.DataFrame())) == [Run("uniform", 0.5, 0, method, 0.01) for method in methods]
 
 
 def test_a_grid_runs_to_its_end_and_what_is_there_is_left(source, tmp_path, command, monkeypatch):
@@ -225,6 +244,18 @@ def test_the_default_is_compared_with_the_best_setting_by_hand(tmp_path, command
     _, printed, _ = command("table", file)
     found = table_line(printed, "**NTDNE's default, learning rate 0.01", "U 0")
     assert found == ["81.0 ± 1.0", "82.5 ± 1.5", "k = auto, warm-up 20, lr 0.1", "-1.5 ± 0.5"]
+
+
+def test_what_an_audit_changes_is_counted_seed_by_seed(tmp_path, command):
+    file = tmp_path / "found.csv"
+    for seed, (given, left_out) in enumerate([(0.80, 0.81), (0.82, 0.85)]):
+        append(file, row("uniform", 0.5, seed, "NTDNE", 0.01, knn=given))
+        append(file, row("uniform", 0.5, seed, "NTDNE, suspects left out", 0.01, knn=left_out))
+    append(file, row("uniform", 0.5, 2, "NTDNE", 0.01, knn=0.1))  # a seed that the audit's row lacks
+    _, printed, _ = command("table", file)
+    title = "**K-NN accuracy by right labels, learning rate 0.01; after an audit"
+    assert table_line(printed, title, "NTDNE, suspects left out") == ["+2.0 ± 1.0"]
+    assert table_line(printed, title, "NTDNE, suspects corrected") == ["–"]
 
 
 # What cannot be
