@@ -33,6 +33,13 @@ class Report(NamedTuple):
     """The `checksum` of what must be the same on all of them."""
 
 
+def check_same_settings(reports: list[Report], expected: str) -> None:
+    """ValueError, on all processes, where what they told of their settings differs; `expected` begins the message."""
+    differing = [rank for rank, report in enumerate(reports) if report.settings != reports[0].settings]
+    if differing:
+        raise ValueError(f"{expected} on all ranks; those of ranks {differing} differ from rank 0's")
+
+
 class OneProcess:
     """This process alone, with the methods of `Ranks`."""
 

@@ -25,13 +25,17 @@ from ntdne_kernels.arguments import (
 )
 from ntdne_kernels.bank import MemoryBank
 from ntdne_kernels.bank.batch import score_rows
-from ntdne_kernels.distributed import Report
+from ntdne_kernels.distributed import Report, check_same_settings
 from ntdne_kernels.fill import fill_bank
 from ntdne_kernels.labels import as_index, as_labels
 from ntdne_kernels.ops.losses import REDUCTIONS, LossSpec
 from ntdne_kernels.user_warning import warn_user
 from ntdne_kernels.watch import Watch
 
+SAME = (
+    "criterion: expected the same sigma, q, k, unit_slope, momentum, reduction, indicator, epoch and mode (all call "
+    "set_epoch, train and eval)"
+)
 REFRESH_CHUNK = 1024  # bank rows of each process that are scored at a time
 
 
@@ -102,7 +106,7 @@ class NeighbourhoodLoss(nn.Module):
         (images, own_labels, spec), reports = memory.processes.exchange(
             "forward", lambda: self._check_batch(features, index, labels)
         )
-        _check_same_settings(reports)
+        check_same_settings(reports, SAME)
         batch = memory.batch(images, own_labels, reports)
         if index is not None and own_labels is not None and not torch.compiler.is_compiling():
             self._watch.compare(own_labels, images, batch.stored_labels)
@@ -266,12 +270,3 @@ class NeighbourhoodLoss(nn.Module):
             kept = len(self.memory.images)
             here = "" if kept == len(self.memory) else f" of the {kept} kept on this rank"
             self._watch.labels_as_index(f"{len(self.memory)} images were seen, but they were the same {seen}{here}")
-
-
-def _check_same_settings(reports: list[Report]) -> None:
-    differing = [rank for rank, report in enumerate(reports) if report.settings != reports[0].settings]
-    if differing:
-        raise ValueError(
-            "criterion: expected the same sigma, q, k, unit_slope, momentum, reduction, indicator, epoch, mode on all "
-            f"ranks; those of ranks {differing} differ from rank 0's; all call set_epoch, train and eval"
-        )

@@ -22,7 +22,7 @@ from ntdne_kernels.bank.guard import check_unit_rows
 from ntdne_kernels.bank.module import BankModule
 from ntdne_kernels.bank.shard import Shard, image_order_of
 from ntdne_kernels.bank.unit_rows import CHUNK, fill_at_random
-from ntdne_kernels.distributed import Report, processes_of
+from ntdne_kernels.distributed import Report, check_same_settings, processes_of
 from ntdne_kernels.functional import check_update
 from ntdne_kernels.label_index import fingerprint
 from ntdne_kernels.labels import as_index, as_labels
@@ -232,11 +232,7 @@ class MemoryBank(BankModule):
             return images, Report(len(images), settings=self.processes.checksum((momentum,)))
 
         images, reports = self.processes.exchange(call, report)
-        differing = [rank for rank, each in enumerate(reports) if each.settings != reports[0].settings]
-        if differing:
-            raise ValueError(
-                f"momentum: expected the same on all ranks; those of ranks {differing} differ from rank 0's"
-            )
+        check_same_settings(reports, "momentum: expected the same")
         return self.batch(images, None, reports)
 
     def _check_index(self, index: Any) -> Tensor:

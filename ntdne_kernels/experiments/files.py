@@ -58,7 +58,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"--output: another process writes to {folder}; give another folder, or wait until it has ended"
         ) from None
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the latter is filelock's of a disk without flock
         reason = getattr(error, "strerror", None) or error
         print(f"ntdne: {folder} is not locked ({reason}): start nothing else that writes there", file=sys.stderr)
     try:
